@@ -1,0 +1,107 @@
+"""One bit per cluster, in memory or in a mapped file.
+
+Bit c stands for cluster c (see `geometry.py`).  Bits are numbered from the
+least significant bit of each byte, so a mapped file means the same to C code
+that tests `byte[c >> 3] & (1 << (c & 7))`.
+
+All methods are plain `def`: under trio they are atomic.  Ranges are
+[first, stop) in clusters and must lie inside the bitmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bitarray import bitarray
+
+
+def buffer_size(bits: int) -> int:
+    """Bytes that a buffer for `bits` bits must have at least."""
+    return -(-bits // 8)
+
+
+class Bitmap:
+    """A fixed number of bits over a buffer.
+
+    `buffer` is a writable buffer (an mmap, say) of at least
+    `buffer_size(bits)` bytes whose present content is taken over; without it
+    the bits are in memory and clear.  Bits of the buffer beyond the end stay
+    as they are and are never looked at.  The buffer cannot be closed before
+    `release`.
+
+    Raises ValueError if the buffer is too short.
+    """
+
+    def __init__(self, bits: int, buffer: Any = None) -> None:
+        if buffer is None:
+            self._bits = bitarray(bits, endian="little")
+        else:
+            if memoryview(buffer).nbytes < buffer_size(bits):
+                raise ValueError(f"a buffer for {bits} bits needs {buffer_size(bits)} bytes")
+            self._bits = bitarray(buffer=buffer, endian="little")
+        self._length = bits
+
+    def __len__(self) -> int:
+        return self._length
+
+    def get(self, cluster: int) -> bool:
+        """The bit of one cluster."""
+        return bool(self._bits[cluster])
+
+    def set(self, first: int, stop: int) -> None:
+        """Set [first, stop)."""
+        assert 0 <= first <= stop <= self._length
+        self._bits[first:stop] = 1
+
+    def clear(self, first: int, stop: int) -> None:
+        """Clear [first, stop)."""
+        assert 0 <= first <= stop <= self._length
+        self._bits[first:stop] = 0
+
+    def any(self, first: int, stop: int) -> bool:
+        """Is a bit of [first, stop) set?  False for an empty range."""
+        return self._bits.find(1, first, stop) >= 0
+
+    def all(self, first: int, stop: int) -> bool:
+        """Are all bits of [first, stop) set?  True for an empty range."""
+        return self._bits.find(0, first, stop) < 0
+
+    def count(self, first: int = 0, stop: int | None = None) -> int:
+        """Number of set bits in [first, stop), by default in all."""
+        return self._bits.count(1, first, self._length if stop is None else stop)
+
+    def runs(self, first: int, stop: int, value: bool = True) -> Iterator[tuple[int, int]]:
+        """Maximal runs [start, end) of bits equal to `value` inside [first, stop).
+
+        Ascending.  Lazy: bits that change behind the cursor do not matter.
+        """
+        wanted, other = (1, 0) if value else (0, 1)
+        while first < stop:
+            start = self._bits.find(wanted, first, stop)
+            if start < 0:
+                return
+            end = self._bits.find(other, start, stop)
+            first = stop if end < 0 else end
+            yield start, first
+
+    def slice(self, first: int, stop: int) -> bitarray:
+        """A copy of [first, stop)."""
+        assert 0 <= first <= stop <= self._length
+        return self._bits[first:stop]
+
+    def assign(self, first: int, bits: bitarray) -> None:
+        """Replace the bits from `first` on by `bits`."""
+        assert first + len(bits) <= self._length
+        self._bits[first : first + len(bits)] = bits
+
+    def grow(self, bits: int) -> None:
+        """Lengthen a bitmap in memory; new bits are clear.  Never shortens."""
+        if bits > self._length:
+            self._bits.extend(bitarray(bits - self._length, endian="little"))
+            self._length = bits
+
+    def release(self) -> None:
+        """Let go of the buffer; the bitmap has no bits from then on."""
+        self._bits = bitarray(endian="little")
+        self._length = 0

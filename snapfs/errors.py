@@ -1,0 +1,108 @@
+"""What can go wrong, in the words of snapfs.
+
+Each class carries the exit status of the command line (`exit_code`, the table
+in snapfs(1)); none carries an errno: `fusefs.py` has the one table that maps
+these classes to errnos.  Failing system calls stay `OSError`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """Exit statuses of every snapfs command; never reused for something else."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    PARTIAL = 3
+    SNAPSHOT_UNUSABLE = 4
+    NOT_FOUND = 5
+    BITMAP_UNUSABLE = 6
+    INTERRUPTED = 130
+
+
+class SnapfsError(Exception):
+    """Base of all domain errors; `str()` is one line for the user."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.ERROR
+
+
+class UsageError(SnapfsError):
+    """The caller asked for something that has no meaning."""
+
+    exit_code = ExitCode.USAGE
+
+
+class InvalidName(UsageError):
+    """A snapshot or bitmap name that is not a plain file name."""
+
+
+class InvalidRange(UsageError):
+    """An offset or length outside what the file can have."""
+
+
+class NotFound(SnapfsError):
+    """Something named does not exist."""
+
+    exit_code = ExitCode.NOT_FOUND
+
+
+class SnapshotNotFound(NotFound):
+    """No snapshot has that name."""
+
+
+class NotMounted(NotFound):
+    """No snapfs mount, or no live daemon, at that place."""
+
+
+class SnapshotExists(SnapfsError):
+    """A snapshot of that name is there already."""
+
+
+class AccessDenied(SnapfsError):
+    """The range is outside the snapshot's access bitmap, or was discarded."""
+
+
+class SnapshotLost(SnapfsError):
+    """The snapshot cannot be read any more: its data is gone or not trusted."""
+
+    exit_code = ExitCode.SNAPSHOT_UNUSABLE
+
+
+class SnapshotIncomplete(SnapfsError):
+    """Some clusters of the snapshot could not be kept."""
+
+    exit_code = ExitCode.SNAPSHOT_UNUSABLE
+
+
+class BitmapUnusable(SnapfsError):
+    """A bitmap is missing, inconsistent or of the wrong size: a full copy is needed."""
+
+    exit_code = ExitCode.BITMAP_UNUSABLE
+
+
+class ReadOnly(SnapfsError):
+    """Snapshots are never written, and nothing is in a mount with `-o ro`."""
+
+
+class NotSupported(SnapfsError):
+    """A request that snapfs has no answer to, such as a collapse-range."""
+
+
+class NotPermitted(SnapfsError):
+    """The caller may not do that: not the owner, or a fixed part of the tree."""
+
+
+class InUse(SnapfsError):
+    """The image or the state directory belongs to another process."""
+
+
+class StateError(SnapfsError):
+    """The state directory cannot be used as it is; the message says why."""
+
+
+class MountError(SnapfsError):
+    """The mount could not be made; the message names the remedy."""

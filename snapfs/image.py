@@ -1,0 +1,286 @@
+"""Files of bytes: the live image and the temp images.
+
+An `Image` owns one descriptor.  The engine asks for whole ranges and gets all
+of them or an OSError; short reads happen only at the end of the file.  What
+can be answered from the page cache at once is (`RWF_NOWAIT`); whatever may
+block runs in a worker thread, under a limiter of its own, and is never
+abandoned: when the call returns or raises, no thread touches the file any
+more.
+
+Offsets and lengths are bytes.  Sources: preadv2(2), fallocate(2), lseek(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, TypeVarTuple
+
+import trio
+from bitarray import bitarray
+
+Buffer = bytes | bytearray | memoryview
+
+FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+COPY_STEP = 1 << 20  # bytes that one pass of a copy holds in memory
+
+_Result = TypeVar("_Result")
+_Arguments = TypeVarTuple("_Arguments")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.fallocate.restype = ctypes.c_int
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with a mode, which `os.posix_fallocate` does not take.
+
+    Blocks.  Raises OSError; the GIL is released meanwhile.
+    """
+    while _libc.fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+class Image(Protocol):
+    """What the engine needs of the image and of a temp image."""
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Read; the result is shorter only where the file ends."""
+
+    def pread_nowait(self, offset: int, length: int) -> Buffer | None:
+        """The same without blocking, or None if the page cache lacks a byte."""
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`."""
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Free the range; it reads as zeros.  The size stays."""
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, allocated if it can be; may extend the file."""
+
+    async def allocate(self, offset: int, length: int, keep_size: bool) -> None:
+        """Allocate space for the range; may extend the file unless `keep_size`."""
+
+    async def truncate(self, size: int) -> None:
+        """Set the size; what is new reads as zeros."""
+
+    async def flush(self) -> None:
+        """Make the data durable (fdatasync)."""
+
+    async def data_extents(
+        self, offset: int, length: int, limit: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Where data may be: ascending (start, stop) pairs inside the range.
+
+        At most `limit` (>= 1) pairs; the second value is the offset up to
+        which they are complete, the end of the range or that of the last pair.
+        """
+
+    async def copy_to(self, target: Image, offset: int, length: int, cluster_size: int) -> int:
+        """Copy the range to the same offsets of `target`, which is empty there.
+
+        Clusters that are unallocated or all zeros are left as holes.  Returns
+        the bytes written.
+        """
+
+    def size(self) -> int:
+        """Present size of the file."""
+
+    def blocks(self) -> int:
+        """Allocated space in units of 512 bytes, as st_blocks."""
+
+    def close(self) -> None:
+        """Close the file.  No call may be in flight."""
+
+
+def is_zero(data: Buffer) -> bool:
+    """Is every byte zero?  An empty buffer is."""
+    return not bitarray(buffer=data).any()
+
+
+def _pread_full(fd: int, offset: int, length: int) -> bytearray:
+    buffer = bytearray(length)
+    done = 0
+    with memoryview(buffer) as view:
+        while done < length:
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if not count:
+                break
+            done += count
+    if done < length:
+        del buffer[done:]
+    return buffer
+
+
+def _pwrite_full(fd: int, offset: int, data: Buffer) -> None:
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        count = os.pwrite(fd, view[done:], offset + done)
+        if not count:
+            raise OSError(errno.EIO, "a write made no progress")
+        done += count
+
+
+def _zero(fd: int, offset: int, length: int) -> None:
+    try:
+        fallocate(fd, FALLOC_FL_ZERO_RANGE, offset, length)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:  # tmpfs, for one
+            raise
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        fallocate(fd, 0, offset, length)
+
+
+def _seek_data(fd: int, offset: int) -> int | None:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+            return None
+        raise
+
+
+def _data_extents(
+    fd: int, offset: int, end: int, limit: int
+) -> tuple[list[tuple[int, int]], int]:
+    extents: list[tuple[int, int]] = []
+    while offset < end and len(extents) < limit:
+        start = _seek_data(fd, offset)
+        if start is None or start >= end:
+            return extents, end
+        offset = min(end, os.lseek(fd, start, os.SEEK_HOLE))
+        extents.append((start, offset))
+    return extents, offset
+
+
+def _copy(source: int, target: int, offset: int, length: int, cluster_size: int) -> int:
+    """`Image.copy_to` for two descriptors; blocks.
+
+    Reads and writes instead of copy_file_range(2), which would reflink on XFS
+    and btrfs and so make later in-place writes of the image allocate.
+    """
+    written = 0
+    end = offset + length
+    while offset < end:
+        data = _seek_data(source, offset)
+        if data is None or data >= end:
+            break
+        offset = max(offset, data - data % cluster_size)
+        buffer = memoryview(_pread_full(source, offset, min(COPY_STEP, end - offset)))
+        if not len(buffer):
+            break
+        pieces = [buffer[i : i + cluster_size] for i in range(0, len(buffer), cluster_size)]
+        for start, stop in _nonzero_runs(pieces):
+            run = buffer[start * cluster_size : stop * cluster_size]
+            _pwrite_full(target, offset + start * cluster_size, run)
+            written += len(run)
+        offset += len(buffer)
+    return written
+
+
+def _nonzero_runs(pieces: Sequence[Buffer]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for index, piece in enumerate(pieces):
+        if is_zero(piece):
+            continue
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs
+
+
+class FileImage:
+    """An `Image` that is a regular file.
+
+    Owns `fd` from construction to `close`.  `limiter` bounds the threads that
+    this file and those sharing the limiter use at once.
+    """
+
+    def __init__(self, fd: int, *, limiter: trio.CapacityLimiter) -> None:
+        self.fd = fd
+        self._limiter = limiter
+        self._write_nowait = True  # until the file system says it cannot
+
+    async def _offload(
+        self, call: Callable[[*_Arguments], _Result], *arguments: *_Arguments
+    ) -> _Result:
+        return await trio.to_thread.run_sync(call, *arguments, limiter=self._limiter)
+
+    def pread_nowait(self, offset: int, length: int) -> Buffer | None:
+        buffer = bytearray(length)
+        try:
+            count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return None
+            raise
+        # A short count may be the end of the file or the end of what is cached.
+        return buffer if count == length else None
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        cached = self.pread_nowait(offset, length)
+        if cached is not None:
+            return cached
+        return await self._offload(_pread_full, self.fd, offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        done = self._pwrite_nowait(offset, data)
+        if done < len(data):
+            await self._offload(_pwrite_full, self.fd, offset + done, memoryview(data)[done:])
+
+    def _pwrite_nowait(self, offset: int, data: Buffer) -> int:
+        if not self._write_nowait:
+            return 0
+        try:
+            return os.pwritev(self.fd, [data], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # ext4's buffered writes, for one
+                self._write_nowait = False
+            # Whatever it is, the blocking call meets it again and reports it.
+            return 0
+
+    async def punch(self, offset: int, length: int) -> None:
+        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        await self._offload(fallocate, self.fd, mode, offset, length)
+
+    async def zero(self, offset: int, length: int) -> None:
+        await self._offload(_zero, self.fd, offset, length)
+
+    async def allocate(self, offset: int, length: int, keep_size: bool) -> None:
+        mode = FALLOC_FL_KEEP_SIZE if keep_size else 0
+        await self._offload(fallocate, self.fd, mode, offset, length)
+
+    async def truncate(self, size: int) -> None:
+        await self._offload(os.ftruncate, self.fd, size)
+
+    async def flush(self) -> None:
+        await self._offload(os.fdatasync, self.fd)
+
+    async def data_extents(
+        self, offset: int, length: int, limit: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        return await self._offload(_data_extents, self.fd, offset, offset + length, limit)
+
+    async def copy_to(self, target: Image, offset: int, length: int, cluster_size: int) -> int:
+        if not isinstance(target, FileImage):
+            raise TypeError("a file is copied to a file")
+        return await self._offload(_copy, self.fd, target.fd, offset, length, cluster_size)
+
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    def blocks(self) -> int:
+        return os.fstat(self.fd).st_blocks
+
+    def close(self) -> None:
+        os.close(self.fd)

@@ -1,0 +1,193 @@
+"""One layer: what a snapshot owns, and what outlives it for older ones.
+
+A layer is *live* while its snapshot is wanted: it has a name, or somebody
+still holds its file open after it was deleted.  A layer that is not live has
+no access left; it stays, nameless, only while older snapshots find old data in
+its temp image.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from attrs import define, field, frozen
+
+from .bitmap import Bitmap
+from .errors import InvalidName
+from .geometry import Geometry
+from .image import Image
+
+State = Literal["ok", "incomplete", "lost"]
+Policy = Literal["break-snapshot", "break-guest-write"]
+
+MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can be a snapshot's file name, else raise InvalidName."""
+    if name in ("", ".", ".."):
+        raise InvalidName(f"{name!r} cannot be the name of a snapshot")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidName("the name of a snapshot must be valid UTF-8") from None
+    if size > MAX_NAME_BYTES:
+        raise InvalidName(f"the name has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
+    if "/" in name or any(unicodedata.category(letter) == "Cc" for letter in name):
+        raise InvalidName(f"{name!r} has a slash or a control character")
+    return name
+
+
+@frozen
+class LayerRecord:
+    """What the state directory keeps of a layer besides its files.
+
+    Counts are clusters, `size` bytes, `blocks` 512-byte units, `created_ns`
+    nanoseconds since 1970.
+    """
+
+    id: int
+    name: str | None
+    created_ns: int
+    size: int
+    state: State = "ok"
+    reason: str | None = None
+    errno: int | None = None
+    lost: int = 0
+    granted: int = 0
+    blocks: int = 0
+    bitmap: str | None = None
+    policy: Policy | None = None
+
+
+@frozen
+class LayerParts:
+    """The files of a layer."""
+
+    access: Bitmap
+    done: Bitmap
+    temp: Image
+
+
+@define(eq=False)
+class Layer:
+    """A snapshot, or what is left of one.
+
+    All fields but the first group change only in plain `def` functions of the
+    trio thread (task-atomic).
+    """
+
+    # Set in the constructor.
+    id: int
+    geometry: Geometry
+    access: Bitmap  # set: readers may read the cluster.  Bits are only ever cleared
+    done: Bitmap  # set: the old data is in temp (a hole there: zeros)
+    temp: Image
+    created_ns: int = 0
+    granted: int = 0  # accessible clusters at creation
+    blocks: int = 0  # st_blocks of the image at creation
+    bitmap: str | None = None  # the dirty bitmap that gave access, None: all
+    policy: Policy | None = None  # None: that of the mount
+
+    name: str | None = None
+    state: State = "ok"
+    reason: str | None = None
+    errno: int | None = None
+    lost: int = 0  # clusters that could not be kept
+
+    live: bool = True
+    visible: bool = True  # False until the state directory knows it
+    openers: int = 0  # open file handles
+    pins: int = 0  # I/O in flight on temp: it must not be closed
+    removed: bool = False  # out of the stack; its files go when pins is 0
+    _accessible: int | None = field(default=None, init=False)  # cached count
+
+    @classmethod
+    def from_record(cls, record: LayerRecord, parts: LayerParts, cluster_size: int) -> Layer:
+        """The layer as the state directory kept it."""
+        return cls(
+            id=record.id,
+            geometry=Geometry(record.size, cluster_size),
+            access=parts.access,
+            done=parts.done,
+            temp=parts.temp,
+            created_ns=record.created_ns,
+            granted=record.granted,
+            blocks=record.blocks,
+            bitmap=record.bitmap,
+            policy=record.policy,
+            name=record.name,
+            state=record.state,
+            reason=record.reason,
+            errno=record.errno,
+            lost=record.lost,
+            live=record.name is not None,
+        )
+
+    def record(self) -> LayerRecord:
+        """What the state directory keeps."""
+        return LayerRecord(
+            id=self.id,
+            name=self.name,
+            created_ns=self.created_ns,
+            size=self.geometry.size,
+            state=self.state,
+            reason=self.reason,
+            errno=self.errno,
+            lost=self.lost,
+            granted=self.granted,
+            blocks=self.blocks,
+            bitmap=self.bitmap,
+            policy=self.policy,
+        )
+
+    def withdraw(self, first: int, stop: int) -> None:
+        """Clear access to [first, stop); readers get AccessDenied from now on."""
+        self.access.clear(first, stop)
+        self._accessible = None
+
+    @property
+    def accessible(self) -> int:
+        """Number of clusters that may be read."""
+        if self._accessible is None:
+            self._accessible = self.access.count()
+        return self._accessible
+
+    def stat_blocks(self) -> int:
+        """st_blocks of the snapshot's file: what data a reader finds, about.
+
+        The image's own blocks at creation, and every inaccessible cluster
+        counts as data.  Never 0 for a size above 0: GNU tar -S stores a file
+        without blocks as all zeros without reading it.
+        """
+        full = -(-self.geometry.size // 512)
+        hidden = (self.geometry.clusters - self.accessible) * self.geometry.cluster_size // 512
+        return min(full, max(1, self.blocks + hidden))
+
+
+class LayerStore(Protocol):
+    """Where layers are kept: the state directory, or memory in tests."""
+
+    async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
+        """Make the files of a layer: all bits clear, an empty temp image of that size.
+
+        On failure (OSError) nothing is left behind.
+        """
+
+    async def save(self, records: Sequence[LayerRecord], geometry: Geometry) -> None:
+        """Replace the list of layers (oldest first), atomically and durably.
+
+        `geometry` is that of the image now.  After a crash either the old or
+        the new list is found.
+        """
+
+    async def remove(self, layer_id: int) -> None:
+        """Remove the files of a layer that is in no saved list.  Idempotent."""
+
+    def write_started(self, size: int) -> None:
+        """A change of the image begins that may leave it with `size` bytes."""
+
+    def write_finished(self) -> None:
+        """A change of the image that `write_started` announced has ended."""
