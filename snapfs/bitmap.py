@@ -21,6 +21,18 @@ def buffer_size(bits: int) -> int:
     return -(-bits // 8)
 
 
+def runs(bits: bitarray, first: int, stop: int, value: bool = True) -> Iterator[tuple[int, int]]:
+    """Maximal runs [start, end) of bits equal to `value` inside [first, stop), ascending."""
+    wanted, other = (1, 0) if value else (0, 1)
+    while first < stop:
+        start = bits.find(wanted, first, stop)
+        if start < 0:
+            return
+        end = bits.find(other, start, stop)
+        first = stop if end < 0 else end
+        yield start, first
+
+
 class Bitmap:
     """A fixed number of bits over a buffer.
 
@@ -76,14 +88,7 @@ class Bitmap:
 
         Ascending.  Lazy: bits that change behind the cursor do not matter.
         """
-        wanted, other = (1, 0) if value else (0, 1)
-        while first < stop:
-            start = self._bits.find(wanted, first, stop)
-            if start < 0:
-                return
-            end = self._bits.find(other, start, stop)
-            first = stop if end < 0 else end
-            yield start, first
+        return runs(self._bits, first, stop, value)
 
     def slice(self, first: int, stop: int) -> bitarray:
         """A copy of [first, stop)."""

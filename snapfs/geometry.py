@@ -67,3 +67,7 @@ class Geometry:
         """Offset and length in bytes of clusters [first, stop), cut at the end."""
         start = min(first * self.cluster_size, self.size)
         return start, max(0, min(stop * self.cluster_size, self.size) - start)
+
+    def end_of(self, stop: int) -> int:
+        """First byte after clusters [..., stop), cut at the end of the image."""
+        return min(stop * self.cluster_size, self.size)

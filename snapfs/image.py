@@ -149,9 +149,7 @@ def _seek_data(fd: int, offset: int) -> int | None:
         raise
 
 
-def _data_extents(
-    fd: int, offset: int, end: int, limit: int
-) -> tuple[list[tuple[int, int]], int]:
+def _data_extents(fd: int, offset: int, end: int, limit: int) -> tuple[list[tuple[int, int]], int]:
     extents: list[tuple[int, int]] = []
     while offset < end and len(extents) < limit:
         start = _seek_data(fd, offset)

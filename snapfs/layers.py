@@ -15,17 +15,12 @@ from collections.abc import Iterable, Iterator
 from bitarray import bitarray
 from bitarray.util import zeros
 
+from . import bitmap
 from .bitmap import Bitmap
 from .snapshot import Layer
 
 Run = tuple[int, int]  # clusters [first, stop)
 Source = Layer | None  # a layer: in its temp image; None: in the image itself
-
-
-def _runs(bits: bitarray, base: int) -> list[Run]:
-    found = Bitmap(0)
-    found._bits = bits
-    return [(base + first, base + stop) for first, stop in found.runs(0, len(bits))]
 
 
 class LayerStack:
@@ -70,7 +65,7 @@ class LayerStack:
 
     def remove(self, layer: Layer) -> None:
         """Take out a layer that is not live and holds nothing."""
-        assert not layer.live and not layer.done.any(0, len(layer.done))
+        assert not layer.live and layer.is_empty()
         self._layers.remove(layer)
         layer.removed = True
 
@@ -100,9 +95,11 @@ class LayerStack:
             excess = done & ~wanting
             if excess.any():
                 layer.done.assign(first, done & wanting)
-                dropped.append((layer, _runs(excess, first)))
+                runs = [(first + a, first + b) for a, b in bitmap.runs(excess, 0, end - first)]
+                dropped.append((layer, runs))
             wanted[: end - first] = wanting & ~done
-        self.pending.assign(first, wanted[: max(0, len(self.pending) - first)])
+        if first < len(self.pending):
+            self.pending.assign(first, wanted[: len(self.pending) - first])
         return dropped
 
     def needing(self, first: int, stop: int) -> list[tuple[Layer, bitarray]]:

@@ -148,12 +148,20 @@ class Layer:
         self.access.clear(first, stop)
         self._accessible = None
 
+    def is_empty(self) -> bool:
+        """Does the temp image hold nothing that a snapshot finds there?"""
+        return not self.done.any(0, len(self.done))
+
     @property
     def accessible(self) -> int:
         """Number of clusters that may be read."""
         if self._accessible is None:
             self._accessible = self.access.count()
         return self._accessible
+
+    def temp_bytes(self) -> int:
+        """Space that the temp image takes on its file system."""
+        return self.temp.blocks() * 512
 
     def stat_blocks(self) -> int:
         """st_blocks of the snapshot's file: what data a reader finds, about.

@@ -1,0 +1,466 @@
+"""The engine: copy-before-write on a live image with any number of snapshots.
+
+Order of a write to `active`, which everything else relies on:
+
+ 1. copy the old data of pending clusters to the newest live temp image; two
+    writers to one cluster make one copy, and if another's copy failed, try
+    yourself (`copier.py`)
+ 2. set done, clear pending: new snapshot reads go to the temp image
+ 3. set the dirty bitmaps
+ 4. wait until no frozen read overlaps; none new can appear, since no snapshot
+    finds the range in the image any more
+ 5. write the image
+
+Snapshot reads are never blocked: while a copy is in flight the old data is
+still in the image.  A read from the image that may take a moment is *frozen*:
+step 4 waits for it.  A snapshot is created while no write is between 1 and 5.
+
+Punching, zeroing and shrinking `active` are writes.  State changes only
+between two checkpoints, in plain code; after each await it is looked at again.
+The engine knows no FUSE and no command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+
+import trio
+
+from .copier import Copier, Counters, Settings
+from .errors import (
+    InvalidRange,
+    ReadOnly,
+    SnapshotExists,
+    SnapshotLost,
+    SnapshotNotFound,
+)
+from .geometry import Geometry
+from .image import Buffer, Image
+from .layers import LayerStack
+from .reqlist import Gate, Request, RequestList
+from .snapshot import Layer, LayerStore, Policy, check_name
+from .views import Extent, SnapshotReader
+
+log = logging.getLogger(__name__)
+
+STEP = 64 << 20  # bytes of a long punch or zeroing that are made safe and done at a time
+MAX_SIZE = (1 << 63) - 1  # of a file: off_t
+
+
+class Engine:
+    """One live image and its snapshots.
+
+    Takes over the image and the layers.  `nursery` runs copies and late
+    clean-up; the engine must be closed before the nursery is left.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        geometry: Geometry,
+        store: LayerStore,
+        nursery: trio.Nursery,
+        *,
+        layers: Sequence[Layer] = (),
+        next_id: int = 1,
+        settings: Settings | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.read_only = read_only
+        self.counters = Counters()
+        # Awaited by create_snapshot: makes the kernel write back what it holds
+        # of `active`.  Set by the FUSE face.
+        self.barrier: Callable[[], Awaitable[None]] | None = None
+        # Why the image cannot be trusted any more, None while it can.
+        self.unhealthy: str | None = None
+        self._image = image
+        self._geometry = geometry  # task-atomic
+        self._store = store
+        self._nursery = nursery
+        self._next_id = next_id
+        self._stack = LayerStack(layers, geometry.clusters)
+        self._stack.settle(0, self._stack.clusters)
+        self._gate = Gate()  # writes are inside; closing it makes an instant
+        self._transitions = trio.Lock()  # one change of the layer list at a time
+        self._frozen_reads: RequestList[Request] = RequestList()
+        self._copier = Copier(
+            image,
+            self._stack,
+            geometry.cluster_size,
+            nursery,
+            self.settings,
+            self.counters,
+            lambda layer: nursery.start_soon(self._dispose, layer),
+            lambda layer: nursery.start_soon(self._save_quietly),
+        )
+        self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self._copier.unpin)
+
+    # The live image
+
+    @property
+    def geometry(self) -> Geometry:
+        """Size of the image now, and the cluster size."""
+        return self._geometry
+
+    @property
+    def size(self) -> int:
+        """Size of the image now, in bytes."""
+        return self._geometry.size
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Read from the image; waits for nobody.  Short only at the end, empty beyond it."""
+        self.counters.reads += 1
+        length = min(length, self.size - offset)
+        return await self._image.pread(offset, length) if length > 0 else b""
+
+    async def write(self, offset: int, data: Buffer) -> int:
+        """Write to the image, which grows if need be; returns len(data).
+
+        Raises OSError of the image, or of a copy under break-guest-write; then
+        nothing of `data` has reached the image in the latter case.
+        """
+        self._check_range(offset, len(data))
+        self.counters.writes += 1
+        if not len(data):
+            return 0
+        async with self._gate.inside():
+            await self._change(
+                offset, len(data), partial(self._image.pwrite, offset, data), offset + len(data)
+            )
+        return len(data)
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Free a range of the image; it reads as zeros.  The size stays."""
+        self._check_range(offset, length)
+        end = min(offset + length, self.size)
+        for start, count in _steps(offset, end):
+            async with self._gate.inside():
+                await self._change(start, count, partial(self._image.punch, start, count))
+
+    async def zero(self, offset: int, length: int, keep_size: bool = False) -> None:
+        """Make a range read as zeros; the image grows unless `keep_size`."""
+        self._check_range(offset, length)
+        end = offset + length
+        if keep_size:
+            end = min(end, self.size)
+        for start, count in _steps(offset, end):
+            async with self._gate.inside():
+                await self._change(
+                    start, count, partial(self._image.zero, start, count), start + count
+                )
+
+    async def allocate(self, offset: int, length: int, keep_size: bool) -> None:
+        """Reserve space; changes no data, but the image grows unless `keep_size`."""
+        self._check_range(offset, length)
+        async with self._gate.inside():
+            size = self.size if keep_size else max(self.size, offset + length)
+            self._store.write_started(size)
+            try:
+                await self._image.allocate(offset, length, keep_size)
+                self._extended(size)
+            finally:
+                self._store.write_finished()
+
+    async def resize(self, size: int) -> None:
+        """Set the size of the image; what a shrink cuts off is copied first.
+
+        Growing does not change existing snapshots.
+        """
+        self._check_range(0, size)
+        async with self._transitions, self._gate.closed():
+            old = self._geometry
+            for start, count in _steps(size, old.size):
+                await self._make_safe(start, count)
+            self._store.write_started(size)
+            try:
+                await self._image.truncate(size)
+                self._geometry = old.resized(size)
+                self._stack.grow(self._geometry.clusters)
+            finally:
+                self._store.write_finished()
+            await self._save()
+
+    async def flush(self) -> None:
+        """Make the data of the image durable."""
+        await self._image.flush()
+
+    async def _change(
+        self, offset: int, length: int, change: Callable[[], Awaitable[None]], size: int = 0
+    ) -> None:
+        """Steps 1 to 5 for a change of [offset, offset+length); the gate is held.
+
+        `size`: the image has at least that many bytes afterwards.
+        """
+        await self._make_safe(offset, length)
+        self._store.write_started(max(size, self.size))
+        try:
+            await change()
+            self._extended(size)
+        except OSError:
+            self._extended(self._image.size())  # part of it may have landed
+            raise
+        finally:
+            self._store.write_finished()
+
+    async def _make_safe(self, offset: int, length: int) -> None:
+        """Steps 1 to 4.  On return the range may be overwritten, until a snapshot is created."""
+        clusters = self._geometry.touched(offset, length)
+        await self._copier.preserve(clusters.start, clusters.stop)
+        if await self._frozen_reads.wait_clear(clusters.start, clusters.stop):
+            self.counters.frozen_waits += 1
+
+    def _extended(self, size: int) -> None:
+        if size > self.size:
+            self._geometry = self._geometry.resized(size)
+            self._stack.grow(self._geometry.clusters)
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise ReadOnly("the mount is read-only")
+        if offset < 0 or length < 0 or offset + length > MAX_SIZE:
+            raise InvalidRange(f"offset {offset}, length {length} is outside what a file can have")
+
+    async def refresh(self) -> None:
+        """Notice a size that was changed from outside: growth is adopted, a shrink is trouble."""
+        async with self._transitions:
+            self._notice_size()
+
+    def _notice_size(self) -> None:
+        size = self._image.size()
+        if size > self.size:
+            log.warning("the image grew from %d to %d bytes from outside", self.size, size)
+            self._extended(size)
+        elif size < self.size and self.unhealthy is None:
+            self.unhealthy = (
+                f"the image was cut from {self.size} to {size} bytes from outside; "
+                "data that snapshots need is gone"
+            )
+            log.error("%s", self.unhealthy)
+
+    # Snapshots
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers, oldest first, nameless ones included."""
+        return tuple(self._stack)
+
+    @property
+    def snapshots(self) -> tuple[Layer, ...]:
+        """Snapshots that can be found by name, oldest first."""
+        return tuple(layer for layer in self._stack if layer.visible and layer.name is not None)
+
+    def find(self, name: str) -> Layer:
+        """The snapshot of that name; raises SnapshotNotFound."""
+        for layer in self._stack:
+            if layer.visible and layer.name == name:
+                return layer
+        raise SnapshotNotFound(f"there is no snapshot {name!r}")
+
+    async def create_snapshot(self, name: str, *, policy: Policy | None = None) -> Layer:
+        """The image as it is now, as a snapshot; copies nothing.
+
+        Every write that returned before the call is in it, none that starts
+        after the return is.  Writes in flight are waited for, new ones wait
+        for an instant.  Raises InvalidName, SnapshotExists, OSError; then
+        nothing is left behind.
+        """
+        check_name(name)
+        async with self._transitions:
+            self._check_new(name)
+            if self.read_only:
+                raise ReadOnly("the mount is read-only")
+            if self.barrier is not None:
+                await self.barrier()
+            layer = await self._make_layer()
+            try:
+                async with self._gate.closed():
+                    self._notice_size()
+                    if layer.geometry.size != self.size:  # a write extended the image meanwhile
+                        await self._dispose(layer)
+                        layer = await self._make_layer()
+                    layer.name, layer.policy = name, policy
+                    layer.created_ns = time.time_ns()
+                    layer.blocks = self._image.blocks()
+                    self._stack.append(layer)
+                await self._save()
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._unmake(layer)
+                raise
+            layer.visible = True
+            log.info("snapshot %s created", name)
+            return layer
+
+    def _check_new(self, name: str) -> None:
+        if any(layer.name == name for layer in self._stack):
+            raise SnapshotExists(f"there is a snapshot {name!r} already")
+
+    async def _make_layer(self) -> Layer:
+        geometry = self._geometry
+        layer_id = self._next_id
+        self._next_id += 1
+        parts = await self._store.create(layer_id, geometry)
+        parts.access.set(0, geometry.clusters)
+        return Layer(
+            layer_id, geometry, parts.access, parts.done, parts.temp,
+            granted=geometry.clusters, visible=False,
+        )  # fmt: skip
+
+    async def rename_snapshot(self, old: str, new: str) -> None:
+        """Give a snapshot another name.  Raises SnapshotNotFound, SnapshotExists, InvalidName."""
+        check_name(new)
+        async with self._transitions:
+            layer = self.find(old)
+            if old == new:
+                return
+            self._check_new(new)
+            layer.name = new
+            try:
+                await self._save()
+            except BaseException:
+                layer.name = old
+                raise
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot; older ones keep what they find in its temp image.
+
+        Open handles can go on reading; the space is freed at the last close.
+        """
+        async with self._transitions:
+            layer = self.find(name)
+            layer.name = None
+            try:
+                await self._save()
+            except BaseException:
+                layer.name = name
+                raise
+            log.info("snapshot %s deleted", name)
+            if not layer.openers:
+                await self._retire(layer)
+
+    def open_snapshot(self, layer: Layer) -> None:
+        """Count an open handle.  Raises SnapshotLost if there is nothing to read."""
+        if layer.state == "lost":
+            raise SnapshotLost(f"snapshot {layer.name!r} is lost: {layer.reason}")
+        layer.openers += 1
+
+    async def close_snapshot(self, layer: Layer) -> None:
+        """Uncount a handle; the last one of a deleted snapshot frees it."""
+        layer.openers -= 1
+        if layer.openers or layer.name is not None or not layer.live:
+            return
+        async with self._transitions:
+            if layer.live and not layer.openers:
+                await self._retire(layer)
+
+    async def _retire(self, layer: Layer, save: bool = True) -> None:
+        """Drop a nameless layer: keep only what older snapshots find in it."""
+        layer.live = False
+        layer.withdraw(0, layer.geometry.clusters)
+        dropped = self._stack.settle(0, self._stack.clusters)
+        gone = [each for each in self._stack if not each.live and each.is_empty()]
+        for each in gone:
+            self._stack.remove(each)
+        for each, runs in dropped:
+            if not each.removed:
+                await self._copier.punch(each, runs)
+        for each in gone:
+            await self._free(each)  # first: the list may need the space
+        if save and gone:
+            await self._save()
+        for each in gone:
+            if not each.pins:
+                await self._dispose(each)
+
+    @staticmethod
+    async def _free(layer: Layer) -> None:
+        try:
+            await layer.temp.truncate(0)
+        except OSError as error:
+            log.warning("cannot free the temp image of a deleted snapshot: %s", error)
+
+    async def _dispose(self, layer: Layer) -> None:
+        """Close and remove the files of a layer that is not in the stack."""
+        layer.removed = True
+        layer.temp.close()
+        layer.access.release()
+        layer.done.release()
+        try:
+            await self._store.remove(layer.id)
+        except OSError as error:  # the next mount removes them
+            log.error("cannot remove the files of a deleted snapshot: %s", error)
+
+    async def _unmake(self, layer: Layer) -> None:
+        """Undo a creation that failed half-way."""
+        layer.name = None
+        if layer in self._stack:
+            await self._retire(layer, save=False)
+        elif not layer.removed:
+            await self._dispose(layer)
+
+    async def _save(self) -> None:
+        records = [layer.record() for layer in self._stack]
+        await self._store.save(records, self._geometry)
+
+    async def _save_quietly(self) -> None:
+        async with self._transitions:
+            try:
+                await self._save()
+            except OSError as error:  # the access bitmaps hold what matters
+                log.error("cannot record the state of the snapshots: %s", error)
+
+    async def read_snapshot(
+        self, layer: Layer, offset: int, length: int, *, partial: bool = False
+    ) -> Buffer:
+        """Read the image as it was at the layer's moment; see `SnapshotReader.read`."""
+        self.counters.snapshot_reads += 1
+        return await self._reader.read(layer, offset, length, partial)
+
+    async def discard(self, layer: Layer, offset: int, length: int) -> None:
+        """Give up the clusters that lie inside the range as a whole.
+
+        The end of the snapshot counts as aligned.  They are inaccessible at
+        once, are not copied any more, and their temp space is freed unless an
+        older snapshot finds data there.  An error of freeing is raised; access
+        is gone all the same.
+        """
+        if offset < 0 or length < 0:
+            raise InvalidRange(f"offset {offset}, length {length} is no range")
+        clusters = layer.geometry.covered(offset, length)
+        if not clusters:
+            return
+        self.counters.discards += 1
+        self.counters.discarded_bytes += layer.geometry.span(clusters.start, clusters.stop)[1]
+        layer.withdraw(clusters.start, clusters.stop)
+        dropped = self._stack.settle(clusters.start, clusters.stop)
+        for each, runs in dropped:
+            await self._copier.punch(each, runs)
+
+    # Extents
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE on the image; OSError ENXIO as lseek(2)."""
+        return await self._reader.seek(None, offset, self.size, whence)
+
+    async def seek_snapshot(self, layer: Layer, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE on a snapshot; what may not be read is data."""
+        return await self._reader.seek(layer, offset, layer.geometry.size, whence)
+
+    def map(
+        self, layer: Layer | None, offset: int = 0, length: int = MAX_SIZE
+    ) -> AsyncIterator[Extent]:
+        """Extents of a snapshot, or of the image (None): ascending, merged.
+
+        The caller keeps the snapshot open meanwhile (`open_snapshot`).
+        """
+        size = self.size if layer is None else layer.geometry.size
+        return self._reader.map(layer, offset, min(size, offset + length))
+
+
+def _steps(offset: int, end: int) -> list[tuple[int, int]]:
+    """[offset, end) as (offset, length) pieces of at most STEP bytes."""
+    return [(start, min(STEP, end - start)) for start in range(offset, end, STEP)]

@@ -1,0 +1,249 @@
+"""Copies of old data into the temp image, and what happens when one fails.
+
+A copy runs in a task of its own, so that the writer who wants it can stop
+waiting (`cbw_timeout`) while the copy goes on; two writers to one cluster share
+one copy.  A copy that lands sets the done bits and lets the layers settle;
+whatever nobody wants by then (discarded, deleted or given up meanwhile) is
+punched out again before the copy counts as ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+
+import trio
+from attrs import define, field, frozen
+from attrs.validators import ge, in_
+
+from . import bitmap
+from .image import Image
+from .layers import LayerStack, Run
+from .reqlist import Request, RequestList
+from .snapshot import Layer, Policy
+
+log = logging.getLogger(__name__)
+
+COPY_RUN = 16 << 20  # bytes of one copy at most: what another writer may have to wait for
+
+
+@frozen
+class Settings:
+    """Copy-before-write policy of a mount.
+
+    `cbw_timeout`: seconds that one request waits for its copies, 0 for ever.
+    """
+
+    on_cbw_error: Policy = field(
+        default="break-snapshot", validator=in_(("break-snapshot", "break-guest-write"))
+    )
+    cbw_timeout: float = field(default=15.0, validator=ge(0))
+
+
+@define
+class Counters:
+    """Totals since the mount, for status."""
+
+    reads: int = 0
+    writes: int = 0
+    snapshot_reads: int = 0
+    discards: int = 0
+    discarded_bytes: int = 0
+    cbw_copies: int = 0
+    cbw_bytes: int = 0
+    cbw_seconds: float = 0.0
+    cbw_errors: int = 0
+    frozen_waits: int = 0
+
+
+@define(eq=False)
+class Copy(Request):
+    """Clusters on their way into the temp image of `layer`."""
+
+    layer: Layer
+    voided: list[Run] = field(factory=list)  # given up meanwhile: must not land
+    error: OSError | None = None  # of the first cluster that failed
+
+
+class Copier:
+    """Steps 1 and 2 of a write: make a range safe to overwrite."""
+
+    def __init__(
+        self,
+        image: Image,
+        stack: LayerStack,
+        cluster_size: int,
+        nursery: trio.Nursery,
+        settings: Settings,
+        counters: Counters,
+        on_unpinned: Callable[[Layer], None],
+        on_lost: Callable[[Layer], None],
+    ) -> None:
+        self._image = image
+        self._stack = stack
+        self._cluster_size = cluster_size
+        self._nursery = nursery
+        self._settings = settings
+        self._counters = counters
+        self._on_unpinned = on_unpinned
+        self._on_lost = on_lost
+        self._copies: RequestList[Copy] = RequestList()
+
+    async def preserve(self, first: int, stop: int) -> None:
+        """Return when no cluster of [first, stop) is pending.
+
+        None can become pending again before a snapshot is created.  A copy
+        that fails, or takes longer than the timeout, goes to the policy:
+        either access to the clusters concerned is withdrawn, or OSError is
+        raised and nothing is lost.
+        """
+        stop = min(stop, len(self._stack.pending))
+        timeout = self._settings.cbw_timeout
+        deadline = trio.current_time() + timeout if timeout else float("inf")
+        while (run := next(self._stack.pending.runs(first, stop), None)) is not None:
+            start, end = run
+            copy = self._copies.find(start, end)
+            mine = copy is None or copy.first > start
+            if mine:
+                copy = self._start(start, end if copy is None else copy.first)
+            assert copy is not None
+            with trio.move_on_at(deadline) as scope:
+                await copy.wait()
+            if scope.cancelled_caught:
+                self._give_up(start, stop, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+            elif mine and copy.error is not None:
+                self._give_up(copy.first, copy.stop, copy.error)
+            # Another's copy that failed left its clusters pending: we try ourselves.
+
+    def _start(self, first: int, stop: int) -> Copy:
+        """Begin to copy pending clusters from `first` on; the copy may stop earlier."""
+        layer = self._stack.receiver
+        assert layer is not None, "a cluster is pending, so some snapshot is live"
+        stop = min(stop, first + max(1, COPY_RUN // self._cluster_size))
+        assert stop <= layer.geometry.clusters, "what is cut off by a shrink is copied before"
+        copy = Copy(first, stop, layer)
+        self._copies.add(copy)
+        layer.pins += 1
+        self._nursery.start_soon(self._run, copy)
+        return copy
+
+    async def _run(self, copy: Copy) -> None:
+        layer = copy.layer
+        try:
+            started = trio.current_time()
+            failed = await self._transfer(copy)
+            self._counters.cbw_seconds += trio.current_time() - started
+            for unwanted, runs in self._land(copy, failed):
+                await self._trash(unwanted, runs)
+        except Exception:  # a bug: the writer must not wait for ever, nor the mount die
+            log.exception("a copy ended with an unexpected error")
+            copy.error = copy.error or OSError(errno.EIO, os.strerror(errno.EIO))
+        finally:
+            self._copies.end(copy)
+            self.unpin(layer)
+
+    async def _transfer(self, copy: Copy) -> list[Run]:
+        """Copy the data; returns the clusters that failed and sets the copy's error."""
+        try:
+            await self._transfer_run(copy.layer, copy.first, copy.stop)
+            return []
+        except OSError as error:
+            if copy.stop - copy.first == 1:
+                return [self._failed(copy, copy.first, error)]
+        failed: list[Run] = []
+        for cluster in range(copy.first, copy.stop):  # keep what can be kept
+            try:
+                await self._transfer_run(copy.layer, cluster, cluster + 1)
+            except OSError as error:
+                failed.append(self._failed(copy, cluster, error))
+        return failed
+
+    async def _transfer_run(self, layer: Layer, first: int, stop: int) -> None:
+        offset, length = layer.geometry.span(first, stop)
+        written = await self._image.copy_to(layer.temp, offset, length, self._cluster_size)
+        self._counters.cbw_copies += stop - first
+        self._counters.cbw_bytes += written
+
+    def _failed(self, copy: Copy, cluster: int, error: OSError) -> Run:
+        self._counters.cbw_errors += 1
+        copy.error = copy.error or error
+        offset, length = copy.layer.geometry.span(cluster, cluster + 1)
+        log.warning(
+            "copy-before-write failed: snapshot %s, offset %d, length %d: %s",
+            copy.layer.name, offset, length, error.strerror,
+        )  # fmt: skip
+        return cluster, cluster + 1
+
+    def _land(self, copy: Copy, failed: list[Run]) -> list[tuple[Layer, list[Run]]]:
+        """Set done for what was copied and is still wanted; returns what to punch out."""
+        good = bitmap.Bitmap(copy.stop - copy.first)
+        good.set(0, copy.stop - copy.first)
+        for first, stop in failed + copy.voided:
+            good.clear(max(first, copy.first) - copy.first, min(stop, copy.stop) - copy.first)
+        if not copy.layer.live:  # its snapshot was deleted: another layer gets the copy
+            return [] if copy.layer.removed else [(copy.layer, [(copy.first, copy.stop)])]
+        unwanted = list(self._offset_runs(good, copy.first, False))
+        for first, stop in self._offset_runs(good, copy.first, True):
+            copy.layer.done.set(first, stop)
+        dropped = self._stack.settle(copy.first, copy.stop)
+        return [*dropped, (copy.layer, unwanted)] if unwanted else dropped
+
+    @staticmethod
+    def _offset_runs(bits: bitmap.Bitmap, base: int, value: bool) -> list[Run]:
+        return [(base + first, base + stop) for first, stop in bits.runs(0, len(bits), value)]
+
+    async def _trash(self, layer: Layer, runs: list[Run]) -> None:
+        try:
+            await self.punch(layer, runs)
+        except OSError as error:  # costs space, nothing else
+            log.warning("cannot free temp space of snapshot %s: %s", layer.name, error.strerror)
+
+    async def punch(self, layer: Layer, runs: list[Run]) -> None:
+        """Free clusters of a temp image whose done bits are clear.
+
+        Raises OSError of the first failure.
+        """
+        layer.pins += 1
+        try:
+            for first, stop in runs:
+                offset, length = layer.geometry.span(first, stop)
+                await layer.temp.punch(offset, length)
+        finally:
+            self.unpin(layer)
+
+    def unpin(self, layer: Layer) -> None:
+        """End one use of a layer's temp image, which `pins` counts."""
+        layer.pins -= 1
+        if layer.removed and not layer.pins:
+            self._on_unpinned(layer)
+
+    def _give_up(self, first: int, stop: int, error: OSError) -> None:
+        """Let the policy decide about pending clusters that cannot be kept.
+
+        Raises `error` if a snapshot that needs one of them breaks the guest's
+        write; else withdraws access to them, after which they are not pending.
+        """
+        needing = self._stack.needing(first, stop)
+        default = self._settings.on_cbw_error
+        if any((layer.policy or default) == "break-guest-write" for layer, _ in needing):
+            raise OSError(error.errno, error.strerror)
+        for layer, bits in needing:
+            for start, end in bitmap.runs(bits, 0, len(bits)):
+                layer.withdraw(first + start, first + end)
+            lost = bits.count()
+            layer.lost += lost
+            if layer.state == "ok":
+                layer.state = "incomplete"
+                layer.errno = error.errno
+                layer.reason = f"copy-before-write failed: {error.strerror}"
+            log.error(
+                "snapshot %s is incomplete: %d clusters from offset %d on could not be kept: %s",
+                layer.name, lost, first * self._cluster_size, error.strerror,
+            )  # fmt: skip
+            self._on_lost(layer)
+        for copy in self._copies:
+            if copy.overlaps(first, stop):
+                copy.voided.append((max(first, copy.first), min(stop, copy.stop)))
+        self._stack.settle(first, stop)

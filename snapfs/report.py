@@ -1,0 +1,68 @@
+"""What status, list and map say, as plain JSON values (shapes in snapfs(1))."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from attrs import asdict
+
+from .cbw import Engine
+from .snapshot import Layer
+from .views import Extent
+
+
+def describe_snapshot(layer: Layer) -> dict[str, Any]:
+    """One snapshot.  Bytes and clusters are integers, times RFC 3339 in UTC."""
+    total = layer.geometry.clusters
+    created = datetime.fromtimestamp(layer.created_ns / 1e9, UTC)
+    return {
+        "name": layer.name,
+        "id": layer.id,
+        "created": created.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "size": layer.geometry.size,
+        "state": layer.state,
+        "reason": layer.reason,
+        "errno": layer.errno,
+        "clusters": {
+            "total": total,
+            "accessible": layer.accessible,
+            "copied": layer.done.count(),
+            "lost": layer.lost,
+            "discarded": layer.granted - layer.accessible - layer.lost,
+        },
+        "temp_bytes": layer.temp_bytes(),
+        "bitmap": layer.bitmap,
+    }
+
+
+def describe_extent(extent: Extent) -> dict[str, Any]:
+    """One extent, in the keys of `qemu-img map` and ours."""
+    return {
+        "start": extent.start,
+        "length": extent.length,
+        "depth": 0,
+        "present": extent.accessible,
+        "zero": not extent.data,
+        "data": extent.data,
+        "offset": extent.start,
+        "accessible": extent.accessible,
+        "dirty": False,
+        "source": extent.source,
+    }
+
+
+def temp_bytes(engine: Engine) -> int:
+    """Space in all temp images, those of nameless layers included."""
+    return sum(layer.temp_bytes() for layer in engine.layers)
+
+
+def describe_engine(engine: Engine) -> dict[str, Any]:
+    """The parts of status that the engine knows: image, snapshots, temp, counters."""
+    return {
+        "image": {"size": engine.size, "cluster_size": engine.geometry.cluster_size},
+        "snapshots": [describe_snapshot(layer) for layer in engine.snapshots],
+        "bitmaps": [],
+        "temp": {"used_bytes": temp_bytes(engine), "limit_bytes": None},
+        "counters": asdict(engine.counters),
+    }
