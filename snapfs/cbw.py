@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import trio
@@ -461,6 +461,6 @@ class Engine:
         return self._reader.map(layer, offset, min(size, offset + length))
 
 
-def _steps(offset: int, end: int) -> list[tuple[int, int]]:
+def _steps(offset: int, end: int) -> Iterator[tuple[int, int]]:
     """[offset, end) as (offset, length) pieces of at most STEP bytes."""
-    return [(start, min(STEP, end - start)) for start in range(offset, end, STEP)]
+    return ((start, min(STEP, end - start)) for start in range(offset, end, STEP))

@@ -15,19 +15,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import trio
-from bitarray import bitarray
+
+from ._copy import copy_clusters
+from .offload import Offloader
 
 Buffer = bytes | bytearray | memoryview
 
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
-
-COPY_STEP = 1 << 20  # bytes that one pass of a copy holds in memory
 
 _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
@@ -101,11 +101,6 @@ class Image(Protocol):
         """Close the file.  No call may be in flight."""
 
 
-def is_zero(data: Buffer) -> bool:
-    """Is every byte zero?  An empty buffer is."""
-    return not bitarray(buffer=data).any()
-
-
 def _pread_full(fd: int, offset: int, length: int) -> bytearray:
     buffer = bytearray(length)
     done = 0
@@ -160,43 +155,6 @@ def _data_extents(fd: int, offset: int, end: int, limit: int) -> tuple[list[tupl
     return extents, offset
 
 
-def _copy(source: int, target: int, offset: int, length: int, cluster_size: int) -> int:
-    """`Image.copy_to` for two descriptors; blocks.
-
-    Reads and writes instead of copy_file_range(2), which would reflink on XFS
-    and btrfs and so make later in-place writes of the image allocate.
-    """
-    written = 0
-    end = offset + length
-    while offset < end:
-        data = _seek_data(source, offset)
-        if data is None or data >= end:
-            break
-        offset = max(offset, data - data % cluster_size)
-        buffer = memoryview(_pread_full(source, offset, min(COPY_STEP, end - offset)))
-        if not len(buffer):
-            break
-        pieces = [buffer[i : i + cluster_size] for i in range(0, len(buffer), cluster_size)]
-        for start, stop in _nonzero_runs(pieces):
-            run = buffer[start * cluster_size : stop * cluster_size]
-            _pwrite_full(target, offset + start * cluster_size, run)
-            written += len(run)
-        offset += len(buffer)
-    return written
-
-
-def _nonzero_runs(pieces: Sequence[Buffer]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for index, piece in enumerate(pieces):
-        if is_zero(piece):
-            continue
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return runs
-
-
 class FileImage:
     """An `Image` that is a regular file.
 
@@ -207,6 +165,7 @@ class FileImage:
     def __init__(self, fd: int, *, limiter: trio.CapacityLimiter) -> None:
         self.fd = fd
         self._limiter = limiter
+        self._writes = Offloader(limiter)
         self._write_nowait = True  # until the file system says it cannot
 
     async def _offload(
@@ -234,7 +193,7 @@ class FileImage:
     async def pwrite(self, offset: int, data: Buffer) -> None:
         done = self._pwrite_nowait(offset, data)
         if done < len(data):
-            await self._offload(_pwrite_full, self.fd, offset + done, memoryview(data)[done:])
+            await self._writes.run(_pwrite_full, self.fd, offset + done, memoryview(data)[done:])
 
     def _pwrite_nowait(self, offset: int, data: Buffer) -> int:
         if not self._write_nowait:
@@ -270,9 +229,12 @@ class FileImage:
         return await self._offload(_data_extents, self.fd, offset, offset + length, limit)
 
     async def copy_to(self, target: Image, offset: int, length: int, cluster_size: int) -> int:
+        # In the queue of the target, which is the one that is written.
         if not isinstance(target, FileImage):
             raise TypeError("a file is copied to a file")
-        return await self._offload(_copy, self.fd, target.fd, offset, length, cluster_size)
+        return await target._writes.run(
+            copy_clusters, self.fd, target.fd, offset, length, cluster_size
+        )
 
     def size(self) -> int:
         return os.fstat(self.fd).st_size

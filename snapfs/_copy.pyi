@@ -1,0 +1,3 @@
+def copy_clusters(
+    source: int, target: int, offset: int, length: int, cluster_size: int, /
+) -> int: ...
