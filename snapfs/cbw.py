@@ -36,6 +36,7 @@ from .errors import (
     SnapshotExists,
     SnapshotLost,
     SnapshotNotFound,
+    StateError,
 )
 from .geometry import Geometry
 from .image import Buffer, Image
@@ -224,9 +225,12 @@ class Engine:
         if offset < 0 or length < 0 or offset + length > MAX_SIZE:
             raise InvalidRange(f"offset {offset}, length {length} is outside what a file can have")
 
-    async def refresh(self) -> None:
-        """Notice a size that was changed from outside: growth is adopted, a shrink is trouble."""
-        async with self._transitions:
+    def refresh(self) -> None:
+        """Notice a size that was changed from outside: growth is adopted, a shrink is trouble.
+
+        Does nothing while a change of our own is under way.
+        """
+        if self._gate.idle:
             self._notice_size()
 
     def _notice_size(self) -> None:
@@ -265,8 +269,8 @@ class Engine:
 
         Every write that returned before the call is in it, none that starts
         after the return is.  Writes in flight are waited for, new ones wait
-        for an instant.  Raises InvalidName, SnapshotExists, OSError; then
-        nothing is left behind.
+        for an instant.  Raises InvalidName, SnapshotExists, StateError
+        (the image was cut from outside), OSError; then nothing is left behind.
         """
         check_name(name)
         async with self._transitions:
@@ -279,6 +283,8 @@ class Engine:
             try:
                 async with self._gate.closed():
                     self._notice_size()
+                    if self.unhealthy is not None:
+                        raise StateError(self.unhealthy)
                     if layer.geometry.size != self.size:  # a write extended the image meanwhile
                         await self._dispose(layer)
                         layer = await self._make_layer()

@@ -102,6 +102,11 @@ class Gate:
         self._waiting = trio.lowlevel.ParkingLot()  # who wants in
         self._drained = trio.Event()
 
+    @property
+    def idle(self) -> bool:
+        """Nobody is inside and nobody has closed the gate."""
+        return not self._inside and not self._closed
+
     @asynccontextmanager
     async def inside(self) -> AsyncIterator[None]:
         """Be inside for the length of the block; waits while the gate is closed."""
