@@ -189,6 +189,16 @@ class Engine:
         """Make the data of the image durable."""
         await self._image.flush()
 
+    async def alter(self, change: Callable[[], None]) -> None:
+        """Run a blocking change of the image's owner, mode or times; no data changes."""
+        if self.read_only:
+            raise ReadOnly("the mount is read-only")
+        self._store.write_started(self.size)
+        try:
+            await trio.to_thread.run_sync(change)
+        finally:
+            self._store.write_finished()
+
     async def _change(
         self, offset: int, length: int, change: Callable[[], Awaitable[None]], size: int = 0
     ) -> None:

@@ -1,0 +1,575 @@
+"""The FUSE face: inodes, handles, and the one table of errnos.
+
+    /active              inode 2, the live image
+    /snapshots/          inode 3
+    /snapshots/NAME      inode 4096 + the layer's id, stable over remounts
+
+The only importer of pyfuse3, which must come after `requestfilter.load`.  An
+exception that is not a FUSEError would end the mount, so `handler` stands
+around every method that pyfuse3 calls: domain errors and OSErrors become
+errnos, anything else a logged traceback, EIO, and an unhealthy mount.
+
+The kernel checks modes (mount option default_permissions); what only the owner
+of the mount may do is checked here as well, whatever the modes say.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import pyfuse3
+import trio
+from attrs import define, frozen
+
+from . import errors, requestfilter
+from .cbw import Engine
+from .image import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    Buffer,
+)
+from .pagecache import PageCache
+from .snapshot import Layer
+
+log = logging.getLogger(__name__)
+
+ROOT = pyfuse3.ROOT_INODE
+ACTIVE = 2
+SNAPSHOTS = 3
+FIRST_SNAPSHOT = 4096
+
+MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
+
+ERRNOS: tuple[tuple[type[errors.SnapfsError], int], ...] = (
+    (errors.SnapshotExists, errno.EEXIST),
+    (errors.NotFound, errno.ENOENT),
+    (errors.AccessDenied, errno.EACCES),
+    (errors.SnapshotLost, errno.EIO),
+    (errors.ReadOnly, errno.EROFS),
+    (errors.NotSupported, errno.EOPNOTSUPP),
+    (errors.NotPermitted, errno.EPERM),
+    (errors.InUse, errno.EBUSY),
+    (errors.UsageError, errno.EINVAL),
+    (errors.SnapfsError, errno.EIO),
+)
+
+_Self = TypeVar("_Self", bound="SnapshotFS")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def handler(
+    method: Callable[Concatenate[_Self, _Arguments], Coroutine[Any, Any, _Result]],
+) -> Callable[Concatenate[_Self, _Arguments], Coroutine[Any, Any, _Result]]:
+    """Let nothing but FUSEError (and cancellation) out of a handler."""
+
+    @functools.wraps(method)
+    async def wrapped(
+        self: _Self, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs
+    ) -> _Result:
+        try:
+            return await method(self, *arguments, **keywords)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            raise pyfuse3.FUSEError(self.errno_of(error, method.__name__)) from None
+
+    return wrapped
+
+
+@frozen
+class Ownership:
+    """Owner and modes of the files; None: as the image's.  `umask` takes bits away."""
+
+    uid: int | None = None
+    gid: int | None = None
+    umask: int = 0
+
+
+@define(eq=False)
+class Handle:
+    """An open file.  `layer` None: `active`."""
+
+    inode: int
+    layer: Layer | None
+    own: bool  # opened by the daemon itself
+    creator: int | None = None  # the thread whose open(O_CREAT) made the snapshot
+
+
+class SnapshotFS(pyfuse3.Operations):
+    """The tree of one mount, over an engine.
+
+    `image_fd` serves owner, modes, times and statfs.  `nursery` runs requests
+    that do not come through pyfuse3.
+    """
+
+    supports_dot_lookup = False
+    enable_acl = False
+
+    def __init__(
+        self,
+        engine: Engine,
+        image_fd: int,
+        page_cache: PageCache,
+        nursery: trio.Nursery,
+        *,
+        state_dir: str,
+        ownership: Ownership | None = None,
+        writeback_cache: bool = False,
+    ) -> None:
+        super().__init__()
+        self.enable_writeback_cache = writeback_cache
+        self.unhealthy: str | None = None  # the first unexpected exception
+        self._engine = engine
+        self._image_fd = image_fd
+        self._page_cache = page_cache
+        self._nursery = nursery
+        self._state_dir = state_dir
+        self._ownership = ownership or Ownership()
+        self._handles: dict[int, Handle] = {}  # task-atomic
+        self._numbers = itertools.count(1)
+        engine.barrier = functools.partial(page_cache.write_back, ACTIVE, "active")
+        requestfilter.set_handlers(fallocate=self._on_fallocate, lseek=self._on_lseek)
+
+    # Errors
+
+    def errno_of(self, error: Exception, what: str) -> int:
+        """The errno that tells a caller of an exception; unexpected ones are logged."""
+        if isinstance(error, errors.SnapfsError):
+            return next(number for kind, number in ERRNOS if isinstance(error, kind))
+        if isinstance(error, OSError) and error.errno:
+            if error.errno in (errno.EIO, errno.ENOSPC):
+                log.error("%s: %s", what, error)
+            return error.errno
+        log.error("unexpected error in %s", what, exc_info=error)
+        if self.unhealthy is None:
+            self.unhealthy = f"unexpected error in {what}: {error!r}"
+        return errno.EIO
+
+    # Attributes
+
+    def _owner(self, status: os.stat_result) -> tuple[int, int]:
+        own = self._ownership
+        return (
+            status.st_uid if own.uid is None else own.uid,
+            status.st_gid if own.gid is None else own.gid,
+        )
+
+    def _check_owner(self, context: pyfuse3.RequestContext) -> None:
+        owner = self._owner(os.fstat(self._image_fd))[0]
+        if context.uid not in (0, os.geteuid(), owner):
+            raise errors.NotPermitted("only the owner of the mount may change snapshots")
+
+    def _layer(self, inode: int) -> Layer:
+        for layer in self._engine.layers:
+            if layer.id == inode - FIRST_SNAPSHOT and layer.live:
+                return layer
+        raise pyfuse3.FUSEError(errno.ESTALE)
+
+    def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+        status = os.fstat(self._image_fd)
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.entry_timeout = 0
+        entry.attr_timeout = 0
+        entry.st_uid, entry.st_gid = self._owner(status)
+        entry.st_blksize = self._engine.geometry.cluster_size
+        mode = stat.S_IMODE(status.st_mode)
+        entry.st_atime_ns = status.st_atime_ns
+        entry.st_mtime_ns = status.st_mtime_ns
+        entry.st_ctime_ns = status.st_ctime_ns
+        if inode in (ROOT, SNAPSHOTS):
+            # Who may read the image may look around; only its owner changes anything.
+            mode = stat.S_IFDIR | 0o700 | (mode & 0o044) | (mode & 0o044) >> 2
+            entry.st_nlink = 3 if inode == ROOT else 2
+        elif inode == ACTIVE:
+            mode |= stat.S_IFREG
+            entry.st_size = self._engine.size
+            entry.st_blocks = status.st_blocks
+            entry.entry_timeout = 300
+        else:
+            layer = self._layer(inode)
+            mode = stat.S_IFREG | (mode & 0o644)
+            entry.st_size = layer.geometry.size
+            entry.st_blocks = layer.stat_blocks()
+            entry.st_nlink = 0 if layer.name is None else 1
+            entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = layer.created_ns
+        entry.st_mode = mode & ~self._ownership.umask
+        return entry
+
+    @handler
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes(inode)
+
+    @handler
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        if inode == ACTIVE:
+            await self._change_active(attr, fields)
+        elif inode < FIRST_SNAPSHOT:
+            raise errors.NotPermitted("the directories of the mount are fixed")
+        elif fields.update_size:
+            raise errors.ReadOnly("snapshots are read-only")
+        elif fields.update_mode or fields.update_uid or fields.update_gid:
+            raise errors.NotPermitted("owner and mode of a snapshot follow the image")
+        elif not self._is_creator(inode, ctx.pid):
+            raise errors.NotPermitted("the time of a snapshot is that of its creation")
+        return self._attributes(inode)
+
+    def _is_creator(self, inode: int, thread: int) -> bool:
+        """Has the thread made this snapshot through a handle that is still open, as touch does?"""
+        return any(
+            handle.inode == inode and handle.creator == thread for handle in self._handles.values()
+        )
+
+    async def _change_active(
+        self, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields
+    ) -> None:
+        if fields.update_size:
+            await self._engine.resize(attr.st_size)
+        changes: list[Callable[[], None]] = []
+        if fields.update_mode:
+            mode = stat.S_IMODE(attr.st_mode)
+            changes.append(functools.partial(os.fchmod, self._image_fd, mode))
+        if fields.update_uid or fields.update_gid:
+            uid = attr.st_uid if fields.update_uid else -1
+            gid = attr.st_gid if fields.update_gid else -1
+            changes.append(functools.partial(os.fchown, self._image_fd, uid, gid))
+        if fields.update_atime or fields.update_mtime:
+            now = os.fstat(self._image_fd)
+            times = (
+                attr.st_atime_ns if fields.update_atime else now.st_atime_ns,
+                attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns,
+            )
+            changes.append(functools.partial(os.utime, self._image_fd, ns=times))
+        for change in changes:
+            await self._engine.alter(change)
+
+    @handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        found = await trio.to_thread.run_sync(os.fstatvfs, self._image_fd)
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = found.f_bsize
+        data.f_frsize = found.f_frsize
+        data.f_blocks = found.f_blocks
+        data.f_bfree = found.f_bfree
+        data.f_bavail = found.f_bavail
+        data.f_files = found.f_files
+        data.f_ffree = found.f_ffree
+        data.f_favail = found.f_favail
+        data.f_namemax = 255
+        return data
+
+    @handler
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return True  # the kernel checks, with default_permissions
+
+    # Names
+
+    @handler
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if parent_inode == ROOT and name == b"active":
+            return self._attributes(ACTIVE)
+        if parent_inode == ROOT and name == b"snapshots":
+            return self._attributes(SNAPSHOTS)
+        if parent_inode == SNAPSHOTS:
+            return self._attributes(FIRST_SNAPSHOT + self._engine.find(_text(name)).id)
+        raise pyfuse3.FUSEError(errno.ENOENT)
+
+    @handler
+    async def forget(self, inode_list: Any) -> None:
+        pass  # inodes are derived from layer ids: nothing is kept for the kernel
+
+    @handler
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        if inode not in (ROOT, SNAPSHOTS):
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return inode
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        entries = [(ACTIVE, "active"), (SNAPSHOTS, "snapshots")]
+        if fh == SNAPSHOTS:
+            entries = [
+                (FIRST_SNAPSHOT + layer.id, layer.name or "") for layer in self._engine.snapshots
+            ]
+        for inode, name in entries:
+            if inode > start_id and not pyfuse3.readdir_reply(
+                token, name.encode(), self._attributes(inode), inode
+            ):
+                return
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        pass
+
+    @handler
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if parent_inode != SNAPSHOTS:
+            raise errors.NotPermitted("only snapshots can be removed")
+        self._check_owner(ctx)
+        await self._engine.delete_snapshot(_text(name))
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        if (parent_inode_old, parent_inode_new) != (SNAPSHOTS, SNAPSHOTS):
+            raise errors.NotPermitted("only snapshots can be renamed, in their directory")
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        self._check_owner(ctx)
+        await self._engine.rename_snapshot(_text(name_old), _text(name_new))
+
+    async def _refuse(self, *arguments: Any) -> Any:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    mknod = mkdir = rmdir = symlink = link = readlink = cast(Any, _refuse)
+
+    # Files
+
+    def _new_handle(self, inode: int, layer: Layer | None, thread: int) -> int:
+        number = next(self._numbers)
+        self._handles[number] = Handle(inode, layer, self._page_cache.is_own(thread))
+        return number
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        layer = None if inode == ACTIVE else self._layer(inode)
+        if layer is not None:
+            if flags & os.O_TRUNC:
+                raise errors.ReadOnly("snapshots are read-only")
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                self._check_owner(ctx)
+            self._engine.open_snapshot(layer)
+        elif flags & os.O_TRUNC:
+            await self._engine.resize(0)
+        return pyfuse3.FileInfo(fh=self._new_handle(inode, layer, ctx.pid), keep_cache=True)
+
+    @handler
+    async def create(
+        self,
+        parent_inode: int,
+        name: bytes,
+        mode: int,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        if parent_inode != SNAPSHOTS:
+            raise errors.NotPermitted("files can be created in snapshots/ only")
+        self._check_owner(ctx)
+        layer = await self._engine.create_snapshot(_text(name))
+        self._engine.open_snapshot(layer)
+        inode = FIRST_SNAPSHOT + layer.id
+        number = self._new_handle(inode, layer, ctx.pid)
+        self._handles[number].creator = ctx.pid
+        return pyfuse3.FileInfo(fh=number, keep_cache=True), self._attributes(inode)
+
+    @handler
+    async def release(self, fh: int) -> None:
+        handle = self._handles.pop(fh)
+        if handle.layer is not None:
+            await self._engine.close_snapshot(handle.layer)
+
+    @handler
+    async def flush(self, fh: int) -> None:
+        pass  # write(2) has reached the image when it returns
+
+    @handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        handle = self._handles[fh]
+        if handle.layer is None and not handle.own:
+            await self._engine.flush()
+
+    @handler
+    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
+        # Only a read that bypasses the page cache may be short: the kernel takes
+        # a short read of pages for the end of the file, and cp would stop there.
+        partial = requestfilter.direct_read()
+        handle = self._handles[fh]
+        if handle.layer is None:
+            return await self._engine.read(off, size)
+        if self._page_cache.is_quarantined(handle.inode, off, size):
+            raise pyfuse3.FUSEError(errno.EAGAIN)
+        return await self._engine.read_snapshot(handle.layer, off, size, partial=partial)
+
+    @handler
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        if self._handles[fh].layer is not None:
+            raise errors.ReadOnly("snapshots are read-only")
+        return await self._engine.write(off, buf)
+
+    # Requests that the filter hands over
+
+    def _on_fallocate(
+        self, request: int, inode: int, fh: int, mode: int, offset: int, length: int
+    ) -> None:
+        self._nursery.start_soon(self._fallocate, request, fh, mode, offset, length)
+
+    async def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
+        reply = _Reply(request)
+        try:
+            handle = self._handles[fh]
+            if handle.layer is None:
+                await self._fallocate_active(mode, offset, length)
+            else:
+                await self._discard(handle, handle.layer, mode, offset, length, reply)
+            reply.error(0)
+        except Exception as error:
+            number = error.errno if isinstance(error, pyfuse3.FUSEError) else None
+            reply.error(number or self.errno_of(error, "fallocate"))
+        finally:
+            reply.error(errno.EINTR)  # cancelled
+
+    async def _fallocate_active(self, mode: int, offset: int, length: int) -> None:
+        keep_size = bool(mode & FALLOC_FL_KEEP_SIZE)
+        match mode & ~FALLOC_FL_KEEP_SIZE:
+            case 0:
+                await self._engine.allocate(offset, length, keep_size)
+            case int(kind) if kind == FALLOC_FL_ZERO_RANGE:
+                await self._engine.zero(offset, length, keep_size)
+            case int(kind) if kind == FALLOC_FL_PUNCH_HOLE and keep_size:
+                await self._engine.punch(offset, length)
+            case _:
+                raise errors.NotSupported(f"fallocate mode {mode:#x} is not supported")
+
+    async def _discard(
+        self,
+        handle: Handle,
+        layer: Layer,
+        mode: int,
+        offset: int,
+        length: int,
+        reply: _Reply,
+    ) -> None:
+        if mode != FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE:
+            raise errors.NotSupported(f"fallocate mode {mode:#x} of a snapshot is not supported")
+        name = None if layer.name is None else f"snapshots/{layer.name}"
+        async with self._page_cache.punched(
+            handle.inode, name, offset, offset + length, layer.geometry.size
+        ):
+            try:
+                await self._withdraw(handle.inode, layer, offset, length)
+                reply.error(0)  # then the kernel drops the pages of the range itself
+            except Exception as error:
+                reply.error(self.errno_of(error, "discard"))
+            finally:
+                reply.error(errno.EINTR)  # cancelled; the block must not end without a reply
+
+    async def _withdraw(self, inode: int, layer: Layer, offset: int, length: int) -> None:
+        """Discard, and drop what the kernel has cached of the discarded clusters."""
+        clusters = layer.geometry.covered(offset, length)
+        try:
+            await self._engine.discard(layer, offset, length)
+        finally:
+            if clusters:
+                start, count = layer.geometry.span(clusters.start, clusters.stop)
+                with trio.CancelScope(shield=True):
+                    await self._page_cache.drop(inode, start, max(count, 1))
+
+    def _on_lseek(self, request: int, inode: int, fh: int, offset: int, whence: int) -> None:
+        self._nursery.start_soon(self._lseek, request, fh, offset, whence)
+
+    async def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
+        reply = _Reply(request)
+        try:
+            layer = self._handles[fh].layer
+            if layer is None:
+                reply.offset(await self._engine.seek(offset, whence))
+            else:
+                reply.offset(await self._engine.seek_snapshot(layer, offset, whence))
+        except Exception as error:
+            reply.error(self.errno_of(error, "lseek"))
+        finally:
+            reply.error(errno.EINTR)  # cancelled
+
+    # Extended attributes
+
+    def _xattrs(self, inode: int) -> dict[bytes, bytes]:
+        if inode == ROOT:
+            return {b"user.snapfs.state": os.fsencode(self._state_dir)}
+        if inode < FIRST_SNAPSHOT:
+            return {}
+        layer = self._layer(inode)
+        state = layer.state if layer.reason is None else f"{layer.state}: {layer.reason}"
+        return {
+            b"user.snapfs.state": state.encode(),
+            b"user.snapfs.temp_bytes": str(layer.temp_bytes()).encode(),
+        }
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        value = self._xattrs(inode).get(name)
+        if value is None:
+            ours = name.startswith(b"user.snapfs.")
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR if ours else errno.EOPNOTSUPP)
+        return value
+
+    @handler
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return list(self._xattrs(inode))
+
+    @handler
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        raise errors.NotSupported("extended attributes cannot be set")
+
+    @handler
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        raise errors.NotSupported("extended attributes cannot be removed")
+
+    # Changes that came through the control socket
+
+    def entry_changed(self, *names: str) -> None:
+        """Make the kernel look up names in snapshots/ again."""
+        for name in names:
+            pyfuse3.invalidate_entry_async(SNAPSHOTS, name.encode(), ignore_enoent=True)
+
+
+@define
+class _Reply:
+    """The answer to a request of the filter: the first one counts."""
+
+    request: int
+    sent: bool = False
+
+    def error(self, number: int) -> None:
+        """Answer with an errno, 0 for success, unless there was an answer."""
+        if not self.sent:
+            self.sent = True
+            requestfilter.reply_error(self.request, number)
+
+    def offset(self, offset: int) -> None:
+        """Answer an lseek."""
+        self.sent = True
+        requestfilter.reply_offset(self.request, offset)
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise errors.InvalidName("the name of a snapshot must be valid UTF-8") from None
