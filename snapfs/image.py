@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 from collections.abc import Callable
 from typing import Protocol, TypeVar, TypeVarTuple
 
@@ -125,13 +126,17 @@ def _pwrite_full(fd: int, offset: int, data: Buffer) -> None:
         done += count
 
 
+def _punch(fd: int, offset: int, length: int) -> None:
+    fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
 def _zero(fd: int, offset: int, length: int) -> None:
     try:
         fallocate(fd, FALLOC_FL_ZERO_RANGE, offset, length)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:  # tmpfs, for one
             raise
-        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        _punch(fd, offset, length)
         fallocate(fd, 0, offset, length)
 
 
@@ -207,8 +212,12 @@ class FileImage:
             return 0
 
     async def punch(self, offset: int, length: int) -> None:
-        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-        await self._offload(fallocate, self.fd, mode, offset, length)
+        await self._offload(_punch, self.fd, offset, length)
+
+    def punch_data(self, offset: int, length: int) -> None:
+        """Punch out what data there is in the range.  Blocks."""
+        for start, stop in _data_extents(self.fd, offset, offset + length, sys.maxsize)[0]:
+            _punch(self.fd, start, stop - start)
 
     async def zero(self, offset: int, length: int) -> None:
         await self._offload(_zero, self.fd, offset, length)

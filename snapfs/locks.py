@@ -1,0 +1,72 @@
+"""Locks on the image, the temp images and the state directory.
+
+Open file description locks: they belong to the descriptor and die with the
+last process that holds it, whatever way it dies.  On images they are put on
+the bytes that QEMU uses (block/file-posix.c), so that qemu-img and a virtual
+machine refuse a live image, and snapfs one that they have open: a shared lock
+on byte 100 + p for each permission p that is used, on byte 200 + p for each
+that is not shared with others.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+from collections.abc import Iterable
+from enum import IntEnum
+
+F_OFD_GETLK = 36  # linux/fcntl.h; Python 3.11 has no names for them
+F_OFD_SETLK = 37
+_FLOCK = struct.Struct("hh4xqqi4x")  # struct flock: type, whence, start, length, pid
+
+USED_BASE = 100
+UNSHARED_BASE = 200
+
+
+class Permission(IntEnum):
+    """QEMU's permission bits (include/block/block-common.h)."""
+
+    CONSISTENT_READ = 0
+    WRITE = 1
+    WRITE_UNCHANGED = 2
+    RESIZE = 3
+
+
+def _set(fd: int, kind: int, offset: int) -> None:
+    fcntl.fcntl(fd, F_OFD_SETLK, _FLOCK.pack(kind, 0, offset, 1, 0))
+
+
+def _held_by_another(fd: int, offset: int) -> bool:
+    answer = fcntl.fcntl(fd, F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, offset, 1, 0))
+    kind: int = _FLOCK.unpack(answer)[0]
+    return kind != fcntl.F_UNLCK
+
+
+def lock_image(fd: int, *, writable: bool) -> bool:
+    """Lock an image as its only writer; False if somebody else has it open.
+
+    Takes shared locks first and looks for conflicts then, as QEMU does, so of
+    two that start at once at least one gives way.  Raises OSError where the
+    file system has no such locks.
+    """
+    used: Iterable[Permission] = (Permission.CONSISTENT_READ,)
+    if writable:
+        used = (Permission.CONSISTENT_READ, Permission.WRITE, Permission.RESIZE)
+    unshared = (Permission.WRITE, Permission.RESIZE)
+    for permission in used:
+        _set(fd, fcntl.F_RDLCK, USED_BASE + permission)
+    for permission in unshared:
+        _set(fd, fcntl.F_RDLCK, UNSHARED_BASE + permission)
+    return not (
+        any(_held_by_another(fd, UNSHARED_BASE + permission) for permission in used)
+        or any(_held_by_another(fd, USED_BASE + permission) for permission in unshared)
+    )
+
+
+def lock_exclusively(fd: int) -> bool:
+    """Lock the first byte of a writable file; False if another descriptor has it."""
+    try:
+        _set(fd, fcntl.F_WRLCK, 0)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""The manifest: what the state directory says about itself, in one JSON file.
+
+Read with validation, so that nothing else has to doubt it: a manifest that is
+not exactly of this shape is a StateError that says where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import cattrs
+from attrs import evolve, field, frozen
+from attrs.validators import ge
+from cattrs.gen import make_dict_structure_fn
+
+from .errors import InvalidName, StateError
+from .geometry import Geometry
+from .snapshot import LayerRecord, check_name
+
+VERSION = 1
+MAX_BYTES = 16 << 20  # a manifest of this size has some 50,000 snapshots
+
+
+@frozen
+class ImageStamp:
+    """What an image looked like from outside; times in nanoseconds since 1970."""
+
+    path: str
+    size: int = field(validator=ge(0))
+    device: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: str, fd: int) -> ImageStamp:
+        """The stamp of an open image now."""
+        status = os.fstat(fd)
+        return cls(
+            path,
+            status.st_size,
+            status.st_dev,
+            status.st_ino,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+
+    def change_since(self, old: ImageStamp) -> str | None:
+        """How the image differs from what it was, None if it was not written meanwhile.
+
+        Every write sets mtime and ctime.  mtime can be set back (rsync -t), so
+        ctime has to be the same too, unless the file was moved (a rename sets
+        ctime, and the path differs) or copied (another inode).
+        """
+        if self.size != old.size:
+            return f"it has {self.size} bytes and had {old.size}"
+        if self.mtime_ns != old.mtime_ns:
+            return "it was modified"
+        if self.is_where(old) and self.ctime_ns != old.ctime_ns:
+            return "it was modified, or its owner or mode was changed"
+        return None
+
+    def is_where(self, old: ImageStamp) -> bool:
+        """Is it the same file under the same name, neither moved nor copied?"""
+        return (self.path, self.device, self.inode) == (old.path, old.device, old.inode)
+
+
+@frozen
+class Manifest:
+    """`layers` oldest first.  `clean`: closed in order, and everything flushed."""
+
+    version: int
+    cluster_size: int
+    image: ImageStamp
+    boot_id: str
+    clean: bool
+    next_id: int = field(validator=ge(1))
+    layers: tuple[LayerRecord, ...] = ()
+
+    def dumps(self) -> bytes:
+        """The manifest as it is stored."""
+        return json.dumps(_converter.unstructure(self), indent=1).encode() + b"\n"
+
+    @classmethod
+    def loads(cls, data: bytes, where: str) -> Manifest:
+        """Read a manifest; raises StateError that names `where` for all that is not one."""
+        try:
+            value: Any = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise StateError(f"{where} is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise StateError(f"{where} is not a JSON object")
+        version = value.get("version")
+        if version != VERSION:
+            raise StateError(f"{where} has version {version!r}; this snapfs reads {VERSION}")
+        try:
+            manifest = _converter.structure(value, cls)
+            manifest._check()
+        except (cattrs.BaseValidationError, InvalidName, ValueError, TypeError) as error:
+            raise StateError(f"{where} is damaged: {'; '.join(_reasons(error))}") from None
+        return manifest
+
+    def _check(self) -> None:
+        Geometry(self.image.size, self.cluster_size)
+        ids = [layer.id for layer in self.layers]
+        if ids != sorted(set(ids)) or any(not 0 < number < self.next_id for number in ids):
+            raise ValueError("the ids of its snapshots are not ascending")
+        names = [layer.name for layer in self.layers if layer.name is not None]
+        if len(names) != len(set(names)):
+            raise ValueError("two snapshots have one name")
+        for layer in self.layers:
+            if layer.name is not None:
+                check_name(layer.name)
+            if min(layer.size, layer.lost, layer.granted, layer.blocks) < 0:
+                raise ValueError(f"snapshot {layer.id} has a negative number")
+
+    def with_layers(self, layers: tuple[LayerRecord, ...], next_id: int) -> Manifest:
+        """The same state directory with other layers."""
+        return evolve(self, layers=layers, next_id=next_id)
+
+
+def _reasons(error: Exception) -> list[str]:
+    if isinstance(error, cattrs.BaseValidationError):
+        return cattrs.transform_error(error)
+    return [str(error)]
+
+
+def _strict(value: Any, kind: type) -> Any:
+    """JSON has ints, strings and booleans: nothing is converted silently."""
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+for _kind in (int, str, bool):
+    _converter.register_structure_hook(_kind, _strict)
+for _class in (ImageStamp, LayerRecord, Manifest):
+    _converter.register_structure_hook(_class, make_dict_structure_fn(_class, _converter))

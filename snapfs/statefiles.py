@@ -1,0 +1,195 @@
+"""Files of the state directory: opened without following links, mapped, replaced.
+
+Every path is relative to the descriptor of a directory that was checked when
+it was opened; nothing outside of it is ever written.  All functions block.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import stat
+import struct
+
+from .bitmap import Bitmap, buffer_size
+from .errors import StateError
+
+FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
+FS_IOC_SETFLAGS = 0x40086602
+FS_NOCOW_FL = 0x00800000
+
+RESERVE_BYTES = 64 << 10  # freed when the manifest finds the file system full
+
+
+def open_directory(path: str | os.PathLike[str], *, parent: int | None = None) -> int:
+    """Open a directory of ours; StateError if it is a link, foreign or open to others."""
+    try:
+        fd = os.open(
+            path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent
+        )
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise StateError(f"{os.fspath(path)} is not a directory") from None
+        raise
+    try:
+        _check_owner(fd, os.fspath(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_file(parent: int, name: str, flags: int = os.O_RDWR) -> int:
+    """Open a regular file of ours; StateError if it is anything else."""
+    try:
+        fd = os.open(
+            name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600, dir_fd=parent
+        )
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StateError(f"{name} in the state directory is a symbolic link") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StateError(f"{name} in the state directory is not a regular file")
+        _check_owner(fd, name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_owner(fd: int, name: str) -> None:
+    status = os.fstat(fd)
+    if status.st_uid not in (os.geteuid(), 0):
+        raise StateError(f"{name} belongs to user {status.st_uid}; chown it or use -o state=")
+    if status.st_mode & 0o022:
+        raise StateError(f"{name} can be written by others; chmod go-w it")
+
+
+def make_file(parent: int, name: str, size: int) -> int:
+    """A new sparse file of `size` bytes, open for reading and writing."""
+    fd = open_file(parent, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        _set_nocow(fd)
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _set_nocow(fd: int) -> None:
+    """On btrfs an allocation is a promise only for files without copy-on-write."""
+    try:
+        flags = struct.unpack("l", fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8)))[0]
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("l", flags | FS_NOCOW_FL))
+    except OSError:
+        pass  # no such flag here: nor such a problem
+
+
+def map_file(fd: int, size: int) -> mmap.mmap:
+    """Map a file for reading and writing, fully allocated first.
+
+    A write to a hole of a mapped file on a full disk is a SIGBUS.
+    """
+    os.posix_fallocate(fd, 0, size)
+    return mmap.mmap(fd, size)
+
+
+def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> Bitmap:
+    """The bitmap in a file of its own.  Raises StateError if the file has another size.
+
+    Bits beyond the end must be clear; a file of an empty bitmap has one byte.
+    """
+    size = max(1, buffer_size(bits))
+    flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+    fd = open_file(parent, name, flags)
+    try:
+        if create:
+            _set_nocow(fd)
+        elif os.fstat(fd).st_size != size:
+            raise StateError(
+                f"{name} has {os.fstat(fd).st_size} bytes; for {bits} clusters it must have {size}"
+            )
+        mapping = map_file(fd, size)
+    finally:
+        os.close(fd)
+    if bits % 8 and mapping[size - 1] >> bits % 8:
+        raise StateError(f"{name} has bits set beyond the end of the snapshot")
+    return Bitmap(bits, mapping)
+
+
+def replace_file(parent: int, name: str, data: bytes) -> None:
+    """Replace a file by another content, atomically and durably.
+
+    On a full file system the reserve file gives way.
+    """
+    try:
+        _write_beside(parent, name, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remove(parent, "reserve")
+        _write_beside(parent, name, data)
+    os.rename(f"{name}.new", name, src_dir_fd=parent, dst_dir_fd=parent)
+    os.fsync(parent)
+
+
+def _write_beside(parent: int, name: str, data: bytes) -> None:
+    remove(parent, f"{name}.new")
+    fd = open_file(parent, f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def keep_reserve(parent: int) -> None:
+    """Have the reserve file, if there is room for it."""
+    try:
+        fd = open_file(parent, "reserve", os.O_RDWR | os.O_CREAT)
+    except OSError:
+        return
+    try:
+        os.posix_fallocate(fd, 0, RESERVE_BYTES)
+    except OSError:
+        remove(parent, "reserve")
+    finally:
+        os.close(fd)
+
+
+def remove(parent: int, name: str) -> None:
+    """Remove a file, if it is there."""
+    try:
+        os.unlink(name, dir_fd=parent)
+    except FileNotFoundError:
+        pass
+
+
+def sync_file(parent: int, name: str) -> None:
+    """Make a file durable, mapped pages included."""
+    fd = open_file(parent, name)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: str | os.PathLike[str], *, parent: int | None = None) -> None:
+    """Remove a directory of ours with its files, or a file; nothing if it is not there.
+
+    Never follows a link out of it (shutil.rmtree works with descriptors).
+    """
+    try:
+        shutil.rmtree(path, dir_fd=parent)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        os.unlink(path, dir_fd=parent)

@@ -1,0 +1,399 @@
+"""The state directory: where snapshots survive the daemon.
+
+    IMAGE.snapfs/
+        manifest.json           replaced atomically (manifest.py)
+        activity                writes in flight (activity.py)
+        lock                    locked while mounted
+        reserve                 room for the manifest on a full file system
+        control.sock            the control socket (control.py)
+        snapshots/ID/access     mapped bitmap
+        snapshots/ID/done       mapped bitmap
+        snapshots/ID/temp       temp image
+
+What happens when the daemon dies (the page cache survives it, so every write
+that returned is there), and what the next mount does:
+
+    died in             finds                            does
+    create, before save files of an id not in the list   removes them
+    create, after save  the snapshot                     keeps it
+    copy, before done   temp data without a done bit     punches it out
+    copy, after done    done bit, image not written      keeps it: same bytes
+    write               image in part new, done set      keeps it
+    discard             access clear, done still set     clears done, punches
+    delete, before save the snapshot                     keeps it
+    delete, after save  a nameless layer                 drops what nobody needs
+    delete, at the end  files of an id not in the list   removes them
+    replacing manifest  manifest.json.new                overwrites it later
+    close, before save  clean=false, same boot           as after a death
+
+After an unclean reboot (another boot id) nothing mapped is trusted: snapshots
+are lost.  So are those that need the image when somebody else wrote it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+from attrs import evolve
+
+from . import statefiles
+from .activity import Activity
+from .errors import InUse, StateError, UsageError
+from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
+from .image import FileImage
+from .layers import LayerStack
+from .locks import lock_exclusively, lock_image
+from .manifest import MAX_BYTES, VERSION, ImageStamp, Manifest
+from .snapshot import Layer, LayerParts, LayerRecord
+
+log = logging.getLogger(__name__)
+
+CONTROL_SOCKET = "control.sock"
+
+
+def boot_id() -> str:
+    """Identifies this boot of the kernel (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def open_image(path: str, *, read_only: bool) -> int:
+    """Open and lock an image file.  Blocks.
+
+    Raises UsageError or InUse, which name the remedy, and OSError.
+    """
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise UsageError(f"there is no image {path}") from None
+    if stat.S_ISBLK(kind):
+        raise UsageError(f"{path} is a block device; snapfs serves image files only")
+    if not stat.S_ISREG(kind):
+        what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
+        raise UsageError(f"{path} is {what}; snapfs serves image files")
+    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        fd = os.open(path, flags)
+    except PermissionError:
+        if not read_only and os.access(path, os.R_OK):
+            raise UsageError(f"{path} cannot be written; mount it with -o ro") from None
+        raise UsageError(f"{path} cannot be read: permission denied") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
+    if not lock_image(fd, writable=not read_only):
+        os.close(fd)
+        raise InUse(f"{path} is in use by another process, such as another snapfs or QEMU")
+    return fd
+
+
+class Store:
+    """The state directory of a mounted image; implements `LayerStore`.
+
+    Made by `open`.  `layers` are the recovered ones, for the engine to take
+    over; `notices` say what recovery did, a line each.
+    """
+
+    def __init__(
+        self, directory: Path, directory_fd: int, image: FileImage, limiter: trio.CapacityLimiter
+    ) -> None:
+        self.directory = directory
+        self.image = image
+        self.layers: list[Layer] = []
+        self.notices: list[str] = []
+        self._fd = directory_fd
+        self._snapshots_fd = -1
+        self._lock_fd = -1
+        self._limiter = limiter
+        self._manifest: Manifest
+        self._activity: Activity
+        self._read_only = False
+
+    @classmethod
+    async def open(
+        cls,
+        image_path: str,
+        *,
+        state_dir: str | None = None,
+        cluster_size: int | None = None,
+        read_only: bool = False,
+        limiter: trio.CapacityLimiter,
+    ) -> Store:
+        """Lock the image and its state directory, made if need be, and recover.
+
+        `cluster_size` None: as before, else the default.  Raises UsageError,
+        InUse, StateError and OSError; then nothing is held or left behind.
+        """
+        return await trio.to_thread.run_sync(
+            cls._open, image_path, state_dir, cluster_size, read_only, limiter, limiter=limiter
+        )
+
+    @classmethod
+    def _open(
+        cls,
+        image_path: str,
+        state_dir: str | None,
+        cluster_size: int | None,
+        read_only: bool,
+        limiter: trio.CapacityLimiter,
+    ) -> Store:
+        path = os.path.realpath(image_path)
+        image_fd = open_image(path, read_only=read_only)
+        image = FileImage(image_fd, limiter=limiter)
+        directory = Path(state_dir).absolute() if state_dir else Path(f"{path}.snapfs")
+        made = False
+        try:
+            try:
+                directory.mkdir(mode=0o700)
+                made = True
+            except FileExistsError:
+                pass
+            store = cls(directory, statefiles.open_directory(directory), image, limiter)
+            try:
+                store._read_only = read_only
+                store._enter(path, image_fd, cluster_size)
+                return store
+            except BaseException:
+                store._release()
+                if made:
+                    statefiles.remove_tree(directory)
+                raise
+        except BaseException:
+            image.close()
+            raise
+
+    def _enter(self, path: str, image_fd: int, cluster_size: int | None) -> None:
+        self._lock_fd = statefiles.open_file(self._fd, "lock", os.O_RDWR | os.O_CREAT)
+        if not lock_exclusively(self._lock_fd):
+            raise InUse(f"the state directory {self.directory} is in use by another snapfs")
+        try:
+            os.mkdir("snapshots", 0o700, dir_fd=self._fd)
+        except FileExistsError:
+            pass
+        self._snapshots_fd = statefiles.open_directory("snapshots", parent=self._fd)
+        statefiles.remove(self._fd, CONTROL_SOCKET)
+        stamp = ImageStamp.of(path, image_fd)
+        known = self._read_manifest()
+        self._activity = Activity.open(self._fd, image_fd)
+        if known is None:
+            size = DEFAULT_CLUSTER_SIZE if cluster_size is None else cluster_size
+            known = Manifest(VERSION, size, stamp, boot_id(), True, 1)
+        elif cluster_size not in (None, known.cluster_size):
+            if known.layers:
+                raise UsageError(
+                    f"the snapshots in {self.directory} have a cluster size of "
+                    f"{known.cluster_size}; delete them to change it to {cluster_size}"
+                )
+            known = evolve(known, cluster_size=cluster_size)
+        self._recover(known, stamp)
+        self._manifest = evolve(
+            known,
+            image=stamp,
+            boot_id=boot_id(),
+            clean=False,
+            layers=tuple(layer.record() for layer in self.layers),
+        )
+        self._activity.begin()
+        self._write_manifest()
+
+    def _read_manifest(self) -> Manifest | None:
+        try:
+            fd = statefiles.open_file(self._fd, "manifest.json", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        where = str(self.directory / "manifest.json")
+        if len(data) > MAX_BYTES:
+            raise StateError(f"{where} is larger than {MAX_BYTES} bytes")
+        return Manifest.loads(data, where)
+
+    # Recovery
+
+    def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
+        """Load the layers of the manifest and bring them to a state between transitions."""
+        self._remove_unlisted({layer.id for layer in known.layers})
+        for record in known.layers:
+            self.layers.append(self._load(record, known.cluster_size))
+        stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
+        self._mark_lost(known, stamp, stack)
+        for layer in self.layers:
+            if not layer.live:
+                layer.withdraw(0, layer.geometry.clusters)
+        stack.settle(0, stack.clusters)
+        for layer in list(self.layers):
+            if not layer.live and layer.is_empty():
+                self.layers.remove(layer)
+                layer.temp.close()
+                self._remove_layer(layer.id)
+            else:
+                self._punch_undone(layer)
+
+    def _load(self, record: LayerRecord, cluster_size: int) -> Layer:
+        geometry = Geometry(record.size, cluster_size)
+        fd = statefiles.open_directory(str(record.id), parent=self._snapshots_fd)
+        try:
+            access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=False)
+            done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=False)
+            temp_fd = statefiles.open_file(fd, "temp")
+            if record.name is None and not os.fstat(temp_fd).st_size:
+                os.ftruncate(temp_fd, record.size)  # it was being deleted
+            temp = self._open_temp(temp_fd, record.size)
+        except FileNotFoundError as error:
+            raise StateError(
+                f"{self.directory}/snapshots/{record.id} lacks its file {error.filename}"
+            ) from None
+        finally:
+            os.close(fd)
+        return Layer.from_record(record, LayerParts(access, done, temp), cluster_size)
+
+    def _open_temp(self, fd: int, size: int) -> FileImage:
+        if os.fstat(fd).st_size != size:
+            found = os.fstat(fd).st_size
+            os.close(fd)
+            raise StateError(f"a temp image has {found} bytes and must have {size}")
+        if not lock_image(fd, writable=True):
+            os.close(fd)
+            raise InUse("a temp image in the state directory is in use by another process")
+        return FileImage(fd, limiter=self._limiter)
+
+    def _mark_lost(self, known: Manifest, stamp: ImageStamp, stack: LayerStack) -> None:
+        if not known.layers:
+            return
+        rebooted = not known.clean and known.boot_id != boot_id()
+        if rebooted:
+            reason: str | None = "the machine went down without unmounting"
+        elif known.clean:
+            change = stamp.change_since(known.image)
+            reason = change and f"the image was changed while it was not mounted: {change}"
+        else:
+            change = self._activity.change_since(known.image, stamp)
+            reason = change and f"the image was changed while it was not mounted: {change}"
+        if reason is None:
+            return
+        need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
+        for layer in self.layers:
+            if layer.live and (rebooted or layer.id in need_image):
+                layer.withdraw(0, layer.geometry.clusters)
+                if layer.state != "lost":
+                    layer.state, layer.reason = "lost", reason
+                    self.notices.append(f"snapshot {layer.name!r} is lost: {reason}")
+
+    @staticmethod
+    def _punch_undone(layer: Layer) -> None:
+        """Free temp data without a done bit."""
+        assert isinstance(layer.temp, FileImage)
+        for first, stop in layer.done.runs(0, len(layer.done), False):
+            offset, length = layer.geometry.span(first, stop)
+            layer.temp.punch_data(offset, length)
+
+    def _remove_unlisted(self, listed: set[int]) -> None:
+        for name in os.listdir(self._snapshots_fd):
+            if not (name.isascii() and name.isdigit() and int(name) in listed):
+                statefiles.remove_tree(name, parent=self._snapshots_fd)
+                self.notices.append(f"removed what was left of snapshot number {name}")
+
+    # What the engine calls
+
+    @property
+    def geometry(self) -> Geometry:
+        """Size of the image when it was opened, and the cluster size."""
+        return Geometry(self._manifest.image.size, self._manifest.cluster_size)
+
+    @property
+    def next_id(self) -> int:
+        """The first id that no layer has had."""
+        return self._manifest.next_id
+
+    async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
+        return await trio.to_thread.run_sync(
+            self._create_layer, layer_id, geometry, limiter=self._limiter
+        )
+
+    def _create_layer(self, layer_id: int, geometry: Geometry) -> LayerParts:
+        name = str(layer_id)
+        os.mkdir(name, 0o700, dir_fd=self._snapshots_fd)
+        try:
+            fd = statefiles.open_directory(name, parent=self._snapshots_fd)
+            try:
+                access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=True)
+                done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=True)
+                temp_fd = statefiles.make_file(fd, "temp", geometry.size)
+            finally:
+                os.close(fd)
+            lock_image(temp_fd, writable=True)
+            return LayerParts(access, done, FileImage(temp_fd, limiter=self._limiter))
+        except BaseException:
+            self._remove_layer(layer_id)
+            raise
+
+    async def save(self, records: Sequence[LayerRecord], geometry: Geometry) -> None:
+        newest = max((record.id for record in records), default=0)
+        manifest = self._manifest.with_layers(
+            tuple(records), max(self._manifest.next_id, newest + 1)
+        )
+        self._manifest = manifest
+        await trio.to_thread.run_sync(self._write_manifest, limiter=self._limiter)
+
+    def _write_manifest(self) -> None:
+        statefiles.replace_file(self._fd, "manifest.json", self._manifest.dumps())
+        statefiles.keep_reserve(self._fd)
+
+    async def remove(self, layer_id: int) -> None:
+        await trio.to_thread.run_sync(self._remove_layer, layer_id, limiter=self._limiter)
+
+    def _remove_layer(self, layer_id: int) -> None:
+        statefiles.remove_tree(str(layer_id), parent=self._snapshots_fd)
+
+    def write_started(self, size: int) -> None:
+        self._activity.started(size)
+
+    def write_finished(self) -> None:
+        self._activity.finished()
+
+    def beat(self) -> None:
+        """Sign of life, to be given every `activity.BEAT_SECONDS`."""
+        self._activity.beat()
+
+    # The end
+
+    async def close(self, layers: Sequence[Layer]) -> None:
+        """Make everything durable, mark it clean, and let go of it.
+
+        `layers`: those of the engine, which must be idle.  Raises OSError if
+        something could not be made durable; then it is not marked clean, but
+        let go of all the same.
+        """
+        await trio.to_thread.run_sync(self._close, list(layers), limiter=self._limiter)
+
+    def _close(self, layers: list[Layer]) -> None:
+        try:
+            if not self._read_only:
+                os.fdatasync(self.image.fd)
+            for layer in layers:
+                fd = statefiles.open_directory(str(layer.id), parent=self._snapshots_fd)
+                try:
+                    for name in ("temp", "done", "access"):
+                        statefiles.sync_file(fd, name)
+                finally:
+                    os.close(fd)
+            self._manifest = evolve(
+                self._manifest,
+                image=ImageStamp.of(self._manifest.image.path, self.image.fd),
+                clean=True,
+                layers=tuple(layer.record() for layer in layers),
+            )
+            self._write_manifest()
+        finally:
+            for layer in layers:
+                layer.temp.close()
+            self._release()
+            self.image.close()
+
+    def _release(self) -> None:
+        for fd in (self._snapshots_fd, self._lock_fd, self._fd):
+            if fd >= 0:
+                os.close(fd)
