@@ -1,0 +1,154 @@
+"""The native request filter in front of pyfuse3: its loader and its typed face.
+
+`snapfs._requestfilter` (requestfilter.c) stands in for some functions of libfuse that
+pyfuse3 calls.  That works only if it is in the process's global symbol scope before
+pyfuse3 is loaded, so `load()` comes first: before anything imports pyfuse3.
+
+Everything here but `invalidate_range` is called from the trio thread and never blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from snapfs import _requestfilter
+else:
+
+    class _NotLoaded:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("requestfilter.load() has not been called")
+
+    _requestfilter = _NotLoaded()
+
+__all__ = [
+    "FallocateHandler",
+    "LseekHandler",
+    "attached",
+    "configure",
+    "direct_read",
+    "invalidate_range",
+    "load",
+    "reply_error",
+    "reply_offset",
+    "set_handlers",
+    "statistics",
+]
+
+FallocateHandler = Callable[[int, int, int, int, int, int], object]
+"""(request, ino, fh, mode, offset, length); offset and length in bytes."""
+
+LseekHandler = Callable[[int, int, int, int, int], object]
+"""(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""
+
+_loaded = False
+
+
+def load() -> None:
+    """Load the extension into the global symbol scope; further calls do nothing.
+
+    Raises RuntimeError if pyfuse3 is loaded already (it is then bound to libfuse itself)
+    and ImportError, saying how to build it, if the extension is missing.
+    """
+    global _loaded, _requestfilter  # noqa: PLW0603 - once per process, as the extension
+    if _loaded:
+        return
+    if "pyfuse3" in sys.modules:
+        raise RuntimeError("snapfs.requestfilter.load() must run before pyfuse3 is imported")
+    if "snapfs._requestfilter" in sys.modules:
+        raise RuntimeError("snapfs._requestfilter was imported directly: use load()")
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_GLOBAL | os.RTLD_NOW)
+    try:
+        from snapfs import _requestfilter  # noqa: PLC0415 - the flags matter
+    except ImportError as error:
+        raise ImportError(
+            f"the extension snapfs._requestfilter cannot be loaded ({error}); it is built by"
+            " 'pip install .' in the source tree, which needs a C compiler and the headers of"
+            " Python and libfuse 3 (Debian: gcc python3-dev libfuse3-dev)",
+            name="snapfs._requestfilter",
+        ) from error
+    finally:
+        sys.setdlopenflags(flags)
+    _loaded = True
+
+
+def attached() -> bool:
+    """Whether the filter stands in front of a live session.
+
+    True from pyfuse3.init() to pyfuse3.close().  False after an init() means that pyfuse3
+    went past the filter: do not serve anything then.
+    """
+    return _requestfilter.attached()
+
+
+def configure(*, receive: bool) -> None:
+    """Switch the filter's own reading of /dev/fuse on (the default) or off.
+
+    Off, libfuse reads, and `direct_read` is always False.  May be changed at any time.
+    """
+    _requestfilter.configure(receive=receive)
+
+
+def set_handlers(
+    *, fallocate: FallocateHandler | None = None, lseek: LseekHandler | None = None
+) -> None:
+    """Set both handlers; None removes one.
+
+    They are called synchronously in the trio thread and must not block: they start a task.
+    Each request must be answered exactly once, by `reply_error` or (lseek only)
+    `reply_offset`; its number is valid until then and never used again.  If a handler raises,
+    the exception goes to sys.unraisablehook and the request is answered with EIO.  Without a
+    handler fallocate is EOPNOTSUPP and lseek EINVAL.
+    """
+    _requestfilter.set_handlers(fallocate=fallocate, lseek=lseek)
+
+
+def reply_error(request: int, errno: int) -> None:
+    """Answer `request` with an errno from 1 to 511, a fallocate also with 0: success.
+
+    Never ENOSYS: the kernel would not ask again during the life of the mount.  A reply that
+    the kernel no longer wants (interrupted, unmounted) is only counted.
+
+    Raises ValueError, and sends nothing, if the request is not outstanding or the errno
+    cannot answer it.
+    """
+    _requestfilter.reply_error(request, errno)
+
+
+def reply_offset(request: int, offset: int) -> None:
+    """Answer the lseek `request` with an offset in bytes.  Raises as `reply_error`."""
+    _requestfilter.reply_offset(request, offset)
+
+
+def direct_read() -> bool:
+    """Whether the request received last is a READ that bypasses the page cache.
+
+    Valid in Operations.read until its first await.
+    """
+    return _requestfilter.direct_read()
+
+
+def invalidate_range(ino: int, offset: int, length: int) -> None:
+    """Drop the kernel's cached pages that overlap [offset, offset + length), and attributes.
+
+    Blocks while a page there is being read or written back, which may need the trio thread:
+    call it from another thread.  An inode that the kernel does not know is fine.
+
+    Raises ValueError unless offset >= 0 and length > 0, OSError with ENODEV when there is no
+    session (any more), other OSErrors from the kernel.
+    """
+    _requestfilter.invalidate_range(ino, offset, length)
+
+
+def statistics() -> dict[str, int]:
+    """Counters since the process started; requests count once the filter has read them.
+
+    sessions received received_bytes empty_receives reads direct_reads writes fallocates
+    lseeks replies failed_replies invalidations, and outstanding: how many fallocate and
+    lseek requests wait for their reply now.
+    """
+    return _requestfilter.statistics()
