@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import trio
@@ -468,7 +468,7 @@ class Engine:
 
     def map(
         self, layer: Layer | None, offset: int = 0, length: int = MAX_SIZE
-    ) -> AsyncIterator[Extent]:
+    ) -> AsyncGenerator[Extent, None]:
         """Extents of a snapshot, or of the image (None): ascending, merged.
 
         The caller keeps the snapshot open meanwhile (`open_snapshot`).

@@ -30,12 +30,8 @@ from attrs import define, frozen
 
 from . import errors, requestfilter
 from .cbw import Engine
-from .image import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    FALLOC_FL_ZERO_RANGE,
-    Buffer,
-)
+from .image import Buffer
+from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from .pagecache import PageCache
 from .snapshot import Layer
 
@@ -163,9 +159,12 @@ class SnapshotFS(pyfuse3.Operations):
             status.st_gid if own.gid is None else own.gid,
         )
 
+    def owner(self) -> int:
+        """The user to whom the files belong."""
+        return self._owner(os.fstat(self._image_fd))[0]
+
     def _check_owner(self, context: pyfuse3.RequestContext) -> None:
-        owner = self._owner(os.fstat(self._image_fd))[0]
-        if context.uid not in (0, os.geteuid(), owner):
+        if context.uid not in (0, os.geteuid(), self.owner()):
             raise errors.NotPermitted("only the owner of the mount may change snapshots")
 
     def _layer(self, inode: int) -> Layer:
@@ -541,7 +540,21 @@ class SnapshotFS(pyfuse3.Operations):
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         raise errors.NotSupported("extended attributes cannot be removed")
 
-    # Changes that came through the control socket
+    # What comes through the control socket
+
+    async def trim(self, layer: Layer, offset: int, length: int, minimum: int) -> int:
+        """Discard the accessible clusters inside a range; returns their bytes.
+
+        Runs shorter than `minimum` bytes are left.
+        """
+        trimmed = 0
+        clusters = layer.geometry.covered(offset, length)
+        for first, stop in list(layer.access.runs(clusters.start, clusters.stop)):
+            start, count = layer.geometry.span(first, stop)
+            if count >= max(1, minimum):
+                await self._withdraw(FIRST_SNAPSHOT + layer.id, layer, start, count)
+                trimmed += count
+        return trimmed
 
     def entry_changed(self, *names: str) -> None:
         """Make the kernel look up names in snapshots/ again."""

@@ -12,7 +12,6 @@ Offsets and lengths are bytes.  Sources: preadv2(2), fallocate(2), lseek(2).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import sys
@@ -22,31 +21,13 @@ from typing import Protocol, TypeVar, TypeVarTuple
 import trio
 
 from ._copy import copy_clusters
+from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from .offload import Offloader
 
 Buffer = bytes | bytearray | memoryview
 
-FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
-FALLOC_FL_PUNCH_HOLE = 0x02
-FALLOC_FL_ZERO_RANGE = 0x10
-
 _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.fallocate.restype = ctypes.c_int
-
-
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2) with a mode, which `os.posix_fallocate` does not take.
-
-    Blocks.  Raises OSError; the GIL is released meanwhile.
-    """
-    while _libc.fallocate(fd, mode, offset, length):
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
 
 
 class Image(Protocol):

@@ -50,7 +50,7 @@ class PageCache:
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = Path(mountpoint)
         self._limiter = trio.CapacityLimiter(8)
-        self._device: int | None = None  # st_dev of the mount, once it is there
+        self.device: int | None = None  # st_dev of the mount, once it is there
         self._quarantined: list[tuple[int, Edges]] = []  # inode, pages; task-atomic
         # Kernel ids of our threads that open a file of the mount; what they open
         # is ours.  Each thread adds and takes out its own (atomic under the GIL).
@@ -59,7 +59,7 @@ class PageCache:
     async def learn_device(self) -> None:
         """Remember which file system we are; to be called when the mount answers."""
         status = await trio.to_thread.run_sync(os.stat, self._mountpoint, limiter=self._limiter)
-        self._device = status.st_dev
+        self.device = status.st_dev
 
     def is_own(self, thread: int) -> bool:
         """Did one of our own threads make this request?  `thread`: pid of the request."""
@@ -72,7 +72,7 @@ class PageCache:
             fd = os.open(self._mountpoint / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         finally:
             self._own_threads.discard(threading.get_native_id())
-        if os.fstat(fd).st_dev != self._device:
+        if os.fstat(fd).st_dev != self.device:
             os.close(fd)
             raise OSError(errno.ESTALE, "another file system is mounted over the mountpoint")
         return fd

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -182,7 +182,7 @@ class SnapshotReader:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         return size
 
-    async def map(self, layer: Layer | None, offset: int, end: int) -> AsyncIterator[Extent]:
+    async def map(self, layer: Layer | None, offset: int, end: int) -> AsyncGenerator[Extent, None]:
         """Extents that cover [offset, end): ascending, maximal, not overlapping."""
         last: Extent | None = None
         while offset < end:

@@ -1,0 +1,29 @@
+"""The command line: thin, over the control socket and the daemon."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import ExitCode
+from . import helpers
+from .parser import build_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments, and the name of the program, ask for."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    program = os.path.basename(sys.argv[0])
+    if program == "mount.snapfs":
+        return helpers.mount(arguments)
+    if program in ("umount.snapfs", "umount.fuse.snapfs"):
+        return helpers.umount(arguments)
+    parser = build_parser()
+    if helpers.is_mount_form(arguments):
+        arguments.insert(0, "mount")
+    parsed = parser.parse_args(arguments)
+    if not hasattr(parsed, "run"):
+        parser.print_usage(sys.stderr)
+        return ExitCode.USAGE
+    return helpers.guarded(lambda: int(parsed.run(parsed) or 0))

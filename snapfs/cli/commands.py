@@ -1,0 +1,179 @@
+"""What each command does: ask the daemon, print the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from .. import mountinfo
+from ..errors import ExitCode
+from ..wire import Client, RemoteError
+from .helpers import complain
+from .output import dump, human, print_table
+
+
+def mount(arguments: argparse.Namespace) -> int:
+    """snapfs mount IMAGE MOUNTPOINT."""
+    from . import mounting  # noqa: PLC0415 - it starts a daemon, which the others do not need
+
+    if arguments.foreground or arguments.ready_fd is not None:
+        return mounting.mount_in_foreground(
+            arguments.image, arguments.mountpoint, arguments.o, arguments.ready_fd
+        )
+    return mounting.mount_in_background(arguments.image, arguments.mountpoint, arguments.o)
+
+
+def umount(arguments: argparse.Namespace) -> int:
+    """snapfs umount MOUNTPOINT."""
+    from . import mounting  # noqa: PLC0415
+
+    return mounting.unmount(arguments.mountpoint)
+
+
+def create(arguments: argparse.Namespace) -> int:
+    """snapfs create MOUNTPOINT [NAME]."""
+    name = arguments.name or datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    with Client(arguments.mountpoint) as client:
+        snapshot = client.call("create", name=name)
+    if arguments.json:
+        dump("create", {"snapshot": snapshot})
+    else:
+        print(snapshot["name"])
+    return ExitCode.OK
+
+
+def delete(arguments: argparse.Namespace) -> int:
+    """snapfs delete MOUNTPOINT NAME...: all that can be deleted, whatever happens to others."""
+    deleted: list[dict[str, Any]] = []
+    worst = int(ExitCode.OK)
+    with Client(arguments.mountpoint) as client:
+        for name in arguments.names:
+            try:
+                deleted.append(client.call("delete", name=name, dry_run=arguments.dry_run))
+            except RemoteError as error:
+                worst = complain(str(error), error.exit_status)
+    if arguments.json:
+        dump("delete", {"deleted": deleted, "dry_run": arguments.dry_run})
+    elif arguments.dry_run:
+        for snapshot in deleted:
+            print(f"would delete {snapshot['name']}, freeing up to {human(snapshot['temp_bytes'])}")
+    return worst if not deleted or worst == ExitCode.OK else ExitCode.PARTIAL
+
+
+def list_snapshots(arguments: argparse.Namespace) -> int:
+    """snapfs list MOUNTPOINT."""
+    with Client(arguments.mountpoint) as client:
+        answer = client.call("list")
+    if arguments.json:
+        dump("list", answer)
+    else:
+        print_table(
+            ("NAME", "CREATED", "SIZE", "TEMP", "STATE"),
+            (
+                (each["name"], each["created"][:19] + "Z", human(each["size"]),
+                 human(each["temp_bytes"]), each["state"])
+                for each in answer["snapshots"]
+            ),
+        )  # fmt: skip
+    return _state_status(answer["snapshots"])
+
+
+def _state_status(snapshots: list[dict[str, Any]]) -> int:
+    whole = all(each["state"] == "ok" for each in snapshots)
+    return ExitCode.OK if whole else ExitCode.SNAPSHOT_UNUSABLE
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """snapfs show MOUNTPOINT NAME."""
+    with Client(arguments.mountpoint) as client:
+        answer = client.call("show", name=arguments.name)
+    if arguments.json:
+        dump("show", answer)
+    else:
+        _print_pairs(answer["snapshot"])
+    return _state_status([answer["snapshot"]])
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """snapfs status MOUNTPOINT."""
+    with Client(arguments.mountpoint) as client:
+        answer = client.call("status")
+    if arguments.json:
+        dump("status", answer)
+    else:
+        _print_pairs({**answer, "snapshots": len(answer["snapshots"])})
+    if not answer["mount"]["healthy"]:
+        return ExitCode.ERROR
+    return _state_status(answer["snapshots"])
+
+
+def _print_pairs(values: dict[str, Any], prefix: str = "") -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _print_pairs(value, f"{prefix}{key}.")
+        elif value not in (None, []):
+            print(f"{prefix}{key}: {value}")
+
+
+def trim(arguments: argparse.Namespace) -> int:
+    """snapfs trim FILE."""
+    found, inside = mountinfo.split(arguments.file)
+    request = {"file": inside, "offset": arguments.offset, "minimum": arguments.minimum}
+    if arguments.length is not None:
+        request["length"] = arguments.length
+    with Client(found.mountpoint) as client:
+        answer = client.call("trim", **request)
+    trimmed = answer["trimmed"]
+    if arguments.json:
+        dump("trim", answer)
+    elif arguments.verbose:
+        print(f"{arguments.file}: {human(trimmed)} ({trimmed} bytes) trimmed")
+    return ExitCode.OK
+
+
+def _extents(path: str) -> Iterator[dict[str, Any]]:
+    """The extents of a file, page by page."""
+    found, inside = mountinfo.split(path)
+    offset: int | None = 0
+    with Client(found.mountpoint) as client:
+        while offset is not None:
+            answer = client.call("map", file=inside, offset=offset)
+            yield from answer["extents"]
+            offset = answer["next"]
+
+
+def map_file(arguments: argparse.Namespace) -> int:
+    """snapfs map FILE."""
+    extents = _extents(arguments.file)
+    if arguments.totals:
+        totals = dict.fromkeys(("extents", "length", "data", "zero", "inaccessible", "temp"), 0)
+        for extent in extents:
+            totals["extents"] += 1
+            for key in ("length", _kind(extent), *(["temp"] if extent["source"] == "temp" else [])):
+                totals[key] += extent["length"]
+        if arguments.json:
+            dump("map", {"totals": totals})
+        else:
+            _print_pairs(totals)
+    elif arguments.json:
+        separator = "["
+        for extent in extents:
+            sys.stdout.write(separator + json.dumps(extent))
+            separator = ",\n"
+        print("]" if separator != "[" else "[]")
+    else:
+        print_table(
+            ("START", "LENGTH", "KIND", "SOURCE"),
+            ((each["start"], each["length"], _kind(each), each["source"]) for each in extents),
+        )
+    return ExitCode.OK
+
+
+def _kind(extent: dict[str, Any]) -> str:
+    if not extent["accessible"]:
+        return "inaccessible"
+    return "data" if extent["data"] else "zero"

@@ -1,0 +1,111 @@
+"""The forms in which mount(8) and umount(8) call snapfs, and what all forms share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ..errors import ExitCode, NotPermitted, SnapfsError, UsageError
+from ..wire import RemoteError
+
+Run = Callable[[], int]
+
+MOUNT_USAGE = 1  # mount(8): incorrect invocation or permissions
+MOUNT_SYSTEM = 2  # mount(8): system error
+MOUNT_FAILURE = 32  # mount(8): mount failure
+
+
+def complain(message: str, status: int) -> int:
+    """Say what is wrong on stderr, in one line, and return the exit status."""
+    print("snapfs:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def guarded(run: Run) -> int:
+    """The exit status of `run`; an expected error is one line on stderr."""
+    try:
+        return run()
+    except RemoteError as error:
+        return complain(str(error), error.exit_status)
+    except SnapfsError as error:
+        return complain(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing to tell it
+        return ExitCode.ERROR
+    except OSError as error:
+        name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return complain(f"{name}{error.strerror or error}", ExitCode.ERROR)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+
+
+def is_mount_form(arguments: Sequence[str]) -> bool:
+    """Is it `snapfs SPEC DIR [-o ...]`, as `mount -t fuse.snapfs` calls it?
+
+    Two positionals, of which the first is no verb.
+    """
+    from .parser import VERBS  # noqa: PLC0415 - the parser imports this module
+
+    positionals: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "-o":
+            skip = True
+        elif not argument.startswith("-"):
+            positionals.append(argument)
+    return len(positionals) == 2 and positionals[0] not in VERBS
+
+
+class _HelperParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Exit as mount(8) expects of a helper."""
+        sys.exit(complain(message, MOUNT_USAGE))
+
+
+def mount(arguments: Sequence[str]) -> int:
+    """mount.snapfs SPEC DIR [-sfnv] [-N ns] [-o opts] [-t type]: exit statuses of mount(8)."""
+    from .mounting import mount_in_background  # noqa: PLC0415 - not needed by other commands
+
+    parser = _HelperParser(prog="mount.snapfs", description="Mount an image with snapfs.")
+    parser.add_argument("spec")
+    parser.add_argument("dir")
+    parser.add_argument("-o", action="append", default=[], metavar="OPTIONS")
+    parser.add_argument("-s", action="store_true", help="tolerate unknown options")
+    parser.add_argument("-f", action="store_true", help="check only, do not mount")
+    parser.add_argument("-n", action="store_true", help="ignored")
+    parser.add_argument("-v", action="store_true", help="say what is done")
+    parser.add_argument("-N", metavar="NAMESPACE", help="ignored: mount(8) has entered it")
+    parser.add_argument("-t", metavar="TYPE", help="ignored")
+    parsed = parser.parse_intermixed_args(arguments)
+
+    def run() -> int:
+        return mount_in_background(parsed.spec, parsed.dir, parsed.o, dry_run=parsed.f)
+
+    try:
+        return run()
+    except (UsageError, NotPermitted) as error:
+        return complain(str(error), MOUNT_USAGE)
+    except SnapfsError as error:
+        return complain(str(error), MOUNT_FAILURE)
+    except OSError as error:
+        return complain(str(error), MOUNT_SYSTEM)
+
+
+def umount(arguments: Sequence[str]) -> int:
+    """umount.fuse.snapfs DIR [-flnrv] [-N ns] [-t type]; returns when the daemon is gone."""
+    from .mounting import unmount  # noqa: PLC0415
+
+    parser = _HelperParser(prog="umount.fuse.snapfs", description="Unmount a snapfs.")
+    parser.add_argument("dir")
+    for letter in "fnrv":
+        parser.add_argument(f"-{letter}", action="store_true", help="ignored")
+    parser.add_argument("-l", action="store_true", help="unmount lazily")
+    parser.add_argument("-N", metavar="NAMESPACE", help="ignored: umount(8) has entered it")
+    parser.add_argument("-t", metavar="TYPE", help="ignored")
+    parsed = parser.parse_args(arguments)
+    status = guarded(lambda: unmount(parsed.dir, lazy=parsed.l))
+    return MOUNT_FAILURE if status else ExitCode.OK

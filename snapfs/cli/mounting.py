@@ -1,0 +1,204 @@
+"""Starting the daemon of a mount, and ending it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import logging.handlers
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+
+from .. import mountinfo
+from ..errors import ExitCode, MountError, NotMounted, SnapfsError
+from ..options import MountOptions, parse_options
+from ..wire import Client
+
+END_SECONDS = 90  # the daemon gives up by itself before
+
+
+class StartError(MountError):
+    """The daemon in the background could not start; it has said why."""
+
+
+def mount_in_background(
+    image: str, mountpoint: str, texts: Sequence[str], *, dry_run: bool = False
+) -> int:
+    """Mount, and return when the mount answers.
+
+    The daemon goes on in the background.  Raises SnapfsError with its reason if
+    it could not start.
+    """
+    options = parse_options(texts)
+    if dry_run:
+        from ..daemon import Config, check  # noqa: PLC0415
+
+        check(Config(image, mountpoint, options))
+        return ExitCode.OK
+    reader, writer = os.pipe()
+    # Twice, so that the daemon is no session leader and has no parent to wait for it.
+    if os.fork():
+        os.close(writer)
+        os.wait()
+        return _wait_ready(reader)
+    os.close(reader)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    status = 1
+    try:
+        status = _run_in_background(image, mountpoint, options, writer)
+    finally:
+        os._exit(status)
+
+
+def _wait_ready(reader: int) -> int:
+    with os.fdopen(reader, "rb") as pipe:
+        kind, _, message = pipe.read().decode(errors="replace").partition("\n")
+    if kind == "ready":
+        return ExitCode.OK
+    error = StartError(message or "the daemon ended before the mount was usable")
+    error.exit_code = ExitCode(int(kind) if kind.isdigit() else ExitCode.ERROR)  # type: ignore[misc]
+    raise error
+
+
+def _run_in_background(image: str, mountpoint: str, options: MountOptions, writer: int) -> int:
+    from ..daemon import Config, serve  # noqa: PLC0415 - after the fork: it imports trio
+
+    # Relative names mean what they meant to the caller.
+    config = Config(os.path.abspath(image), os.path.abspath(mountpoint), options)
+    if options.state:
+        options.state = os.path.abspath(options.state)
+    start_logging(options, foreground=False)
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        os.chdir("/")
+        os.write(writer, b"ready\n")
+        os.close(writer)
+
+    return _serve(lambda: serve(config, ready), lambda line: os.write(writer, line))
+
+
+def _serve(serve: Callable[[], None], tell: Callable[[bytes], object]) -> int:
+    try:
+        serve()
+        return ExitCode.OK
+    except SnapfsError as error:
+        status, message = error.exit_code, str(error)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        status, message = ExitCode.ERROR, f"{name}{error.strerror}"
+    except BaseException as error:
+        logging.getLogger("snapfs").critical("the daemon died", exc_info=True)
+        status, message = ExitCode.ERROR, f"unexpected error: {error!r}"
+    logging.getLogger("snapfs").error("%s", message)
+    try:
+        tell(f"{int(status)}\n{message}".encode())
+    except OSError:
+        pass  # it was ready before: nobody listens any more
+    return status
+
+
+def mount_in_foreground(
+    image: str, mountpoint: str, texts: Sequence[str], ready_fd: int | None
+) -> int:
+    """Mount and serve until unmounted; raises SnapfsError if that cannot be."""
+    from ..daemon import Config, serve  # noqa: PLC0415 - it imports trio
+
+    options = parse_options(texts)
+    start_logging(options, foreground=True)
+
+    def ready() -> None:
+        notify("READY=1")
+        if ready_fd is not None:
+            os.write(ready_fd, b"READY\n")
+            os.close(ready_fd)
+
+    serve(Config(image, mountpoint, options), ready)
+    return ExitCode.OK
+
+
+def notify(state: str) -> None:
+    """Tell systemd about the service, if it started us (sd_notify(3))."""
+    import socket  # noqa: PLC0415
+
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
+        notifier.connect(address)
+        notifier.sendall(state.encode())
+
+
+def start_logging(options: MountOptions, *, foreground: bool) -> None:
+    """Log to stderr in the foreground, else to syslog."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    form = "snapfs: %(levelname)s: %(message)s"
+    if not foreground:
+        try:
+            handler = logging.handlers.SysLogHandler(
+                "/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON
+            )
+            form = f"snapfs[{os.getpid()}]: %(message)s"
+        except OSError:  # no syslog here
+            handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter(form))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(options.log_level.upper())
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> int:
+    """Unmount, and return when the daemon has flushed and exited.
+
+    The mount of a dead daemon is cleaned away.  Raises NotMounted, MountError.
+    """
+    mount = mountinfo.find_snapfs(mountpoint)
+    where = mount.mountpoint
+    process = _daemon_of(where)
+    try:
+        _unmount(where, lazy)
+        if process is not None and not lazy:
+            _wait_end(process)
+    finally:
+        if process is not None:
+            os.close(process)
+    return ExitCode.OK
+
+
+def _daemon_of(mountpoint: str) -> int | None:
+    """A pidfd of the daemon, None if it is dead."""
+    try:
+        with Client(mountpoint) as client:
+            pid = client.call("status")["mount"]["pid"]
+        return os.pidfd_open(pid)
+    except (NotMounted, ProcessLookupError):
+        return None
+
+
+def _unmount(where: str, lazy: bool) -> None:
+    from ..daemon import unmount as unmount_now  # noqa: PLC0415
+
+    try:
+        unmount_now(where, lazy=lazy)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            unmount_now(where, lazy=True)
+        elif error.errno == errno.EBUSY:
+            raise MountError(f"{where} is in use; see who with: fuser -vm {where}") from None
+        else:
+            raise MountError(f"{where} cannot be unmounted: {error.strerror}") from None
+
+
+def _wait_end(process: int) -> None:
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    if not poll.poll(END_SECONDS * 1000):
+        raise MountError("the daemon has not finished writing; it goes on in the background")

@@ -1,0 +1,35 @@
+"""Printing: JSON documents, tables, sizes for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def dump(command: str, values: Mapping[str, Any]) -> None:
+    """Print one JSON document in the wrapper that names its version."""
+    version = {"command": command, "vers_major": 1, "vers_minor": 0}
+    print(json.dumps({"output_version": version, **values}, indent=2))
+
+
+def human(size: int) -> str:
+    """A size as fstrim prints it: 1 GiB, 1.5 MiB, 512 B."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1024:
+            break
+        value /= 1024
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under a head, columns aligned; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    for row in [list(head), *cells]:
+        padded = (
+            cell.rjust(width) if cell.isdigit() else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        )
+        print("  ".join(padded).rstrip())

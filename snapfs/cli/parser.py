@@ -1,0 +1,91 @@
+"""The command line's grammar."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import __version__
+from ..errors import UsageError
+from ..options import parse_size
+from . import commands
+
+VERBS = ("mount", "umount", "create", "delete", "list", "show", "status", "trim", "map")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`."""
+    parser = argparse.ArgumentParser(
+        prog="snapfs",
+        description="Serve a live disk image and its point-in-time snapshots as files.",
+        epilog="mount -t fuse.snapfs IMAGE MOUNTPOINT works as well.  See snapfs(1).",
+    )
+    parser.add_argument("--version", action="version", version=f"snapfs {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    verb = verbs.add_parser("mount", help="serve an image at a mountpoint")
+    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("-o", action="append", default=[], metavar="OPTION[,OPTION...]")
+    verb.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
+    verb.add_argument("--ready-fd", type=int, metavar="FD", help="write READY there (with -f)")
+    verb.set_defaults(run=commands.mount)
+
+    verb = verbs.add_parser("umount", help="unmount; returns when all is flushed")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.set_defaults(run=commands.umount)
+
+    verb = verbs.add_parser("create", help="take a snapshot")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("name", metavar="NAME", nargs="?", help="default: the time in UTC")
+    _add_json(verb)
+    verb.set_defaults(run=commands.create)
+
+    verb = verbs.add_parser("delete", help="delete snapshots")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("names", metavar="NAME", nargs="+")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    _add_json(verb)
+    verb.set_defaults(run=commands.delete)
+
+    verb = verbs.add_parser("list", help="list snapshots")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    _add_json(verb)
+    verb.set_defaults(run=commands.list_snapshots)
+
+    verb = verbs.add_parser("show", help="show one snapshot")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("name", metavar="NAME")
+    _add_json(verb)
+    verb.set_defaults(run=commands.show)
+
+    verb = verbs.add_parser("status", help="show the state of a mount")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    _add_json(verb)
+    verb.set_defaults(run=commands.status)
+
+    verb = verbs.add_parser("trim", help="discard a range of a snapshot, as fstrim does")
+    verb.add_argument("file", metavar="FILE")
+    verb.add_argument("-o", "--offset", type=_size, default=0, metavar="BYTES")
+    verb.add_argument("-l", "--length", type=_size, metavar="BYTES")
+    verb.add_argument("-m", "--minimum", type=_size, default=0, metavar="BYTES")
+    verb.add_argument("-v", "--verbose", action="store_true", help="print what was discarded")
+    _add_json(verb)
+    verb.set_defaults(run=commands.trim)
+
+    verb = verbs.add_parser("map", help="list the extents of active or of a snapshot")
+    verb.add_argument("file", metavar="FILE")
+    verb.add_argument("--totals", action="store_true", help="sums instead of extents")
+    _add_json(verb)
+    verb.set_defaults(run=commands.map_file)
+    return parser
+
+
+def _add_json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print JSON")

@@ -1,0 +1,158 @@
+"""The control socket: plain JSON, one request and one answer a line.
+
+    {"version": 1, "command": "create", "name": "monday"}
+    {"ok": true, "result": {...}}
+    {"ok": false, "error": {"kind": "SnapshotExists", "message": ..., "exit_code": 1}}
+
+The socket lies in the state directory, mode 0600; the peer's user is checked
+as well.  Everything that comes in is bounded: length of a line, clients at
+once, time to send a line, and the type of each value.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import trio
+
+from . import errors
+from .wire import MAX_LINE, VERSION
+
+log = logging.getLogger(__name__)
+
+MAX_CLIENTS = 32
+IDLE_SECONDS = 30.0
+
+Command = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """The answer that tells of an exception."""
+    if isinstance(error, errors.SnapfsError):
+        kind, code = type(error).__name__, int(error.exit_code)
+    else:
+        kind, code = "OSError", int(errors.ExitCode.ERROR)
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return {"ok": False, "error": {"kind": kind, "message": message, "exit_code": code}}
+
+
+def text(request: Mapping[str, Any], key: str) -> str:
+    """A string of a request; raises UsageError if it is not there or not one."""
+    value = request.get(key)
+    if not isinstance(value, str):
+        raise errors.UsageError(f"the request needs a string {key!r}")
+    return value
+
+
+def number(request: Mapping[str, Any], key: str, default: int) -> int:
+    """A number of bytes of a request, 0 to 2**63 - 1; raises UsageError for anything else."""
+    value = request.get(key, default)
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise errors.UsageError(f"{key!r} of the request must be a number of bytes")
+    return value
+
+
+class ControlServer:
+    """Answers requests with `commands`, for the users in `uids` and root."""
+
+    def __init__(self, path: str, commands: Mapping[str, Command], uids: frozenset[int]) -> None:
+        self._path = path
+        self._commands = commands
+        self._uids = uids | {0}
+        self._clients = 0  # task-atomic
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen until cancelled; the socket is there when the task has started."""
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            await _bind(listener, self._path)
+            listener.listen(MAX_CLIENTS)
+            task_status.started()
+            try:
+                async with trio.open_nursery() as nursery:
+                    while True:
+                        client, _ = await listener.accept()
+                        nursery.start_soon(self._client, client)
+            finally:
+                _unlink(self._path)
+
+    async def _client(self, client: trio.socket.SocketType) -> None:
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        uid = struct.unpack("iII", credentials)[1]
+        stream = trio.SocketStream(client)
+        self._clients += 1
+        try:
+            if uid not in self._uids:
+                log.warning("user %d may not use the control socket", uid)
+                refused = errors.NotPermitted("only the owner of the mount may control it")
+                await _send(stream, failure(refused))
+            elif self._clients > MAX_CLIENTS:
+                await _send(stream, failure(errors.InUse("too many clients; try again")))
+            else:
+                await self._converse(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            pass  # gone, or too slow
+        finally:
+            self._clients -= 1
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        waiting = bytearray()
+        while True:
+            with trio.fail_after(IDLE_SECONDS):
+                while b"\n" not in waiting:
+                    data = await stream.receive_some(MAX_LINE)
+                    if not data:
+                        return
+                    waiting += data
+                    if len(waiting) > MAX_LINE:
+                        await _send(stream, failure(errors.UsageError("the request is too long")))
+                        return
+            line, _, waiting = waiting.partition(b"\n")
+            await _send(stream, await self._answer(bytes(line)))
+
+    async def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict) or request.get("version") != VERSION:
+                raise errors.UsageError(f"not a request of version {VERSION}")
+            command = self._commands.get(str(request.get("command")))
+            if command is None:
+                raise errors.UsageError(f"unknown command {request.get('command')!r}")
+            return {"ok": True, "result": await command(request)}
+        except (ValueError, RecursionError):
+            return failure(errors.UsageError("the request is not JSON"))
+        except (errors.SnapfsError, OSError) as error:
+            return failure(error)
+        except Exception:
+            log.exception("unexpected error in a control request")
+            return failure(errors.SnapfsError("internal error; the log has the details"))
+
+
+async def _send(stream: trio.SocketStream, answer: Mapping[str, Any]) -> None:
+    with trio.fail_after(IDLE_SECONDS):
+        await stream.send_all(json.dumps(answer).encode() + b"\n")
+
+
+async def _bind(listener: trio.socket.SocketType, path: str) -> None:
+    """Bind through the directory's descriptor: a path may be longer than a socket's name."""
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        await listener.bind(f"/proc/self/fd/{fd}/{name}")
+    finally:
+        os.close(fd)
+    os.chmod(path, 0o600)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

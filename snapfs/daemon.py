@@ -1,0 +1,386 @@
+"""The daemon of one mount: puts the parts together, and takes them apart in order.
+
+One nursery holds everything that runs.  Order of the start: lock and recover
+the state, mount, serve, listen; then the mount answers and the caller is told.
+Order of the end: no more requests, copies finished, everything durable and
+marked clean, and only then the process is gone, which is what umount waits
+for.  The daemon unmounts in order or not at all: an empty directory where a
+backup's source was could make rsync delete the backup.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import frozen
+
+from . import errors, linux, mountinfo, requestfilter
+from .activity import BEAT_SECONDS
+from .cbw import Engine
+from .control import ControlServer, number, text
+from .copier import Settings
+from .options import MountOptions
+from .report import describe_engine, describe_extent, describe_snapshot
+from .store import CONTROL_SOCKET, Store
+
+log = logging.getLogger(__name__)
+
+IO_THREADS = 16  # blocking calls on image and temp images at once
+MAP_PAGE = 5000  # extents in one answer
+LAST_SECONDS = 60  # for the end of everything; then the process gives up
+
+
+@frozen
+class Config:
+    """What to mount where."""
+
+    image: str
+    mountpoint: str
+    options: MountOptions
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is touched.  Blocks.
+
+    Raises UsageError, MountError and NotPermitted that name the remedy.  A
+    mount whose daemon is dead is cleaned away.
+    """
+    where = config.mountpoint
+    clear_stale(where)
+    if not os.path.exists(where):
+        raise errors.UsageError(f"the mountpoint {where} does not exist; create the directory")
+    if not os.path.isdir(where):
+        raise errors.UsageError(f"the mountpoint {where} is not a directory")
+    mount = mountinfo.find(os.path.realpath(where))
+    if mount is not None:
+        raise errors.MountError(f"{where} is busy: {mount.source} is mounted there")
+    image = os.path.realpath(config.image)
+    state = os.path.realpath(config.options.state or f"{image}.snapfs")
+    inside = os.path.realpath(where)
+    for path, what in ((image, "image"), (state, "state directory")):
+        if os.path.commonpath((path, inside)) == inside:
+            raise errors.UsageError(f"the {what} {path} is under the mountpoint {where}")
+    if os.path.commonpath((state, inside)) == state:
+        raise errors.UsageError(f"the mountpoint {where} is under the state directory {state}")
+    if not os.path.exists("/dev/fuse"):
+        raise errors.MountError("there is no /dev/fuse; load the kernel module: modprobe fuse")
+    others = config.options.fuse & {"allow_other", "allow_root"}
+    if others and os.geteuid() and not _user_allow_other():
+        raise errors.NotPermitted(
+            f"{others.pop()} needs the line user_allow_other in /etc/fuse.conf"
+        )
+
+
+def _user_allow_other() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def clear_stale(where: str) -> None:
+    """Unmount a snapfs whose daemon is dead.  Blocks."""
+    mount = mountinfo.find(where)
+    if mount is None or mount.fs_type != mountinfo.FS_TYPE:
+        return
+    try:
+        os.stat(where)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            unmount(where, lazy=True)
+
+
+def unmount(where: str, *, lazy: bool = False) -> None:
+    """Unmount, by fusermount3 for an ordinary user.  Blocks.  Raises OSError, EBUSY if in use."""
+    if not os.geteuid():
+        linux.unmount(where, linux.MNT_DETACH if lazy else 0)
+        return
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", where]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        busy = "busy" in done.stderr.lower()
+        raise OSError(errno.EBUSY if busy else errno.EPERM, done.stderr.strip())
+
+
+def holders(device: int) -> list[str]:
+    """Who has files of a file system open, as far as /proc tells.  Blocks."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        links = [*process.glob("fd/*"), process / "cwd", process / "root"]
+        for link in links:
+            try:
+                if os.stat(link).st_dev == device:
+                    name = (process / "comm").read_text().strip()
+                    found.append(f"{name} (process {process.name})")
+                    break
+            except OSError:
+                continue
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if os.stat(backing.read_text().strip()).st_dev == device:
+                found.append(f"the loop device /dev/{backing.parts[3]}")
+        except OSError:
+            continue
+    return found
+
+
+class Daemon:
+    """One mount, from `run` to its end."""
+
+    def __init__(self, config: Config, ready: Callable[[], None]) -> None:
+        self._config = config
+        self._ready = ready
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Serve until unmounted or told to stop.
+
+        Raises SnapfsError or OSError if it could not be mounted, or if at the
+        end something could not be made durable.
+        """
+        options = self._config.options
+        await trio.to_thread.run_sync(check, self._config)
+        store = await Store.open(
+            self._config.image,
+            state_dir=options.state,
+            cluster_size=options.cluster_size,
+            read_only=options.read_only,
+            limiter=trio.CapacityLimiter(IO_THREADS),
+        )
+        for notice in store.notices:
+            log.warning("%s", notice)
+        layers = store.layers
+        try:
+            async with trio.open_nursery() as nursery:
+                engine = Engine(
+                    store.image,
+                    store.geometry,
+                    store,
+                    nursery,
+                    layers=store.layers,
+                    next_id=store.next_id,
+                    settings=Settings(options.on_cbw_error, options.cbw_timeout),  # type: ignore[arg-type]
+                    read_only=options.read_only,
+                )
+                await self._serve(engine, store, nursery)
+                nursery.cancel_scope.cancel()
+            layers = list(engine.layers)
+        finally:
+            with trio.CancelScope(shield=True):
+                await store.close(layers)
+
+    async def _serve(self, engine: Engine, store: Store, nursery: trio.Nursery) -> None:
+        # Here, since it imports pyfuse3, which must find the filter loaded.
+        import pyfuse3  # noqa: PLC0415
+
+        from .fusefs import MAX_TASKS, Ownership, SnapshotFS  # noqa: PLC0415
+        from .pagecache import PageCache  # noqa: PLC0415
+
+        options = self._config.options
+        where = os.path.realpath(self._config.mountpoint)
+        cache = PageCache(where)
+        fs = SnapshotFS(
+            engine,
+            store.image.fd,
+            cache,
+            nursery,
+            state_dir=str(store.directory),
+            ownership=Ownership(options.uid, options.gid, options.umask),
+            writeback_cache=options.writeback_cache,
+        )
+        fuse = {"fsname=" + os.path.realpath(self._config.image).replace(",", "\\,")}
+        fuse |= {"subtype=snapfs", "default_permissions"} | options.fuse
+        try:
+            pyfuse3.init(fs, where, fuse)
+        except RuntimeError:
+            raise errors.MountError(f"{where} cannot be mounted; see the message above") from None
+        clean = False
+        try:
+            if not requestfilter.attached():
+                raise errors.MountError("this build of pyfuse3 goes past the request filter")
+            commands = Commands(engine, fs, store, self._config)
+            uids = frozenset({os.geteuid(), fs.owner()})
+            server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
+            async with trio.open_nursery() as serving:
+                serving.start_soon(_beat, store)
+                await serving.start(server.serve)
+                await serving.start(self._watch_signals, engine, cache, where, pyfuse3.terminate)
+                serving.start_soon(self._announce, cache)
+                await pyfuse3.main(max_tasks=MAX_TASKS)
+                serving.cancel_scope.cancel()
+            clean = not self._stopping
+        finally:
+            signal.signal(signal.SIGALRM, _give_up)
+            signal.alarm(LAST_SECONDS)
+            pyfuse3.close(unmount=clean)
+
+    async def _announce(self, cache: Any) -> None:
+        await cache.learn_device()
+        log.info("%s is mounted on %s", self._config.image, self._config.mountpoint)
+        self._ready()
+
+    async def _watch_signals(
+        self,
+        engine: Engine,
+        cache: Any,
+        where: str,
+        terminate: Callable[[], None],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """On SIGTERM or SIGINT unmount; if the mount is in use, end it in order all the same."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number_ in signals:
+                log.info("%s: unmounting %s", signal.Signals(number_).name, where)
+                try:
+                    await trio.to_thread.run_sync(unmount, where)
+                    return  # the session ends by itself
+                except OSError as error:
+                    log.warning("cannot unmount %s: %s", where, error.strerror)
+                names = await trio.to_thread.run_sync(holders, cache.device)
+                log.warning("%s is in use by %s", where, ", ".join(names) or "an unknown process")
+                if engine.barrier is not None and not engine.read_only:
+                    await engine.barrier()
+                self._stopping = True
+                terminate()
+                return
+
+
+async def _beat(store: Store) -> None:
+    while True:
+        await trio.sleep(BEAT_SECONDS)
+        store.beat()
+
+
+def _give_up(*_signal: object) -> None:
+    log.critical("gave up waiting for the storage; the mount is not marked clean")
+    os._exit(1)
+
+
+class Commands:
+    """What the control socket can be asked."""
+
+    def __init__(self, engine: Engine, fs: Any, store: Store, config: Config) -> None:
+        self._engine = engine
+        self._fs = fs
+        self._store = store
+        self._config = config
+
+    def table(self) -> Mapping[str, Callable[..., Any]]:
+        """The commands by name."""
+        names = ("create", "delete", "rename", "list", "show", "status", "map", "trim")
+        return {name: getattr(self, name) for name in names}
+
+    async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Create a snapshot."""
+        layer = await self._engine.create_snapshot(text(request, "name"))
+        self._fs.entry_changed(layer.name)
+        return describe_snapshot(layer)
+
+    async def delete(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Delete a snapshot; with `dry_run` only look whether it is there."""
+        name = text(request, "name")
+        described = describe_snapshot(self._engine.find(name))
+        if not request.get("dry_run"):
+            await self._engine.delete_snapshot(name)
+            self._fs.entry_changed(name)
+        return described
+
+    async def rename(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Rename a snapshot."""
+        old, new = text(request, "name"), text(request, "new")
+        await self._engine.rename_snapshot(old, new)
+        self._fs.entry_changed(old, new)
+        return describe_snapshot(self._engine.find(new))
+
+    async def list(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """All snapshots, oldest first."""
+        return {"snapshots": [describe_snapshot(layer) for layer in self._engine.snapshots]}
+
+    async def show(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One snapshot."""
+        return {"snapshot": describe_snapshot(self._engine.find(text(request, "name")))}
+
+    async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The mount as a whole."""
+        self._engine.refresh()
+        status = describe_engine(self._engine)
+        reason = self._fs.unhealthy or self._engine.unhealthy
+        status["image"] = {"path": os.path.realpath(self._config.image), **status["image"]}
+        status["mount"] = {
+            "mountpoint": os.path.realpath(self._config.mountpoint),
+            "pid": os.getpid(),
+            "healthy": reason is None,
+            "reason": reason,
+            "durability": "process",
+            "fastpath": False,
+        }
+        return status
+
+    async def map(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Some extents of a file from `offset` on, and where the next page begins, or null."""
+        offset = number(request, "offset", 0)
+        layer = self._find(text(request, "file"))
+        found: list[dict[str, Any]] = []
+        if layer is not None:
+            self._engine.open_snapshot(layer)
+        try:
+            async with aclosing(self._engine.map(layer, offset)) as extents:
+                async for extent in extents:
+                    if len(found) == MAP_PAGE:
+                        return {"extents": found, "next": extent.start}
+                    found.append(describe_extent(extent))
+        finally:
+            if layer is not None:
+                await self._engine.close_snapshot(layer)
+        return {"extents": found, "next": None}
+
+    async def trim(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Discard a range of a snapshot."""
+        layer = self._find(text(request, "file"))
+        if layer is None:
+            raise errors.UsageError(
+                "active cannot be trimmed as a whole; use fstrim(8) on the file system in it"
+            )
+        offset = number(request, "offset", 0)
+        length = number(request, "length", layer.geometry.size)
+        minimum = number(request, "minimum", 0)
+        return {"trimmed": await self._fs.trim(layer, offset, length, minimum)}
+
+    def _find(self, path: str) -> Any:
+        """The layer of a file by its path in the mount, None for `active`."""
+        if path == "active":
+            return None
+        directory, _, name = path.partition("/")
+        if directory != "snapshots":
+            raise errors.NotFound(f"{path} is neither active nor a snapshot")
+        return self._engine.find(name)
+
+
+def serve(config: Config, ready: Callable[[], None]) -> None:
+    """Run a daemon in this process until its end; raises as `Daemon.run`."""
+    requestfilter.load()
+    os.umask(0o077)
+    linux.set_io_flusher()
+    sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL
+    try:
+        trio.run(functools.partial(Daemon(config, ready).run))
+    except* (errors.SnapfsError, OSError) as group:
+        raise _first(group) from group
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,44 @@
+"""System calls that Python 3.11 does not have.  All of them block."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+MNT_DETACH = 2  # sys/mount.h
+PR_SET_IO_FLUSHER = 57  # linux/prctl.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with a mode, which `os.posix_fallocate` does not take.
+
+    Raises OSError; the GIL is released meanwhile.
+    """
+    while _libc.fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def unmount(path: str, flags: int = 0) -> None:
+    """umount2(2); raises OSError."""
+    if _libc.umount2(os.fsencode(path), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+
+
+def set_io_flusher() -> bool:
+    """Tell the kernel that we are in the write-back path of a file system (prctl(2)).
+
+    Memory that we need is then found without writing back through ourselves.
+    False where it is not permitted.
+    """
+    return bool(_libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0)

@@ -1,0 +1,74 @@
+"""Which mounts there are, from /proc/self/mountinfo (proc(5))."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from attrs import frozen
+
+from .errors import NotMounted
+
+FS_TYPE = "fuse.snapfs"
+
+
+@frozen
+class Mount:
+    """One mount as this process sees it.  `device`: "major:minor"."""
+
+    mountpoint: str
+    fs_type: str
+    source: str
+    device: str
+
+
+def _unescape(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def mounts() -> list[Mount]:
+    """All mounts, the newest last."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        fields, (fs_type, source, *_) = left.split(" "), right.split(" ")
+        found.append(Mount(_unescape(fields[4]), fs_type, _unescape(source), fields[2]))
+    return found
+
+
+def find(path: str) -> Mount | None:
+    """The mount whose mountpoint is `path`, the topmost one; does not look into it."""
+    # The last component is not followed: it may be a dead mount.
+    parent, name = os.path.split(os.path.abspath(path))
+    wanted = os.path.join(os.path.realpath(parent), name)
+    for mount in reversed(mounts()):
+        if mount.mountpoint == wanted:
+            return mount
+    return None
+
+
+def find_snapfs(path: str) -> Mount:
+    """The snapfs mount at `path`; raises NotMounted."""
+    for candidate in (path, os.path.realpath(path)):
+        mount = find(candidate)
+        if mount is not None and mount.fs_type == FS_TYPE:
+            return mount
+    raise NotMounted(f"no snapfs is mounted on {path}")
+
+
+def split(path: str) -> tuple[Mount, str]:
+    """The snapfs mount that a file lies in, and the file's path in it; raises NotMounted."""
+    real = os.path.realpath(path)
+    inside = ""
+    while True:
+        mount = find(real)
+        if mount is not None:
+            if mount.fs_type != FS_TYPE:
+                break
+            return mount, inside
+        real, name = os.path.split(real)
+        if not name:
+            break
+        inside = os.path.join(name, inside) if inside else name
+    raise NotMounted(f"{path} is not a file of a snapfs mount")

@@ -1,0 +1,169 @@
+"""Mount options, as mount(8), fstab and `snapfs mount -o` give them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from attrs import define, field
+
+from .errors import UsageError
+
+# Words of fstab and mount(8) that are for others, and what holds anyway.
+IGNORED = frozenset(
+    {
+        "_netdev",
+        "nofail",
+        "noauto",
+        "auto",
+        "user",
+        "users",
+        "owner",
+        "group",
+        "defaults",
+        "rw",
+        "atime",
+        "relatime",
+        "dev",
+        "suid",
+        "exec",
+        "async",
+        "subtype",
+    }
+)
+PASSED_ON = frozenset(
+    {
+        "allow_other",
+        "allow_root",
+        "default_permissions",
+        "fsname",
+        "max_read",
+        "nodev",
+        "nosuid",
+        "noexec",
+        "noatime",
+        "norelatime",
+        "sync",
+    }
+)
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_UNITS = ("", "K", "M", "G", "T", "P", "E")
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes as fstrim(8) takes it: K, KiB = 1024, KB = 1000, and so on.
+
+    Raises UsageError.
+    """
+    match = re.fullmatch(r"(\d+)\s*(?:([KMGTPE])(iB|B)?|B)?", text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; write for example 65536, 64K or 1GiB")
+    letter, suffix = (match[2] or "").upper(), (match[3] or "").upper()
+    if suffix == "B":
+        return int(match[1]) * int(1000 ** _UNITS.index(letter))
+    return int(match[1]) * int(1024 ** _UNITS.index(letter))
+
+
+@define
+class MountOptions:
+    """What the options say; None: the default."""
+
+    state: str | None = None
+    cluster_size: int | None = None
+    on_cbw_error: str = "break-snapshot"
+    cbw_timeout: float = 15.0
+    uid: int | None = None
+    gid: int | None = None
+    umask: int = 0
+    log_level: str = "info"
+    read_only: bool = False
+    writeback_cache: bool = False
+    fuse: set[str] = field(factory=set)  # for libfuse
+
+
+def _choice(name: str, choices: Iterable[str]) -> Callable[[str], str]:
+    def convert(value: str) -> str:
+        if value not in choices:
+            raise UsageError(f"{name}={value}: choose one of {', '.join(choices)}")
+        return value
+
+    return convert
+
+
+def _number(name: str, base: int) -> Callable[[str], int]:
+    def convert(value: str) -> int:
+        try:
+            number = int(value, base)
+        except ValueError:
+            number = -1
+        if number < 0:
+            raise UsageError(f"{name}={value} is not a number that it can be")
+        return number
+
+    return convert
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", value, re.ASCII):
+        raise UsageError(f"cbw-timeout={value} is not a number of seconds; 0 means none")
+    return float(value)
+
+
+def _cluster_size(value: str) -> int:
+    size = parse_size(value)
+    if size & (size - 1) or not 4096 <= size <= 4 << 20:
+        raise UsageError(f"cluster-size={value} is not a power of two from 4K to 4M")
+    return size
+
+
+OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "state": ("state", str),
+    "cluster-size": ("cluster_size", _cluster_size),
+    "on-cbw-error": (
+        "on_cbw_error",
+        _choice("on-cbw-error", ("break-snapshot", "break-guest-write")),
+    ),
+    "cbw-timeout": ("cbw_timeout", _seconds),
+    "uid": ("uid", _number("uid", 10)),
+    "gid": ("gid", _number("gid", 10)),
+    "umask": ("umask", _number("umask", 8)),
+    "log-level": ("log_level", _choice("log-level", LOG_LEVELS)),
+}
+FLAGS = {"ro": "read_only", "writeback_cache": "writeback_cache"}
+
+
+def parse_options(texts: Iterable[str]) -> MountOptions:
+    """Options from the arguments of -o, each a comma-separated list.
+
+    Raises UsageError, naming the nearest option for an unknown one.
+    """
+    options = MountOptions()
+    for option in ",".join(texts).split(","):
+        name, has_value, value = option.partition("=")
+        if not option or name in IGNORED or name == "comment" or name.lower().startswith("x-"):
+            continue
+        if name == "auto_unmount":
+            raise UsageError(
+                "auto_unmount is refused: a dead daemon must not leave an empty directory behind, "
+                "which rsync --delete would take for the backup's source"
+            )
+        if name in OWN:
+            attribute, convert = OWN[name]
+            if not has_value or not value:
+                raise UsageError(f"the option {name} needs a value: {name}=...")
+            setattr(options, attribute, convert(value))
+        elif name in FLAGS and not has_value:
+            setattr(options, FLAGS[name], True)
+        elif name in PASSED_ON:
+            options.fuse.add(option)
+        else:
+            known = [*OWN, *FLAGS, *PASSED_ON, *IGNORED]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"unknown mount option {name!r}{hint}")
+    if options.read_only:
+        options.fuse.add("ro")
+    return options
