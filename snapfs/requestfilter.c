@@ -389,8 +389,8 @@ static void drop_previous(struct fuse_buf *buf)
     buf->mem = NULL;
 }
 
-/* Reads one request.  Returns its size, 0 after an unmount, or a negative errno of which
- * -EINTR makes pyfuse3 wait for the descriptor again. */
+/* Reads one request.  Returns its size or a negative errno, of which -EINTR makes pyfuse3
+ * wait for the descriptor again. */
 static int receive(struct fuse_session *se, struct fuse_buf *buf)
 {
     int fd = fuse_session_fd(se);
@@ -426,21 +426,31 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
         return -EIO; /* not even a header: not a FUSE device */
     switch (error) {
     case EAGAIN: /* the request was interrupted before we read it */
-    case ENOENT: /* and this one while it was being copied */
+    case ENOENT: /* or while we did */
         counters.empty_receives++;
         return -EINTR;
-    case ENODEV: /* unmounted; without the flag the workers would spin */
-        fuse_session_exit(se);
-        return 0;
     default:
         return -error;
     }
 }
 
+/* What pyfuse3 is to hear of a receive.  The end of the connection is ENODEV, or
+ * ECONNABORTED if it came while a request was being read: with many of them queued an
+ * ordinary unmount does that (seen), and libfuse passes it on as an error, which would end
+ * the main loop with an exception.  Without the exit flag the workers would spin. */
+static int received(struct fuse_session *se, int result)
+{
+    if (result == -EAGAIN)
+        return -EINTR;
+    if (result == -ENODEV || result == -ECONNABORTED) {
+        fuse_session_exit(se);
+        return 0;
+    }
+    return result;
+}
+
 INTERPOSED int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
-    int result;
-
     if (se != session)
         return libfuse.receive_buf(se, buf);
     last_was_direct_read = false;
@@ -453,10 +463,7 @@ INTERPOSED int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf
             return -errno;
         nonblocking = true;
     }
-    if (receive_enabled)
-        return receive(se, buf);
-    result = libfuse.receive_buf(se, buf);
-    return result == -EAGAIN ? -EINTR : result;
+    return received(se, receive_enabled ? receive(se, buf) : libfuse.receive_buf(se, buf));
 }
 
 INTERPOSED void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
