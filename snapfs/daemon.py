@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import frozen
+from attrs import field, frozen
 
 from . import errors, linux, mountinfo, requestfilter
 from .activity import BEAT_SECONDS
@@ -43,11 +43,29 @@ LAST_SECONDS = 60  # for the end of everything; then the process gives up
 
 @frozen
 class Config:
-    """What to mount where."""
+    """What to mount where.
 
-    image: str
-    mountpoint: str
+    Paths are resolved here, once: after the mount even a look at the mountpoint
+    from the trio thread would wait for itself.
+    """
+
+    image: str = field(converter=lambda path: os.path.realpath(path))
+    mountpoint: str = field(converter=lambda path: os.path.abspath(path))
     options: MountOptions
+    root: str = field(init=False)  # the mountpoint with links resolved
+
+    def __attrs_post_init__(self) -> None:
+        # The last component is not followed: it may be a dead mount.
+        parent, name = os.path.split(self.mountpoint)
+        where = os.path.join(os.path.realpath(parent), name)
+        if os.path.islink(where):
+            where = os.path.realpath(where)
+        object.__setattr__(self, "root", where)
+
+    @property
+    def state(self) -> str:
+        """The state directory."""
+        return os.path.abspath(self.options.state or f"{self.image}.snapfs")
 
 
 def check(config: Config) -> None:
@@ -56,22 +74,20 @@ def check(config: Config) -> None:
     Raises UsageError, MountError and NotPermitted that name the remedy.  A
     mount whose daemon is dead is cleaned away.
     """
-    where = config.mountpoint
+    where = config.root
     clear_stale(where)
     if not os.path.exists(where):
         raise errors.UsageError(f"the mountpoint {where} does not exist; create the directory")
     if not os.path.isdir(where):
         raise errors.UsageError(f"the mountpoint {where} is not a directory")
-    mount = mountinfo.find(os.path.realpath(where))
+    mount = mountinfo.find(where)
     if mount is not None:
         raise errors.MountError(f"{where} is busy: {mount.source} is mounted there")
-    image = os.path.realpath(config.image)
-    state = os.path.realpath(config.options.state or f"{image}.snapfs")
-    inside = os.path.realpath(where)
-    for path, what in ((image, "image"), (state, "state directory")):
-        if os.path.commonpath((path, inside)) == inside:
+    state = os.path.realpath(config.state)
+    for path, what in ((config.image, "image"), (state, "state directory")):
+        if os.path.commonpath((path, where)) == where:
             raise errors.UsageError(f"the {what} {path} is under the mountpoint {where}")
-    if os.path.commonpath((state, inside)) == state:
+    if os.path.commonpath((state, where)) == state:
         raise errors.UsageError(f"the mountpoint {where} is under the state directory {state}")
     if not os.path.exists("/dev/fuse"):
         raise errors.MountError("there is no /dev/fuse; load the kernel module: modprobe fuse")
@@ -189,7 +205,7 @@ class Daemon:
         from .pagecache import PageCache  # noqa: PLC0415
 
         options = self._config.options
-        where = os.path.realpath(self._config.mountpoint)
+        where = self._config.root
         cache = PageCache(where)
         fs = SnapshotFS(
             engine,
@@ -200,7 +216,7 @@ class Daemon:
             ownership=Ownership(options.uid, options.gid, options.umask),
             writeback_cache=options.writeback_cache,
         )
-        fuse = {"fsname=" + os.path.realpath(self._config.image).replace(",", "\\,")}
+        fuse = {"fsname=" + self._config.image.replace(",", "\\,")}
         fuse |= {"subtype=snapfs", "default_permissions"} | options.fuse
         try:
             pyfuse3.init(fs, where, fuse)
@@ -318,9 +334,9 @@ class Commands:
         self._engine.refresh()
         status = describe_engine(self._engine)
         reason = self._fs.unhealthy or self._engine.unhealthy
-        status["image"] = {"path": os.path.realpath(self._config.image), **status["image"]}
+        status["image"] = {"path": self._config.image, **status["image"]}
         status["mount"] = {
-            "mountpoint": os.path.realpath(self._config.mountpoint),
+            "mountpoint": self._config.root,
             "pid": os.getpid(),
             "healthy": reason is None,
             "reason": reason,

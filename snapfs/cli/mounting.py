@@ -15,6 +15,7 @@ from ..errors import ExitCode, MountError, NotMounted, SnapfsError
 from ..options import MountOptions, parse_options
 from ..wire import Client
 
+LOG_BYTES = 1 << 20  # of daemon.log before it is rotated, once
 END_SECONDS = 90  # the daemon gives up by itself before
 
 
@@ -67,10 +68,9 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
     from ..daemon import Config, serve  # noqa: PLC0415 - after the fork: it imports trio
 
     # Relative names mean what they meant to the caller.
-    config = Config(os.path.abspath(image), os.path.abspath(mountpoint), options)
-    if options.state:
-        options.state = os.path.abspath(options.state)
-    start_logging(options, foreground=False)
+    config = Config(image, mountpoint, options)
+    options.state = config.state
+    start_logging(options.log_level, config.state)
 
     def ready() -> None:
         null = os.open(os.devnull, os.O_RDWR)
@@ -111,7 +111,7 @@ def mount_in_foreground(
     from ..daemon import Config, serve  # noqa: PLC0415 - it imports trio
 
     options = parse_options(texts)
-    start_logging(options, foreground=True)
+    start_logging(options.log_level)
 
     def ready() -> None:
         notify("READY=1")
@@ -137,22 +137,28 @@ def notify(state: str) -> None:
         notifier.sendall(state.encode())
 
 
-def start_logging(options: MountOptions, *, foreground: bool) -> None:
-    """Log to stderr in the foreground, else to syslog."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    form = "snapfs: %(levelname)s: %(message)s"
-    if not foreground:
-        try:
-            handler = logging.handlers.SysLogHandler(
-                "/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON
-            )
-            form = f"snapfs[{os.getpid()}]: %(message)s"
-        except OSError:  # no syslog here
-            handler = logging.NullHandler()
+def start_logging(level: str, state: str | None = None) -> None:
+    """Log to stderr, or for a daemon in the background with that state directory to syslog.
+
+    Where there is no syslog, to the file daemon.log in the state directory.
+    """
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to fail
+    handler: logging.Handler
+    if state is None:
+        handler = logging.StreamHandler(sys.stderr)
+        form = "snapfs: %(levelname)s: %(message)s"
+    elif os.path.exists("/dev/log"):
+        facility = logging.handlers.SysLogHandler.LOG_DAEMON
+        handler = logging.handlers.SysLogHandler("/dev/log", facility)
+        form = f"snapfs[{os.getpid()}]: %(message)s"
+    else:
+        path = os.path.join(state, "daemon.log")
+        handler = logging.handlers.RotatingFileHandler(path, "a", LOG_BYTES, 1, delay=True)
+        form = "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(options.log_level.upper())
+    root.setLevel(level.upper())
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> int:

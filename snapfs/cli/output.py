@@ -15,12 +15,11 @@ def dump(command: str, values: Mapping[str, Any]) -> None:
 
 def human(size: int) -> str:
     """A size as fstrim prints it: 1 GiB, 1.5 MiB, 512 B."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if value < 1024:
-            break
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while value >= 1024 and len(units) > 1:
         value /= 1024
-    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+        del units[0]
+    return f"{value:.1f}".removesuffix(".0") + f" {units[0]}"
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
