@@ -41,6 +41,14 @@ MAP_PAGE = 5000  # extents in one answer
 LAST_SECONDS = 60  # for the end of everything; then the process gives up
 
 
+def _real_path(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def _absolute_path(path: str) -> str:
+    return os.path.abspath(path)
+
+
 @frozen
 class Config:
     """What to mount where.
@@ -49,8 +57,8 @@ class Config:
     from the trio thread would wait for itself.
     """
 
-    image: str = field(converter=lambda path: os.path.realpath(path))
-    mountpoint: str = field(converter=lambda path: os.path.abspath(path))
+    image: str = field(converter=_real_path)
+    mountpoint: str = field(converter=_absolute_path)
     options: MountOptions
     root: str = field(init=False)  # the mountpoint with links resolved
 
