@@ -34,6 +34,7 @@
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -51,6 +52,10 @@ enum {
     /* fs/fuse/dev.c refuses replies with a larger errno, and then waits for ever. */
     MAX_ERRNO = 511,
 };
+
+#ifndef FUSE_HANDLE_KILLPRIV_V2
+#define FUSE_HANDLE_KILLPRIV_V2 (1 << 28) /* linux/fuse.h since 5.11 */
+#endif
 
 #define INTERPOSED __attribute__((visibility("default")))
 
@@ -349,26 +354,6 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
 
 /* ---- interposed: receiving a request ----------------------------------------------- */
 
-/* The place of the fast path: answers a request here, without the GIL, and returns true, or
- * leaves it to pyfuse3 and returns false.
- *
- * Before each write(2) the kernel asks whether the file has capabilities that the write must
- * take away.  Ours have none, and a trip through Python would double the cost of a write. */
-static bool answer(int fd, const struct fuse_in_header *header, size_t size)
-{
-    static const char name[] = "security.capability";
-    const char *body = (const char *)(header + 1);
-    const size_t body_size = sizeof(struct fuse_getxattr_in) + sizeof(name);
-    struct fuse_out_header reply = {
-        .len = sizeof(reply), .error = -EOPNOTSUPP, .unique = header->unique};
-
-    if (header->opcode != FUSE_GETXATTR || size != sizeof(*header) + body_size ||
-        memcmp(body + sizeof(struct fuse_getxattr_in), name, sizeof(name)) != 0)
-        return false;
-    /* A reply that fails was not wanted any more. */
-    return write(fd, &reply, sizeof(reply)) >= 0 || errno == ENOENT;
-}
-
 /* `size` bytes have been read, at least a header. */
 static void note_request(const struct fuse_in_header *header, size_t size)
 {
@@ -418,11 +403,8 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
         return -ENOMEM;
 
     thread = PyEval_SaveThread();
-    do {
-        size = read(fd, memory, BUFFER_SIZE);
-        error = errno;
-    } while (size >= (ssize_t)sizeof(struct fuse_in_header) &&
-             answer(fd, memory, (size_t)size));
+    size = read(fd, memory, BUFFER_SIZE); /* a fast path would answer it here, and read on */
+    error = errno;
     PyEval_RestoreThread(thread);
 
     if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
@@ -478,9 +460,73 @@ INTERPOSED int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf
     return received(se, receive_enabled ? receive(se, buf) : libfuse.receive_buf(se, buf));
 }
 
+/* Adds to the flags of an INIT reply what libfuse cannot be asked for before 3.17.  Without
+ * HANDLE_KILLPRIV_V2 the kernel asks for security.capability before each write, with the
+ * inode locked, so that no two writes are ever under way.  It makes the file system drop
+ * set-user-ID bits on a write, which an image does not have. */
+static void extend_init_reply(char *reply, size_t size, uint32_t offered)
+{
+    struct fuse_out_header header;
+    struct fuse_init_out out;
+
+    if (size < sizeof(header) + offsetof(struct fuse_init_out, flags) + sizeof(out.flags))
+        return;
+    memcpy(&header, reply, sizeof(header));
+    if (header.error)
+        return;
+    reply += sizeof(header) + offsetof(struct fuse_init_out, flags);
+    memcpy(&out.flags, reply, sizeof(out.flags));
+    out.flags |= offered & (uint32_t)FUSE_HANDLE_KILLPRIV_V2;
+    memcpy(reply, &out.flags, sizeof(out.flags));
+}
+
+/* Lets libfuse answer INIT into a pipe in place of the device, and passes the reply on with
+ * what extend_init_reply() adds.  Any failure leaves the reply as libfuse makes it. */
+static void process_init(struct fuse_session *se, const struct fuse_buf *buf)
+{
+    const struct fuse_init_in *in =
+        (const void *)((const char *)buf->mem + sizeof(struct fuse_in_header));
+    int fd = fuse_session_fd(se), device = fcntl(fd, F_DUPFD_CLOEXEC, 0), ends[2];
+    uint32_t offered = in->flags; /* before libfuse sees, and may reuse, the buffer */
+    char reply[512];
+    ssize_t size;
+
+    if (device < 0 || pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) {
+        libfuse.process_buf(se, buf);
+    } else {
+        if (dup3(ends[1], fd, O_CLOEXEC) < 0) {
+            libfuse.process_buf(se, buf);
+        } else {
+            libfuse.process_buf(se, buf);
+            size = read(ends[0], reply, sizeof(reply));
+            dup3(device, fd, O_CLOEXEC);
+            if (size > 0) {
+                extend_init_reply(reply, (size_t)size, offered);
+                if (write(fd, reply, (size_t)size) < 0)
+                    fuse_session_exit(se); /* unmounted already */
+            }
+        }
+        close(ends[0]);
+        close(ends[1]);
+    }
+    if (device >= 0)
+        close(device);
+}
+
+static bool is_init(const struct fuse_buf *buf)
+{
+    return buf->size >= sizeof(struct fuse_in_header) + offsetof(struct fuse_init_in, flags) +
+                            sizeof(uint32_t) &&
+           ((const struct fuse_in_header *)buf->mem)->opcode == FUSE_INIT;
+}
+
 INTERPOSED void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
 {
-    libfuse.process_buf(se, buf); /* may leave a Python exception set: no Python below */
+    /* Both may leave a Python exception set: no Python below. */
+    if (lent && buf->mem == lent && is_init(buf))
+        process_init(se, buf);
+    else
+        libfuse.process_buf(se, buf);
     if (lent && buf->mem == lent) {
         /* pyfuse3's struct is not const; it frees what it finds in there at the end */
         ((struct fuse_buf *)buf)->mem = NULL;
