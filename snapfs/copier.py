@@ -208,8 +208,7 @@ class Copier:
         layer.pins += 1
         try:
             for first, stop in runs:
-                offset, length = layer.geometry.span(first, stop)
-                await layer.temp.punch(offset, length)
+                await layer.temp.punch(*layer.geometry.whole(first, stop))
         finally:
             self.unpin(layer)
 

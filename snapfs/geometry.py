@@ -68,6 +68,13 @@ class Geometry:
         start = min(first * self.cluster_size, self.size)
         return start, max(0, min(stop * self.cluster_size, self.size) - start)
 
+    def whole(self, first: int, stop: int) -> tuple[int, int]:
+        """Offset and length of clusters [first, stop) as if the last were not short.
+
+        For punching: a hole that ends with the file leaves its last block allocated.
+        """
+        return first * self.cluster_size, (stop - first) * self.cluster_size
+
     def end_of(self, stop: int) -> int:
         """First byte after clusters [..., stop), cut at the end of the image."""
         return min(stop * self.cluster_size, self.size)

@@ -287,8 +287,7 @@ class Store:
         """Free temp data without a done bit."""
         assert isinstance(layer.temp, FileImage)
         for first, stop in layer.done.runs(0, len(layer.done), False):
-            offset, length = layer.geometry.span(first, stop)
-            layer.temp.punch_data(offset, length)
+            layer.temp.punch_data(*layer.geometry.whole(first, stop))
 
     def _remove_unlisted(self, listed: set[int]) -> None:
         for name in os.listdir(self._snapshots_fd):

@@ -1,0 +1,132 @@
+"""The real daemon, and real programs on its mount."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, field
+
+SNAPFS = [sys.executable, "-m", "snapfs"]
+
+
+def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; its output is in an assertion's message if it fails."""
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stderr}"
+    return done
+
+
+@define
+class Mounted:
+    """An image, and its mount while there is one."""
+
+    image: Path
+    mountpoint: Path
+    options: list[str] = field(factory=list)
+    pid: int | None = None
+
+    @property
+    def active(self) -> Path:
+        return self.mountpoint / "active"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.mountpoint / "snapshots"
+
+    @property
+    def state(self) -> Path:
+        return Path(f"{self.image}.snapfs")
+
+    def snapfs(self, *arguments: str | Path, check: bool = True) -> Any:
+        return run(*SNAPFS, *arguments, check=check)
+
+    def json(self, verb: str, *arguments: str) -> Any:
+        return json.loads(self.snapfs(verb, self.mountpoint, *arguments, "--json").stdout)
+
+    def start(self) -> Mounted:
+        options = [word for option in self.options for word in ("-o", option)]
+        self.snapfs("mount", self.image, self.mountpoint, *options)
+        self.pid = self.json("status")["mount"]["pid"]
+        return self
+
+    def stop(self) -> None:
+        self.snapfs("umount", self.mountpoint)
+        self.pid = None
+
+    def kill(self) -> None:
+        """End the daemon at once, and return when it is gone; the mount stays, dead."""
+        assert self.pid is not None
+        process = os.pidfd_open(self.pid)
+        os.kill(self.pid, signal.SIGKILL)
+        select.select([process], [], [])  # it is not our child
+        os.close(process)
+        self.pid = None
+
+    def write(self, offset: int, data: bytes) -> None:
+        with open(self.active, "r+b", buffering=0) as file:
+            assert os.pwrite(file.fileno(), data, offset) == len(data)
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        with open(self.mountpoint / name, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, offset)
+
+    def create(self, name: str) -> Path:
+        path = self.snapshots / name
+        path.touch()
+        return path
+
+    def temp_bytes(self, name: str) -> int:
+        return int(os.getxattr(self.snapshots / name, "user.snapfs.temp_bytes"))
+
+
+def mounts_below(path: Path) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split()[4] for line in lines if line.split()[4].startswith(str(path))]
+
+
+@pytest.fixture(autouse=True)
+def _needs_fuse() -> None:
+    if not os.path.exists("/dev/fuse"):
+        if os.environ.get("CI"):
+            pytest.fail("there is no /dev/fuse: CI must run the mount tests")
+        pytest.skip("there is no /dev/fuse")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
+    """Make and mount an image: `mount(size_or_bytes, *options)`; unmounted at the end."""
+    made: list[Mounted] = []
+
+    def factory(content: int | bytes, *options: str, start: bool = True) -> Mounted:
+        number = len(made)
+        image = tmp_path / f"disk{number}.img"
+        with open(image, "wb") as file:
+            if isinstance(content, int):
+                file.truncate(content)
+            else:
+                file.write(content)
+        mountpoint = tmp_path / f"mnt{number}"
+        mountpoint.mkdir()
+        mounted = Mounted(image, mountpoint, list(options))
+        made.append(mounted)
+        return mounted.start() if start else mounted
+
+    yield factory
+    for mounted in made:
+        for path in sorted(mounts_below(mounted.mountpoint), reverse=True):
+            done = mounted.snapfs("umount", path, check=False)
+            if done.returncode:
+                run("umount", "-l", path, check=False)
+    left = mounts_below(tmp_path)
+    assert [] == left
