@@ -87,6 +87,7 @@ class Engine:
         self._stack.settle(0, self._stack.clusters)
         self._gate = Gate()  # writes are inside; closing it makes an instant
         self._transitions = trio.Lock()  # one change of the layer list at a time
+        self._leaving: list[Layer] = []  # out of the stack, but still in the saved list
         self._frozen_reads: RequestList[Request] = RequestList()
         self._copier = Copier(
             image,
@@ -279,8 +280,11 @@ class Engine:
 
         Every write that returned before the call is in it, none that starts
         after the return is.  Writes in flight are waited for, new ones wait
-        for an instant.  Raises InvalidName, SnapshotExists, StateError
-        (the image was cut from outside), OSError; then nothing is left behind.
+        for an instant.  The list of layers is saved twice: before that
+        instant with the new layer as a nameless one, since older snapshots
+        may find old data in its temp image from then on; and with its name at
+        the end.  Raises InvalidName, SnapshotExists, StateError (the image was
+        cut from outside), OSError; then nothing is left behind.
         """
         check_name(name)
         async with self._transitions:
@@ -291,13 +295,15 @@ class Engine:
                 await self.barrier()
             layer = await self._make_layer()
             try:
+                await self._save(layer)
                 async with self._gate.closed():
                     self._notice_size()
                     if self.unhealthy is not None:
                         raise StateError(self.unhealthy)
                     if layer.geometry.size != self.size:  # a write extended the image meanwhile
-                        await self._dispose(layer)
+                        self._leave(layer)
                         layer = await self._make_layer()
+                        await self._save(layer)
                     layer.name, layer.policy = name, policy
                     layer.created_ns = time.time_ns()
                     layer.blocks = self._image.blocks()
@@ -373,24 +379,24 @@ class Engine:
             if layer.live and not layer.openers:
                 await self._retire(layer)
 
-    async def _retire(self, layer: Layer, save: bool = True) -> None:
-        """Drop a nameless layer: keep only what older snapshots find in it."""
+    async def _retire(self, layer: Layer) -> None:
+        """Drop a nameless layer: keep only what older snapshots find in it.
+
+        Failures cost space until the next change of the list, or the next
+        mount; they are logged.
+        """
         layer.live = False
         layer.withdraw(0, layer.geometry.clusters)
         dropped = self._stack.settle(0, self._stack.clusters)
         gone = [each for each in self._stack if not each.live and each.is_empty()]
         for each in gone:
             self._stack.remove(each)
-        for each, runs in dropped:
-            if not each.removed:
-                await self._copier.punch(each, runs)
+            self._leave(each)
+        await self._copier.trash(dropped)
         for each in gone:
             await self._free(each)  # first: the list may need the space
-        if save and gone:
-            await self._save()
-        for each in gone:
-            if not each.pins:
-                await self._dispose(each)
+        if gone:
+            await self._try_save()
 
     @staticmethod
     async def _free(layer: Layer) -> None:
@@ -400,8 +406,7 @@ class Engine:
             log.warning("cannot free the temp image of a deleted snapshot: %s", error)
 
     async def _dispose(self, layer: Layer) -> None:
-        """Close and remove the files of a layer that is not in the stack."""
-        layer.removed = True
+        """Close and remove the files of a layer that is in no list."""
         layer.temp.close()
         layer.access.release()
         layer.done.release()
@@ -410,24 +415,40 @@ class Engine:
         except OSError as error:  # the next mount removes them
             log.error("cannot remove the files of a deleted snapshot: %s", error)
 
+    def _leave(self, layer: Layer) -> None:
+        """Let go of a layer that is not in the stack, once a list without it is saved."""
+        layer.removed = True
+        layer.pins += 1
+        self._leaving.append(layer)
+
     async def _unmake(self, layer: Layer) -> None:
         """Undo a creation that failed half-way."""
         layer.name = None
         if layer in self._stack:
-            await self._retire(layer, save=False)
+            await self._retire(layer)
         elif not layer.removed:
-            await self._dispose(layer)
+            self._leave(layer)
+            await self._try_save()
 
-    async def _save(self) -> None:
-        records = [layer.record() for layer in self._stack]
+    async def _save(self, *coming: Layer) -> None:
+        """Record the list of layers; the files of those that have left it can go then."""
+        leaving = list(self._leaving)
+        records = [layer.record() for layer in (*self._stack, *coming)]
         await self._store.save(records, self._geometry)
+        for layer in leaving:
+            self._leaving.remove(layer)
+            self._copier.unpin(layer)
+
+    async def _try_save(self) -> None:
+        """Save what may as well be saved later; the bitmaps hold what matters."""
+        try:
+            await self._save()
+        except OSError as error:
+            log.error("cannot record the state of the snapshots: %s", error)
 
     async def _save_quietly(self) -> None:
         async with self._transitions:
-            try:
-                await self._save()
-            except OSError as error:  # the access bitmaps hold what matters
-                log.error("cannot record the state of the snapshots: %s", error)
+            await self._try_save()
 
     async def read_snapshot(
         self, layer: Layer, offset: int, length: int, *, partial: bool = False
@@ -453,8 +474,7 @@ class Engine:
         self.counters.discarded_bytes += layer.geometry.span(clusters.start, clusters.stop)[1]
         layer.withdraw(clusters.start, clusters.stop)
         dropped = self._stack.settle(clusters.start, clusters.stop)
-        for each, runs in dropped:
-            await self._copier.punch(each, runs)
+        await self._copier.punch(dropped)
 
     # Extents
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 from attrs import define, field, frozen
@@ -135,8 +135,7 @@ class Copier:
             started = trio.current_time()
             failed = await self._transfer(copy)
             self._counters.cbw_seconds += trio.current_time() - started
-            for unwanted, runs in self._land(copy, failed):
-                await self._trash(unwanted, runs)
+            await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die
             log.exception("a copy ended with an unexpected error")
             copy.error = copy.error or OSError(errno.EIO, os.strerror(errno.EIO))
@@ -194,23 +193,33 @@ class Copier:
     def _offset_runs(bits: bitmap.Bitmap, base: int, value: bool) -> list[Run]:
         return [(base + first, base + stop) for first, stop in bits.runs(0, len(bits), value)]
 
-    async def _trash(self, layer: Layer, runs: list[Run]) -> None:
+    async def trash(self, dropped: Sequence[tuple[Layer, list[Run]]]) -> None:
+        """`punch`, where a failure costs space and nothing else: it is logged."""
         try:
-            await self.punch(layer, runs)
-        except OSError as error:  # costs space, nothing else
-            log.warning("cannot free temp space of snapshot %s: %s", layer.name, error.strerror)
+            await self.punch(dropped)
+        except OSError as error:
+            log.warning("cannot free space in a temp image: %s", error.strerror)
 
-    async def punch(self, layer: Layer, runs: list[Run]) -> None:
-        """Free clusters of a temp image whose done bits are clear.
+    async def punch(self, dropped: Sequence[tuple[Layer, list[Run]]]) -> None:
+        """Free clusters of temp images, whose done bits are clear.
 
-        Raises OSError of the first failure.
+        Tries all; raises OSError of the first failure.
         """
-        layer.pins += 1
-        try:
-            for first, stop in runs:
-                await layer.temp.punch(*layer.geometry.whole(first, stop))
-        finally:
-            self.unpin(layer)
+        failure: OSError | None = None
+        for layer, runs in dropped:
+            if layer.removed:  # all of it goes
+                continue
+            layer.pins += 1
+            try:
+                for first, stop in runs:
+                    try:
+                        await layer.temp.punch(*layer.geometry.whole(first, stop))
+                    except OSError as error:
+                        failure = failure or error
+            finally:
+                self.unpin(layer)
+        if failure is not None:
+            raise failure
 
     def unpin(self, layer: Layer) -> None:
         """End one use of a layer's temp image, which `pins` counts."""

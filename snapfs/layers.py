@@ -67,7 +67,6 @@ class LayerStack:
         """Take out a layer that is not live and holds nothing."""
         assert not layer.live and layer.is_empty()
         self._layers.remove(layer)
-        layer.removed = True
 
     def grow(self, clusters: int) -> None:
         """The image has at least `clusters` clusters from now on; new ones are not pending."""

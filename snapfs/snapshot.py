@@ -101,7 +101,7 @@ class Layer:
     visible: bool = True  # False until the state directory knows it
     openers: int = 0  # open file handles
     pins: int = 0  # I/O in flight on temp: it must not be closed
-    removed: bool = False  # out of the stack; its files go when pins is 0
+    removed: bool = False  # out of the stack for good; its files go when pins is 0
     _accessible: int | None = field(default=None, init=False)  # cached count
 
     @classmethod

@@ -15,6 +15,7 @@ that returned is there), and what the next mount does:
 
     died in             finds                            does
     create, before save files of an id not in the list   removes them
+    create, in between  a nameless layer                 drops what nobody needs
     create, after save  the snapshot                     keeps it
     copy, before done   temp data without a done bit     punches it out
     copy, after done    done bit, image not written      keeps it: same bytes

@@ -36,7 +36,9 @@ def umount(arguments: argparse.Namespace) -> int:
 
 def create(arguments: argparse.Namespace) -> int:
     """snapfs create MOUNTPOINT [NAME]."""
-    name = arguments.name or datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    name = arguments.name
+    if name is None:
+        name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
     with Client(arguments.mountpoint) as client:
         snapshot = client.call("create", name=name)
     if arguments.json:
