@@ -51,13 +51,15 @@ class Mounted:
     def snapfs(self, *arguments: str | Path, check: bool = True) -> Any:
         return run(*SNAPFS, *arguments, check=check)
 
-    def json(self, verb: str, *arguments: str) -> Any:
-        return json.loads(self.snapfs(verb, self.mountpoint, *arguments, "--json").stdout)
+    def json(self, verb: str, *arguments: str, check: bool = True) -> Any:
+        done = self.snapfs(verb, self.mountpoint, *arguments, "--json", check=check)
+        return json.loads(done.stdout)
 
     def start(self) -> Mounted:
         options = [word for option in self.options for word in ("-o", option)]
         self.snapfs("mount", self.image, self.mountpoint, *options)
-        self.pid = self.json("status")["mount"]["pid"]
+        status = self.snapfs("status", self.mountpoint, "--json", check=False)
+        self.pid = json.loads(status.stdout)["mount"]["pid"]
         return self
 
     def stop(self) -> None:

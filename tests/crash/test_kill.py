@@ -1,0 +1,188 @@
+"""kill -9 loses nothing; an image that somebody else wrote is not taken for ours."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import select
+import threading
+from pathlib import Path
+
+import pytest
+
+from ..mount.conftest import _needs_fuse, mount, run  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.mount
+
+K64 = 1 << 16
+SIZE = 64 * K64
+
+
+def test_after_a_kill_everything_is_there(mount):  # noqa: F811
+    disk = mount(os.urandom(SIZE))
+    moments = {}
+    for name in ("a", "b"):
+        moments[name] = disk.active.read_bytes()
+        disk.create(name)
+        disk.write(K64 // 2, os.urandom(5 * K64))
+    run("fallocate", "-p", "-o", "0", "-l", str(K64), disk.snapshots / "a")
+    os.rename(disk.snapshots / "b", disk.snapshots / "c")
+    active = disk.active.read_bytes()
+    used = {name: disk.temp_bytes(name) for name in ("a", "c")}
+    disk.kill()
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(disk.mountpoint)
+    disk.start()  # cleans the dead mount away
+    assert active == disk.active.read_bytes()
+    assert moments["b"] == (disk.snapshots / "c").read_bytes()
+    assert moments["a"][K64:] == disk.read("snapshots/a", K64, SIZE)
+    with pytest.raises(PermissionError):
+        disk.read("snapshots/a", 0, 4096)
+    assert used == {name: disk.temp_bytes(name) for name in ("a", "c")}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_any_moment_under_load(mount, seed):  # noqa: F811
+    """Every write that returned is there, every snapshot is exact."""
+    chance = random.Random(seed)
+    content = bytearray(os.urandom(SIZE))
+    disk = mount(bytes(content))
+    moments: dict[str, bytes] = {}
+    for round_ in range(4):
+        name = f"s{round_}"
+        moments[name] = bytes(content)
+        disk.create(name)
+        if round_ == 2:
+            (disk.snapshots / "s1").unlink()
+            del moments["s1"]
+        after = chance.randrange(3, 60)
+        enough = threading.Event()
+        uncertain = []
+
+        def write(chance=chance, after=after, enough=enough, uncertain=uncertain):
+            fd = os.open(disk.active, os.O_WRONLY)
+            try:
+                for number in range(10_000):
+                    offset = chance.randrange(SIZE - 3 * K64)
+                    data = chance.randbytes(chance.choice((512, 4096, 2 * K64)))
+                    uncertain[:] = [(offset, data)]
+                    os.pwrite(fd, data, offset)
+                    content[offset : offset + len(data)] = data
+                    uncertain.clear()
+                    if number == after:
+                        enough.set()
+            except OSError as error:
+                assert error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+            finally:
+                with contextlib.suppress(OSError):  # flush of a dead mount
+                    os.close(fd)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        enough.wait()
+        disk.kill()
+        writer.join()
+        disk.start()
+        found = disk.active.read_bytes()
+        for offset, data in uncertain:  # it had not returned: old or new, byte by byte
+            old = content[offset : offset + len(data)]
+            now = found[offset : offset + len(data)]
+            assert all(n in pair for n, pair in zip(now, zip(old, data, strict=True), strict=True))
+            content[offset : offset + len(data)] = now
+        assert content == found
+        for name, moment in moments.items():
+            assert moment == (disk.snapshots / name).read_bytes(), (round_, name)
+        assert sorted(moments) == sorted(os.listdir(disk.snapshots))
+
+
+def changed(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.write(b"changed behind our back")
+
+
+def changed_with_old_times(path: Path) -> None:
+    before = os.stat(path)
+    changed(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, SIZE // 2)
+
+
+@pytest.mark.parametrize("change", [changed, changed_with_old_times, cut])
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_changed_image_makes_snapshots_lost(mount, change, crash):  # noqa: F811
+    disk = mount(os.urandom(SIZE))
+    disk.create("s")
+    moment = disk.active.read_bytes()
+    disk.create("whole")
+    disk.write(0, b"x" * SIZE)  # all of it is copied: the image is not needed
+    disk.create("needs")
+    if crash:
+        disk.kill()
+    else:
+        disk.stop()
+    change(disk.image)
+    disk.start()
+    done = disk.snapfs("list", disk.mountpoint, "--json", check=False)
+    assert 4 == done.returncode
+    states = {each["name"]: each["state"] for each in json.loads(done.stdout)["snapshots"]}
+    assert {"s": "ok", "whole": "ok", "needs": "lost"} == states
+    assert moment == (disk.snapshots / "s").read_bytes()
+    with pytest.raises(OSError) as caught:
+        os.open(disk.snapshots / "needs", os.O_RDONLY)
+    assert errno.EIO == caught.value.errno
+    (disk.snapshots / "needs").unlink()
+
+
+def test_a_moved_image_is_recognised(mount):  # noqa: F811
+    disk = mount(os.urandom(SIZE))
+    moment = disk.active.read_bytes()
+    disk.create("s")
+    disk.write(0, b"x" * K64)
+    disk.stop()
+    there = disk.image.parent / "there"
+    there.mkdir()
+    run("cp", "--sparse=always", "-a", disk.image, disk.state, there)
+    for directory in (there, disk.image.parent / "renamed"):
+        if directory != there:
+            os.rename(there, directory)
+        disk.image = directory / disk.image.name
+        disk.start()
+        assert moment == (disk.snapshots / "s").read_bytes()
+        disk.stop()
+
+
+def test_an_unclean_reboot_makes_snapshots_lost(mount):  # noqa: F811
+    disk = mount(os.urandom(SIZE))
+    disk.create("s")
+    disk.kill()
+    manifest = disk.state / "manifest.json"
+    text = manifest.read_text()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    manifest.write_text(text.replace(boot, "another boot"))
+    disk.start()
+    with pytest.raises(OSError, match="Input/output"):
+        os.open(disk.snapshots / "s", os.O_RDONLY)
+
+
+def test_sigterm_is_clean_even_when_active_is_held_open(mount):  # noqa: F811
+    disk = mount(os.urandom(SIZE))
+    disk.create("s")
+    holder = os.open(disk.active, os.O_RDWR)
+    os.pwrite(holder, b"y" * K64, 0)
+    process = os.pidfd_open(disk.pid)
+    os.kill(disk.pid, 15)
+    assert select.select([process], [], [], 20)[0]
+    os.close(process)
+    assert '"clean": true' in (disk.state / "manifest.json").read_text()
+    assert b"y" * K64 == disk.image.read_bytes()[:K64]
+    assert "in use by" in (disk.state / "daemon.log").read_text()
+    with contextlib.suppress(OSError):  # flush of a dead mount
+        os.close(holder)
+    disk.start()
+    assert b"y" * K64 == disk.read("active", 0, K64)
