@@ -135,10 +135,11 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
 FLAGS = {"ro": "read_only", "writeback_cache": "writeback_cache"}
 
 
-def parse_options(texts: Iterable[str]) -> MountOptions:
+def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Options from the arguments of -o, each a comma-separated list.
 
-    Raises UsageError, naming the nearest option for an unknown one.
+    Raises UsageError, naming the nearest option for an unknown one, which
+    `sloppy` (-s of mount(8)) passes over.
     """
     options = MountOptions()
     for option in ",".join(texts).split(","):
@@ -159,7 +160,7 @@ def parse_options(texts: Iterable[str]) -> MountOptions:
             setattr(options, FLAGS[name], True)
         elif name in PASSED_ON:
             options.fuse.add(option)
-        else:
+        elif not sloppy:
             known = [*OWN, *FLAGS, *PASSED_ON, *IGNORED]
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -82,11 +82,10 @@ def mount(arguments: Sequence[str]) -> int:
     parser.add_argument("-t", metavar="TYPE", help="ignored")
     parsed = parser.parse_intermixed_args(arguments)
 
-    def run() -> int:
-        return mount_in_background(parsed.spec, parsed.dir, parsed.o, dry_run=parsed.f)
-
     try:
-        return run()
+        return mount_in_background(
+            parsed.spec, parsed.dir, parsed.o, dry_run=parsed.f, sloppy=parsed.s
+        )
     except (UsageError, NotPermitted) as error:
         return complain(str(error), MOUNT_USAGE)
     except SnapfsError as error:

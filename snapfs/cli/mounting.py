@@ -24,14 +24,19 @@ class StartError(MountError):
 
 
 def mount_in_background(
-    image: str, mountpoint: str, texts: Sequence[str], *, dry_run: bool = False
+    image: str,
+    mountpoint: str,
+    texts: Sequence[str],
+    *,
+    dry_run: bool = False,
+    sloppy: bool = False,
 ) -> int:
     """Mount, and return when the mount answers.
 
     The daemon goes on in the background.  Raises SnapfsError with its reason if
     it could not start.
     """
-    options = parse_options(texts)
+    options = parse_options(texts, sloppy=sloppy)
     if dry_run:
         from ..daemon import Config, check  # noqa: PLC0415
 

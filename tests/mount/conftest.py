@@ -18,10 +18,16 @@ from attrs import define, field
 SNAPFS = [sys.executable, "-m", "snapfs"]
 
 
-def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, check: bool = True, binary: bool = False
+) -> subprocess.CompletedProcess[Any]:
     """Run a program to its end; its output is in an assertion's message if it fails."""
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=100, check=False
+        [str(word) for word in command],
+        capture_output=True,
+        text=not binary,
+        timeout=100,
+        check=False,
     )
     assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stderr}"
     return done

@@ -1,0 +1,100 @@
+"""mount.snapfs and umount.fuse.snapfs as mount(8) and umount(8) call them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import Mounted, mounts_below, run
+
+pytestmark = pytest.mark.mount
+
+MOUNT_USAGE, MOUNT_FAILURE = 1, 32
+
+
+@pytest.fixture
+def helper(tmp_path: Path):
+    """Call the program by another name, as the links of scripts/install do."""
+    program = Path(sys.executable).with_name("snapfs")
+
+    def call(name: str, *arguments: str | Path, check: bool = True):
+        link = tmp_path / name
+        if not link.exists():
+            link.symlink_to(program)
+        return run(link, *arguments, check=check)
+
+    return call
+
+
+@pytest.fixture
+def disk(mount) -> Mounted:
+    return mount(1 << 20, start=False)
+
+
+@pytest.mark.parametrize("umount", ["umount.fuse.snapfs", "umount.snapfs"])
+def test_mount_and_umount_by_their_helpers(disk, helper, umount):
+    helper("mount.snapfs", disk.image, disk.mountpoint, "-n", "-o", "rw,noauto,cbw-timeout=3")
+    assert disk.active.exists()
+    daemon = disk.json("status")["mount"]["pid"]
+    helper(umount, disk.mountpoint, "-n")
+    assert [] == mounts_below(disk.mountpoint)
+    assert "snapfs" not in cmdline(daemon)
+
+
+def cmdline(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except FileNotFoundError:
+        return ""
+
+
+def test_the_form_of_fuse_snapfs(disk, helper):
+    helper("snapfs", disk.image, disk.mountpoint, "-o", "ro,dev,suid")
+    options = run("findmnt", "-no", "OPTIONS", disk.mountpoint).stdout
+    assert "ro" in options.strip().split(",")
+
+
+def test_a_dry_run_mounts_nothing(disk, helper):
+    helper("mount.snapfs", "-f", disk.image, disk.mountpoint)
+    assert [] == mounts_below(disk.mountpoint)
+    assert not disk.state.exists()
+
+
+def test_unknown_options_are_refused_unless_sloppy(disk, helper):
+    refused = helper("mount.snapfs", disk.image, disk.mountpoint, "-o", "cbw-timout=3", check=False)
+    assert MOUNT_USAGE == refused.returncode
+    assert "did you mean cbw-timeout?" in refused.stderr
+    helper("mount.snapfs", "-s", disk.image, disk.mountpoint, "-o", "cbw-timout=3")
+    assert disk.active.exists()
+
+
+def test_exit_statuses_are_those_of_mount(disk, helper, tmp_path):
+    missing = helper("mount.snapfs", tmp_path / "none", disk.mountpoint, check=False)
+    assert MOUNT_FAILURE == missing.returncode
+    helper("mount.snapfs", disk.image, disk.mountpoint)
+    other = tmp_path / "other"
+    other.mkdir()
+    second = helper("mount.snapfs", disk.image, other, check=False)
+    assert MOUNT_FAILURE == second.returncode
+    assert 1 == second.stderr.count("\n")
+    held = os.open(disk.active, os.O_RDONLY)
+    busy = helper("umount.fuse.snapfs", disk.mountpoint, check=False)
+    os.close(held)
+    assert MOUNT_FAILURE == busy.returncode
+    assert "in use" in busy.stderr
+
+
+@pytest.mark.skipif("os.geteuid()", reason="another user is needed")
+def test_another_users_mount_is_explained(disk):
+    disk.start()
+    os.chmod(disk.image, 0o644)
+    refused = run(
+        "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+        sys.executable, "-m", "snapfs", "list", disk.mountpoint, check=False,
+    )  # fmt: skip
+    assert 1 == refused.returncode
+    assert "allow_other" in refused.stderr
+    assert "user_allow_other in /etc/fuse.conf" in refused.stderr
