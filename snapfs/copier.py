@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import trio
 from attrs import define, field, frozen
@@ -20,7 +20,7 @@ from attrs.validators import ge, in_
 
 from . import bitmap
 from .image import Image
-from .layers import LayerStack, Run
+from .layers import Dropped, LayerStack, Run, shifted
 from .reqlist import Request, RequestList
 from .snapshot import Layer, Policy
 
@@ -175,32 +175,28 @@ class Copier:
         )  # fmt: skip
         return cluster, cluster + 1
 
-    def _land(self, copy: Copy, failed: list[Run]) -> list[tuple[Layer, list[Run]]]:
+    def _land(self, copy: Copy, failed: list[Run]) -> list[Dropped]:
         """Set done for what was copied and is still wanted; returns what to punch out."""
+        if not copy.layer.live:  # its snapshot was deleted: another layer gets the copy
+            return [(copy.layer, [(copy.first, copy.stop)])]
         good = bitmap.Bitmap(copy.stop - copy.first)
         good.set(0, copy.stop - copy.first)
         for first, stop in failed + copy.voided:
             good.clear(max(first, copy.first) - copy.first, min(stop, copy.stop) - copy.first)
-        if not copy.layer.live:  # its snapshot was deleted: another layer gets the copy
-            return [] if copy.layer.removed else [(copy.layer, [(copy.first, copy.stop)])]
-        unwanted = list(self._offset_runs(good, copy.first, False))
-        for first, stop in self._offset_runs(good, copy.first, True):
+        bits = good.slice(0, len(good))
+        for first, stop in shifted(bits, copy.first):
             copy.layer.done.set(first, stop)
         dropped = self._stack.settle(copy.first, copy.stop)
-        return [*dropped, (copy.layer, unwanted)] if unwanted else dropped
+        return [*dropped, (copy.layer, shifted(~bits, copy.first))]
 
-    @staticmethod
-    def _offset_runs(bits: bitmap.Bitmap, base: int, value: bool) -> list[Run]:
-        return [(base + first, base + stop) for first, stop in bits.runs(0, len(bits), value)]
-
-    async def trash(self, dropped: Sequence[tuple[Layer, list[Run]]]) -> None:
+    async def trash(self, dropped: Sequence[Dropped]) -> None:
         """`punch`, where a failure costs space and nothing else: it is logged."""
         try:
             await self.punch(dropped)
         except OSError as error:
             log.warning("cannot free space in a temp image: %s", error.strerror)
 
-    async def punch(self, dropped: Sequence[tuple[Layer, list[Run]]]) -> None:
+    async def punch(self, dropped: Sequence[Dropped]) -> None:
         """Free clusters of temp images, whose done bits are clear.
 
         Tries all; raises OSError of the first failure.
@@ -211,7 +207,7 @@ class Copier:
                 continue
             layer.pins += 1
             try:
-                for first, stop in runs:
+                for first, stop in self._merged(layer, runs):
                     try:
                         await layer.temp.punch(*layer.geometry.whole(first, stop))
                     except OSError as error:
@@ -220,6 +216,29 @@ class Copier:
                 self.unpin(layer)
         if failure is not None:
             raise failure
+
+    def _merged(self, layer: Layer, runs: Iterable[Run]) -> Iterator[Run]:
+        """The runs, in fewer pieces where what lies between two is as free as they are.
+
+        It is if it has no done bit, and no copy there is under way or can
+        begin: to freed clusters that are not pending none does.
+        """
+        pending = self._stack.pending
+        last: Run | None = None
+        for first, stop in runs:
+            if last is None:
+                last = first, stop
+            elif (
+                layer.done.any(last[1], first)
+                or pending.any(last[1], min(first, len(pending)))
+                or self._copies.find(last[1], first)
+            ):
+                yield last
+                last = first, stop
+            else:
+                last = last[0], stop
+        if last is not None:
+            yield last
 
     def unpin(self, layer: Layer) -> None:
         """End one use of a layer's temp image, which `pins` counts."""

@@ -21,6 +21,12 @@ from .snapshot import Layer
 
 Run = tuple[int, int]  # clusters [first, stop)
 Source = Layer | None  # a layer: in its temp image; None: in the image itself
+Dropped = tuple[Layer, Iterable[Run]]  # clusters that a temp image need not keep
+
+
+def shifted(bits: bitarray, first: int) -> Iterator[Run]:
+    """Runs of set bits, as clusters, where bit 0 stands for cluster `first`.  Lazy."""
+    return ((first + start, first + stop) for start, stop in bitmap.runs(bits, 0, len(bits)))
 
 
 class LayerStack:
@@ -72,7 +78,7 @@ class LayerStack:
         """The image has at least `clusters` clusters from now on; new ones are not pending."""
         self.pending.grow(clusters)
 
-    def settle(self, first: int, stop: int) -> list[tuple[Layer, list[Run]]]:
+    def settle(self, first: int, stop: int) -> list[Dropped]:
         """Make pending and the done bitmaps right for [first, stop).
 
         To be called whenever access or done bits there changed in any way that
@@ -82,7 +88,7 @@ class LayerStack:
         image.  Walks the layers once, oldest first, with the set of clusters
         that some layer so far wants and has not found.
         """
-        dropped: list[tuple[Layer, list[Run]]] = []
+        dropped: list[Dropped] = []
         wanted = zeros(stop - first, endian="little")
         for layer in self._layers:
             end = min(stop, len(layer.access))
@@ -94,8 +100,7 @@ class LayerStack:
             excess = done & ~wanting
             if excess.any():
                 layer.done.assign(first, done & wanting)
-                runs = [(first + a, first + b) for a, b in bitmap.runs(excess, 0, end - first)]
-                dropped.append((layer, runs))
+                dropped.append((layer, shifted(excess, first)))
             wanted[: end - first] = wanting & ~done
         if first < len(self.pending):
             self.pending.assign(first, wanted[: len(self.pending) - first])

@@ -23,5 +23,5 @@ _COMMON = {
 }
 settings.register_profile("dev", max_examples=80, **_COMMON)
 settings.register_profile("ci", max_examples=300, **_COMMON)
-settings.register_profile("soak", max_examples=5_000, **_COMMON)
+settings.register_profile("soak", max_examples=20_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
