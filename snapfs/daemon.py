@@ -99,6 +99,10 @@ def check(config: Config) -> None:
         raise errors.UsageError(f"the mountpoint {where} is under the state directory {state}")
     if not os.path.exists("/dev/fuse"):
         raise errors.MountError("there is no /dev/fuse; load the kernel module: modprobe fuse")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise errors.NotPermitted(
+            "you may not open /dev/fuse; root can allow it: chmod 666 /dev/fuse"
+        )
     others = config.options.fuse & {"allow_other", "allow_root"}
     if others and os.geteuid() and not _user_allow_other():
         raise errors.NotPermitted(
@@ -167,6 +171,7 @@ class Daemon:
         self._config = config
         self._ready = ready
         self._stopping = False
+        self._served = False
 
     async def run(self) -> None:
         """Serve until unmounted or told to stop.
@@ -203,7 +208,7 @@ class Daemon:
             layers = list(engine.layers)
         finally:
             with trio.CancelScope(shield=True):
-                await store.close(layers)
+                await store.close(layers, unused=not self._served)
 
     async def _serve(self, engine: Engine, store: Store, nursery: trio.Nursery) -> None:
         # Here, since it imports pyfuse3, which must find the filter loaded.
@@ -252,6 +257,7 @@ class Daemon:
 
     async def _announce(self, cache: Any) -> None:
         await cache.learn_device()
+        self._served = True
         log.info("%s is mounted on %s", self._config.image, self._config.mountpoint)
         self._ready()
 
@@ -401,8 +407,11 @@ def serve(config: Config, ready: Callable[[], None]) -> None:
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL
     try:
         trio.run(functools.partial(Daemon(config, ready).run))
-    except* (errors.SnapfsError, OSError) as group:
-        raise _first(group) from group
+    except BaseExceptionGroup as group:
+        expected, unexpected = group.split((errors.SnapfsError, OSError))
+        if expected is None or unexpected is not None:
+            raise
+        raise _first(expected) from group
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

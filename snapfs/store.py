@@ -44,7 +44,7 @@ from attrs import evolve
 
 from . import statefiles
 from .activity import Activity
-from .errors import InUse, StateError, UsageError
+from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage
 from .layers import LayerStack
@@ -112,6 +112,7 @@ class Store:
         self._manifest: Manifest
         self._activity: Activity
         self._read_only = False
+        self._made = False
 
     @classmethod
     async def open(
@@ -126,7 +127,7 @@ class Store:
         """Lock the image and its state directory, made if need be, and recover.
 
         `cluster_size` None: as before, else the default.  Raises UsageError,
-        InUse, StateError and OSError; then nothing is held or left behind.
+        InUse, MountError, StateError and OSError; then nothing is held or left behind.
         """
         return await trio.to_thread.run_sync(
             cls._open, image_path, state_dir, cluster_size, read_only, limiter, limiter=limiter
@@ -152,9 +153,15 @@ class Store:
                 made = True
             except FileExistsError:
                 pass
+            except OSError as error:
+                raise MountError(
+                    f"the state directory {directory} cannot be made: {error.strerror}; "
+                    "choose another place with -o state=DIR"
+                ) from None
             store = cls(directory, statefiles.open_directory(directory), image, limiter)
             try:
                 store._read_only = read_only
+                store._made = made
                 store._enter(path, image_fd, cluster_size)
                 return store
             except BaseException:
@@ -360,14 +367,19 @@ class Store:
 
     # The end
 
-    async def close(self, layers: Sequence[Layer]) -> None:
+    async def close(self, layers: Sequence[Layer], *, unused: bool = False) -> None:
         """Make everything durable, mark it clean, and let go of it.
 
-        `layers`: those of the engine, which must be idle.  Raises OSError if
-        something could not be made durable; then it is not marked clean, but
-        let go of all the same.
+        `layers`: those of the engine, which must be idle.  `unused`: the mount
+        failed, so a directory that was made for it is removed.  Raises OSError
+        if something could not be made durable; then it is not marked clean,
+        but let go of all the same.
         """
         await trio.to_thread.run_sync(self._close, list(layers), limiter=self._limiter)
+        if unused and self._made:
+            await trio.to_thread.run_sync(
+                statefiles.remove_tree, self.directory, limiter=self._limiter
+            )
 
     def _close(self, layers: list[Layer]) -> None:
         try:

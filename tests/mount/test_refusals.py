@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,19 @@ def test_a_full_temp_file_system_at_creation_leaves_nothing(mount, tmp_path):
         disk.stop()
     finally:
         run("umount", small)
+
+
+def test_a_state_directory_that_cannot_be_made_is_named_with_the_remedy(disk, mnt):
+    status, line = refused(disk, mnt, "-o", "state=/proc/nowhere/state")
+    assert (1, True) == (status, "/proc/nowhere/state cannot be made" in line), line
+    assert "-o state=DIR" in line
+
+
+@pytest.mark.skipif("os.geteuid()", reason="needs to make a device")
+def test_an_unusable_dev_fuse_is_one_line(disk, mnt):
+    inner = f"mount --bind /dev/null /dev/fuse && {sys.executable} -m snapfs mount {disk} {mnt}"
+    done = run("unshare", "--mount", "sh", "-c", inner, check=False)
+    assert 1 == done.returncode
+    assert "cannot be mounted" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not os.path.exists(f"{disk}.snapfs")
