@@ -77,7 +77,7 @@ def mount(arguments: Sequence[str]) -> int:
     parser.add_argument("-s", action="store_true", help="tolerate unknown options")
     parser.add_argument("-f", action="store_true", help="check only, do not mount")
     parser.add_argument("-n", action="store_true", help="ignored")
-    parser.add_argument("-v", action="store_true", help="say what is done")
+    parser.add_argument("-v", action="store_true", help="ignored")
     parser.add_argument("-N", metavar="NAMESPACE", help="ignored: mount(8) has entered it")
     parser.add_argument("-t", metavar="TYPE", help="ignored")
     parsed = parser.parse_intermixed_args(arguments)

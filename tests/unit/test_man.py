@@ -1,0 +1,75 @@
+"""The manual pages say what the program has, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from snapfs.cli.parser import VERBS, build_parser
+from snapfs.errors import ExitCode
+from snapfs.options import FLAGS, IGNORED, OWN, PASSED_ON
+
+MAN = Path(__file__).parents[2] / "man"
+
+
+def plain(page: str) -> str:
+    """A page without the marks of roff."""
+    text = (MAN / page).read_text().replace("\\-", "-")
+    text = re.sub(r"\\f[BIRP]", "", text)
+    return re.sub(r"^\.[A-Z]+ ?", "", text, flags=re.MULTILINE)
+
+
+def section(page: str, title: str) -> str:
+    text = (MAN / page).read_text()
+    return text.split(f".SH {title}\n")[1].split("\n.SH ")[0].replace("\\-", "-")
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    raise AssertionError("the parser has no commands")
+
+
+def test_the_verbs_of_the_parser_are_those_that_tell_a_mount_apart():
+    assert set(VERBS) == set(subparsers())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_and_option_is_in_the_manual(verb):
+    text = plain("snapfs.1")
+    assert re.search(rf"\bsnapfs {verb}\b", text)
+    for action in subparsers()[verb]._actions:
+        for option in action.option_strings:
+            if option not in ("-h", "--help"):
+                assert re.search(rf"(?<![\w-]){option}\b", text), option
+
+
+def test_every_option_in_the_synopsis_exists():
+    known = {"--version", "--help"}
+    for parser in subparsers().values():
+        for action in parser._actions:
+            known |= set(action.option_strings)
+    written = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", section("snapfs.1", "SYNOPSIS")))
+    assert written <= known
+
+
+def test_every_mount_option_is_in_the_manual():
+    text = plain("mount.snapfs.8")
+    for option in (*OWN, *FLAGS, *PASSED_ON, *IGNORED):
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), option
+
+
+def test_no_mount_option_in_the_manual_is_unknown():
+    titles = re.findall(r"^\.BI? ([a-z_\\-]+)=", (MAN / "mount.snapfs.8").read_text(), re.MULTILINE)
+    assert titles
+    assert {title.replace("\\-", "-") for title in titles} <= set(OWN)
+
+
+def test_the_exit_statuses_are_those_of_the_program():
+    lines = re.findall(r"^\.B (\d+)$", section("snapfs.1", "EXIT STATUS"), re.MULTILINE)
+    assert lines
+    assert {int(line) for line in lines} <= {int(code) for code in ExitCode}
