@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from snapfs.image import FileImage
+
+K64 = 1 << 16
+LIMITER = trio.CapacityLimiter(4)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator:
+    images = []
+
+    def factory(content: bytes | int) -> FileImage:
+        fd = os.open(tmp_path / f"image{len(images)}", os.O_RDWR | os.O_CREAT)
+        if isinstance(content, int):
+            os.ftruncate(fd, content)
+        else:
+            os.write(fd, content)
+        images.append(FileImage(fd, limiter=LIMITER))
+        return images[-1]
+
+    yield factory
+    for image in images:
+        image.close()
+
+
+def everything(image: FileImage) -> bytes:
+    return os.pread(image.fd, 1 << 24, 0)
+
+
+async def test_reads_are_short_only_at_the_end(make):
+    image = make(b"x" * 10_000)
+    assert b"x" * 10_000 == await image.pread(0, 20_000)
+    assert b"" == await image.pread(10_000, 5)
+    assert b"xx" == image.pread_nowait(9_998, 2)
+    assert image.pread_nowait(9_998, 3) is None
+
+
+async def test_writes_of_all_of_it_also_beyond_the_end(make):
+    image = make(b"")
+    await image.pwrite(K64, os.urandom(0) + b"z" * 3 * K64)
+    assert bytes(K64) + b"z" * 3 * K64 == everything(image)
+    assert 4 * K64 == image.size()
+
+
+async def test_punch_keeps_the_size_and_frees(make):
+    image = make(b"x" * 4 * K64)
+    before = image.blocks()
+    await image.punch(K64, 8 * K64)
+    assert b"x" * K64 + bytes(3 * K64) == everything(image)
+    assert before - 3 * K64 // 512 == image.blocks()
+
+
+async def test_zero_extends_and_allocate_changes_no_byte(make):
+    image = make(b"x" * K64)
+    await image.zero(K64 // 2, K64)
+    assert b"x" * (K64 // 2) + bytes(K64) == everything(image)
+    await image.allocate(0, 2 * K64, True)
+    assert K64 * 3 // 2 == image.size()
+    await image.allocate(0, 2 * K64, False)
+    assert b"x" * (K64 // 2) + bytes(K64 * 3 // 2) == everything(image)
+
+
+async def test_extents_are_cut_to_the_range_and_the_limit(make):
+    image = make(16 * K64)
+    for cluster in (1, 4, 5, 9):
+        await image.pwrite(cluster * K64, b"x" * K64)
+    assert ([(K64, 2 * K64), (4 * K64, 6 * K64), (9 * K64, 10 * K64)], 16 * K64) == (
+        await image.data_extents(0, 16 * K64, 99)
+    )
+    assert ([(5 * K64, 6 * K64)], 6 * K64) == await image.data_extents(5 * K64, 4 * K64, 1)
+    assert ([(5 * K64, 5 * K64 + 1)], 5 * K64 + 1) == await image.data_extents(5 * K64, 1, 9)
+    assert ([], 16 * K64) == await image.data_extents(10 * K64, 6 * K64, 9)
+
+
+@pytest.mark.parametrize("size", [1, K64 - 1, K64, 130_000, 4 * K64])
+async def test_copies_leave_holes_for_zeros(make, size):
+    content = (b"a" * K64 + bytes(K64) + b"b" * 2 * K64)[:size]
+    image, target = make(content), make(size)
+    written = await image.copy_to(target, 0, size, K64)
+    assert content == everything(target)
+    expected = sum(
+        len(content[start : start + K64])
+        for start in range(0, size, K64)
+        if any(content[start : start + K64])
+    )
+    assert expected == written
+    if size == 4 * K64:
+        assert 3 * K64 // 512 == target.blocks()
+
+
+async def test_a_hole_is_copied_as_a_hole(make):
+    image, target = make(1 << 40), make(1 << 40)
+    await image.pwrite(3 << 30, b"x" * K64)
+    assert K64 == await image.copy_to(target, 2 << 30, 2 << 30, K64)
+    assert b"x" * K64 == await target.pread(3 << 30, K64)
+    assert K64 // 512 == target.blocks()
+
+
+async def test_a_failing_copy_has_the_errno_of_the_system(make, tmp_path):
+    image = make(b"x" * K64)
+    full = FileImage(os.open("/dev/full", os.O_RDWR), limiter=LIMITER)
+    with pytest.raises(OSError, match="No space left"):
+        await image.copy_to(full, 0, K64, K64)
+    full.close()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from snapfs.offload import BATCH, TRIPS, Offloader
+
+
+@pytest.fixture
+def offloader() -> Offloader:
+    return Offloader(trio.CapacityLimiter(4))
+
+
+async def test_results_and_errors_come_back_to_whom_they_belong(offloader):
+    results = {}
+
+    async def call(number: int) -> None:
+        try:
+            results[number] = await offloader.run(divmod, number, number % 3)
+        except ZeroDivisionError:
+            results[number] = None
+
+    async with trio.open_nursery() as nursery:
+        for number in range(200):
+            nursery.start_soon(call, number)
+    assert {n: divmod(n, n % 3) if n % 3 else None for n in range(200)} == results
+
+
+async def test_calls_that_wait_travel_together(offloader):
+    stop = threading.Event()
+    threads: list[int] = []
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(TRIPS):
+            nursery.start_soon(offloader.run, stop.wait)
+            await wait_all_tasks_blocked()
+        for _ in range(BATCH):
+            nursery.start_soon(offloader.run, lambda: threads.append(threading.get_ident()))
+        await wait_all_tasks_blocked()
+        assert [] == threads
+        stop.set()
+    assert BATCH == len(threads)
+    assert 1 == len(set(threads))
+
+
+async def test_who_is_cancelled_in_the_queue_is_never_run(offloader):
+    stop = threading.Event()
+    ran = []
+    async with trio.open_nursery() as nursery:
+        for _ in range(TRIPS):
+            nursery.start_soon(offloader.run, stop.wait)
+            await wait_all_tasks_blocked()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await offloader.run(ran.append, "cancelled")
+        nursery.start_soon(offloader.run, ran.append, "other")
+        await wait_all_tasks_blocked()
+        stop.set()
+    assert ["other"] == ran
+
+
+async def test_who_is_cancelled_under_way_waits_for_the_end(offloader):
+    begun, stop = threading.Event(), threading.Event()
+    ran = []
+
+    def call() -> None:
+        begun.set()
+        stop.wait()
+        ran.append("to the end")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(offloader.run, call)
+        await trio.to_thread.run_sync(begun.wait)
+        nursery.cancel_scope.cancel()
+        stop.set()
+    assert ["to the end"] == ran
+    assert 5 == await offloader.run(lambda: 5)
