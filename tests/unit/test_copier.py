@@ -1,0 +1,186 @@
+"""Steps 1 to 4 of a write: copies, frozen reads, and what happens when a copy fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import trio
+from fakes import CLUSTER, Bench, Space, check_quiet, pattern
+from trio.testing import wait_all_tasks_blocked
+
+from snapfs.errors import AccessDenied
+
+SIZE = 8 * CLUSTER
+OLD = pattern(1, SIZE)
+NEW = pattern(2, SIZE)
+
+
+def part(content: bytes, first: int, stop: int) -> bytes:
+    return content[first * CLUSTER : stop * CLUSTER]
+
+
+@pytest.fixture
+async def bench(nursery) -> Bench:
+    return Bench.make(nursery, OLD)
+
+
+async def write(bench: Bench, first: int, stop: int) -> None:
+    await bench.engine.write(first * CLUSTER, part(NEW, first, stop))
+
+
+async def test_two_writers_to_one_cluster_make_one_copy(bench, nursery):
+    layer = await bench.engine.create_snapshot("s")
+    stall = bench.store.temp(layer).stall("pwrite")
+    nursery.start_soon(write, bench, 2, 3)
+    nursery.start_soon(write, bench, 1, 4)
+    await stall.reached.wait()
+    await wait_all_tasks_blocked()
+    stall.release()
+    await wait_all_tasks_blocked()
+    copied = [call.offset // CLUSTER for call in bench.image.calls_of("copy")]
+    assert [1, 2, 3] == sorted(copied)
+    assert OLD == await bench.engine.read_snapshot(layer, 0, SIZE)
+    check_quiet(bench.engine, bench.store)
+
+
+async def test_a_reader_stalled_on_the_image_holds_up_only_writes_to_its_clusters(bench, nursery):
+    layer = await bench.engine.create_snapshot("s")
+    stall = bench.image.stall("pread", start=CLUSTER, stop=2 * CLUSTER, times=1)
+    results = []
+
+    async def read() -> None:
+        results.append(await bench.engine.read_snapshot(layer, CLUSTER, CLUSTER))
+
+    nursery.start_soon(read)
+    await stall.reached.wait()
+    written = trio.Event()
+
+    async def write_there() -> None:
+        await write(bench, 1, 2)
+        written.set()
+
+    nursery.start_soon(write_there)
+    await wait_all_tasks_blocked()
+    assert not written.is_set()
+    assert part(OLD, 1, 2) == bench.image.data[CLUSTER : 2 * CLUSTER]
+    await write(bench, 3, 4)  # another cluster: at once
+    temp = bench.store.temp(layer)
+    before = len(bench.image.calls_of("pread", "pread_nowait"))
+    assert part(OLD, 1, 2) == await bench.engine.read_snapshot(layer, CLUSTER, CLUSTER)
+    assert temp.calls_of("pread_nowait")
+    assert before == len(bench.image.calls_of("pread", "pread_nowait"))
+    stall.release()
+    await written.wait()
+    assert [part(OLD, 1, 2)] == results
+    assert part(NEW, 1, 2) == await bench.engine.read(CLUSTER, CLUSTER)
+    assert 1 == bench.engine.counters.frozen_waits
+
+
+async def test_break_guest_write_leaves_the_image_and_a_retry_copies_what_failed(nursery):
+    bench = Bench.make(nursery, OLD, on_cbw_error="break-guest-write")
+    layer = await bench.engine.create_snapshot("s")
+    bench.store.temp(layer).fail("pwrite", start=2 * CLUSTER, stop=3 * CLUSTER, errno=errno.ENOSPC)
+    with pytest.raises(OSError, match="No space left") as caught:
+        await write(bench, 1, 5)
+    assert errno.ENOSPC == caught.value.errno
+    assert OLD == bench.image.data
+    assert ("ok", 0) == (layer.state, layer.lost)
+    bench.store.temp(layer).faults.clear()
+    bench.image.calls.clear()
+    await write(bench, 1, 5)
+    assert [2] == [call.offset // CLUSTER for call in bench.image.calls_of("copy")]
+    assert OLD == await bench.engine.read_snapshot(layer, 0, SIZE)
+
+
+async def test_break_snapshot_loses_exactly_the_clusters_that_could_not_be_kept(bench):
+    old = await bench.engine.create_snapshot("old")
+    await write(bench, 0, 1)
+    new = await bench.engine.create_snapshot("new")
+    bench.image.fail("copy", start=2 * CLUSTER, stop=3 * CLUSTER, errno=errno.EIO)
+    await write(bench, 0, 5)
+    assert part(NEW, 0, 5) == bench.image.data[: 5 * CLUSTER]
+    for layer in (old, new):
+        assert ("incomplete", errno.EIO, 1) == (layer.state, layer.errno, layer.lost)
+        with pytest.raises(AccessDenied):
+            await bench.engine.read_snapshot(layer, 2 * CLUSTER, 1)
+        for first, stop in ((1, 2), (3, 8)):
+            assert part(OLD, first, stop) == await bench.engine.read_snapshot(
+                layer, first * CLUSTER, (stop - first) * CLUSTER
+            )
+    assert part(OLD, 0, 1) == await bench.engine.read_snapshot(old, 0, CLUSTER)
+    check_quiet(bench.engine, bench.store)
+
+
+async def test_a_full_temp_image_serves_again_when_space_was_freed(nursery):
+    space = Space()
+    bench = Bench.make(nursery, OLD, space=space, on_cbw_error="break-guest-write")
+    layer = await bench.engine.create_snapshot("s")
+    await write(bench, 0, 2)
+    space.limit = space.used
+    with pytest.raises(OSError, match="No space"):
+        await write(bench, 2, 3)
+    await bench.engine.discard(layer, 0, CLUSTER)
+    await write(bench, 2, 3)
+    assert part(OLD, 1, 8) == await bench.engine.read_snapshot(layer, CLUSTER, 7 * CLUSTER)
+
+
+@pytest.mark.parametrize("policy", ["break-guest-write", "break-snapshot"])
+async def test_a_copy_that_takes_too_long(autojump_clock, nursery, policy):
+    bench = Bench.make(nursery, OLD, on_cbw_error=policy, cbw_timeout=2.5)
+    layer = await bench.engine.create_snapshot("s")
+    stall = bench.store.temp(layer).stall("pwrite")
+    started = trio.current_time()
+    if policy == "break-guest-write":
+        with pytest.raises(OSError, match=os.strerror(errno.ETIMEDOUT)):
+            await write(bench, 1, 2)
+        assert OLD == bench.image.data
+    else:
+        await write(bench, 1, 2)
+        assert ("incomplete", errno.ETIMEDOUT) == (layer.state, layer.errno)
+    assert 2.5 == pytest.approx(trio.current_time() - started)
+    await write(bench, 5, 5)
+    stall.release()
+    await wait_all_tasks_blocked()
+    check_quiet(bench.engine, bench.store)
+    if policy == "break-guest-write":
+        await write(bench, 1, 2)  # the late copy serves
+        assert 1 == len(bench.image.calls_of("copy"))
+        assert OLD == await bench.engine.read_snapshot(layer, 0, SIZE)
+
+
+async def test_a_late_copy_of_what_was_discarded_or_deleted_leaves_nothing(bench, nursery):
+    layer = await bench.engine.create_snapshot("s")
+    stall = bench.store.temp(layer).stall("pwrite")
+    nursery.start_soon(write, bench, 1, 3)
+    await stall.reached.wait()
+    await bench.engine.discard(layer, CLUSTER, CLUSTER)
+    stall.release()
+    await wait_all_tasks_blocked()
+    check_quiet(bench.engine, bench.store)
+    again = bench.store.temp(layer).stall("pwrite")
+    nursery.start_soon(write, bench, 4, 5)
+    await again.reached.wait()
+    await bench.engine.delete_snapshot("s")
+    again.release()
+    await wait_all_tasks_blocked()
+    check_quiet(bench.engine, bench.store)
+    assert 0 == bench.store.space.used
+    assert part(NEW, 4, 5) == bench.image.data[4 * CLUSTER : 5 * CLUSTER]
+
+
+async def test_errors_of_reading_are_not_sticky(bench):
+    layer = await bench.engine.create_snapshot("s")
+    bench.image.fail("pread", times=1)
+    bench.image.cold = True
+    with pytest.raises(OSError, match="Input/output"):
+        await bench.engine.read_snapshot(layer, 0, SIZE)
+    assert OLD == await bench.engine.read_snapshot(layer, 0, SIZE)
+    await write(bench, 0, 8)  # no frozen range is left behind
+    check_quiet(bench.engine, bench.store)
+
+
+async def test_the_copy_timeout_must_be_a_number_of_seconds(nursery):
+    with pytest.raises(ValueError, match="cbw_timeout"):
+        Bench.make(nursery, OLD, cbw_timeout=-1)
