@@ -1,0 +1,117 @@
+"""Which layer serves whom, against the definitions written down naively."""
+
+from __future__ import annotations
+
+from fakes import CLUSTER, MemoryImage, naive_pending, naive_source, naive_wanted
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapfs.bitmap import Bitmap
+from snapfs.geometry import Geometry
+from snapfs.layers import LayerStack
+from snapfs.snapshot import Layer
+
+MOST = 9
+bits = st.lists(st.booleans(), min_size=MOST, max_size=MOST)
+described = st.lists(st.tuples(st.integers(0, MOST), bits, bits, st.booleans()), max_size=4)
+ranges = st.tuples(st.integers(0, MOST), st.integers(0, MOST)).map(sorted)
+
+
+def bitmap_of(values: list[bool]) -> Bitmap:
+    bitmap = Bitmap(len(values))
+    for index, value in enumerate(values):
+        if value:
+            bitmap.set(index, index + 1)
+    return bitmap
+
+
+def stack_of(layers: list[tuple[int, list[bool], list[bool], bool]]) -> LayerStack:
+    made = []
+    for number, (clusters, access, done, live) in enumerate(layers):
+        layer = Layer(
+            number + 1,
+            Geometry(clusters * CLUSTER, CLUSTER),
+            bitmap_of([bit and live for bit in access[:clusters]]),
+            bitmap_of(done[:clusters]),
+            MemoryImage(),
+        )
+        layer.live = live
+        made.append(layer)
+    return LayerStack(made, MOST)
+
+
+@given(described)
+def test_settling_everything_gives_the_definitions(layers):
+    stack = stack_of(layers)
+    all_layers = list(stack)
+    before = [[layer.done.get(index) for index in range(len(layer.done))] for layer in all_layers]
+    wanted = [
+        [naive_wanted(all_layers, number, index) for index in range(len(layer.done))]
+        for number, layer in enumerate(all_layers)
+    ]
+    dropped = [(layer, list(runs)) for layer, runs in stack.settle(0, MOST)]
+    for number, layer in enumerate(all_layers):
+        expected = [a and b for a, b in zip(before[number], wanted[number], strict=True)]
+        assert expected == [layer.done.get(index) for index in range(len(layer.done))]
+        gone = {index for index, bit in enumerate(before[number]) if bit and not expected[index]}
+        said = {
+            index
+            for each, runs in dropped
+            if each is layer
+            for first, stop in runs
+            for index in range(first, stop)
+        }
+        assert gone == said
+    assert [naive_pending(all_layers, index) for index in range(MOST)] == [
+        stack.pending.get(index) for index in range(MOST)
+    ]
+
+
+@given(described, ranges)
+def test_settling_a_range_touches_nothing_else(layers, within):
+    first, stop = within
+    whole, partly = stack_of(layers), stack_of(layers)
+    whole.settle(0, MOST)
+    untouched = [layer.done.slice(0, len(layer.done)) for layer in partly]
+    partly.settle(first, stop)
+    for settled, layer, old in zip(whole, partly, untouched, strict=True):
+        for index in range(len(layer.done)):
+            expected = settled.done.get(index) if first <= index < stop else bool(old[index])
+            assert expected == layer.done.get(index)
+    for index in range(first, stop):
+        assert whole.pending.get(index) == partly.pending.get(index)
+
+
+@given(described, ranges)
+def test_sources_and_who_needs_the_image(layers, within):
+    first, stop = within
+    stack = stack_of(layers)
+    stack.settle(0, MOST)
+    all_layers = list(stack)
+    for number, layer in enumerate(all_layers):
+        end = min(stop, len(layer.done))
+        found = list(stack.sources(layer, min(first, end), end)) if first < end else []
+        clusters = {index: source for a, b, source in found for index in range(a, b)}
+        assert {
+            index: naive_source(all_layers, number, index)
+            for index in range(first, max(first, end))
+        } == clusters
+    needing = {
+        (layer, first + index)
+        for layer, found_bits in stack.needing(first, stop)
+        for index, bit in enumerate(found_bits)
+        if bit
+    }
+    assert {
+        (layer, index)
+        for number, layer in enumerate(all_layers)
+        for index in range(first, min(stop, len(layer.access)))
+        if layer.access.get(index) and naive_source(all_layers, number, index) is None
+    } == needing
+
+
+def test_copies_go_to_the_newest_live_layer():
+    clear = [False] * MOST
+    stack = stack_of([(3, clear, clear, True), (3, clear, clear, True), (3, clear, clear, False)])
+    assert stack.receiver is list(stack)[1]
+    assert stack_of([(3, clear, clear, False)]).receiver is None

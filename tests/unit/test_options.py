@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from snapfs.errors import UsageError
+from snapfs.options import parse_options, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("65536", 65536), ("64K", 65536), ("64k", 65536), ("1GiB", 1 << 30),
+     ("1 MB", 10**6), ("3B", 3), ("2t", 2 << 40)],
+)  # fmt: skip
+def test_sizes_as_fstrim_takes_them(text, size):
+    assert size == parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5G", "K", "0x10", "1 2", "64KKB", "٣"])
+def test_what_is_no_size(text):
+    with pytest.raises(UsageError, match="not a size"):
+        parse_size(text)
+
+
+def test_options_of_fstab_are_sorted_out():
+    options = parse_options(
+        ["defaults,noauto,x-systemd.automount,ro,allow_other", "cluster-size=128K,umask=027"]
+    )
+    assert (True, 131072, 0o027) == (options.read_only, options.cluster_size, options.umask)
+    assert {"allow_other", "ro"} == options.fuse
+
+
+def test_the_last_of_two_wins():
+    assert 2.5 == parse_options(["cbw-timeout=9,cbw-timeout=2.5"]).cbw_timeout
+
+
+def test_unknown_options_are_refused_with_the_nearest_and_passed_over_when_sloppy():
+    with pytest.raises(UsageError, match="did you mean state"):
+        parse_options(["stat=/x"])
+    assert parse_options([]) == parse_options(["stat=/x,whatever"], sloppy=True)

@@ -1,0 +1,234 @@
+"""The state directory: what comes back, what is cleaned up, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from snapfs.cbw import Engine
+from snapfs.errors import InUse, StateError, UsageError
+from snapfs.store import Store
+
+CLUSTER = 4096
+SIZE = 6 * CLUSTER + 100
+OLD = bytes(range(1, 252)) * (SIZE // 251 + 1)
+OLD = OLD[:SIZE]
+LIMITER = trio.CapacityLimiter(4)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(OLD)
+    return path
+
+
+def state_of(image: Path) -> Path:
+    return Path(f"{image}.snapfs")
+
+
+async def opened(image: Path) -> Store:
+    return await Store.open(str(image), cluster_size=CLUSTER, limiter=LIMITER)
+
+
+def engine_of(store: Store, nursery: trio.Nursery) -> Engine:
+    return Engine(
+        store.image, store.geometry, store, nursery, layers=store.layers, next_id=store.next_id
+    )
+
+
+async def session(image: Path, *steps: Callable[[Engine], object]) -> Store:
+    """Open, let the engine do some steps, close in order."""
+    store = await opened(image)
+    async with trio.open_nursery() as nursery:
+        engine = engine_of(store, nursery)
+        for step in steps:
+            await step(engine)  # type: ignore[misc]
+        await trio.testing.wait_all_tasks_blocked()
+    await store.close(engine.layers)
+    return store
+
+
+def create(name: str):
+    return lambda engine: engine.create_snapshot(name)
+
+
+def delete(name: str):
+    return lambda engine: engine.delete_snapshot(name)
+
+
+def write(offset: int, data: bytes):
+    return lambda engine: engine.write(offset, data)
+
+
+def discard(name: str, offset: int, length: int):
+    return lambda engine: engine.discard(engine.find(name), offset, length)
+
+
+def expect(name: str, content: bytes, offset: int = 0):
+    async def step(engine: Engine) -> None:
+        layer = engine.find(name)
+        assert content == await engine.read_snapshot(layer, offset, len(content) + SIZE)
+
+    return step
+
+
+async def test_snapshots_come_back_with_their_bytes_and_discards(image):
+    await session(
+        image, create("a"), write(0, b"x" * CLUSTER), create("b"), write(CLUSTER, b"y"),
+        discard("a", 0, CLUSTER),
+    )  # fmt: skip
+    after = b"x" * CLUSTER + OLD[CLUSTER:]
+
+    async def look(engine: Engine) -> None:
+        assert ["a", "b"] == [layer.name for layer in engine.snapshots]
+        assert 6 == engine.find("a").accessible
+
+    await session(image, look, expect("b", after), expect("a", OLD[CLUSTER:], CLUSTER))
+
+
+async def test_a_deleted_snapshot_leaves_what_an_older_one_needs(image):
+    await session(image, create("a"), create("b"), write(0, b"x"), delete("b"))
+    assert 2 == len(os.listdir(state_of(image) / "snapshots"))
+    await session(image, expect("a", OLD), delete("a"))
+    assert [] == os.listdir(state_of(image) / "snapshots")
+
+
+async def test_ids_are_never_used_again(image):
+    await session(image, create("a"), delete("a"))
+    ids = []
+
+    async def note(engine: Engine) -> None:
+        ids.append(engine.find("b").id)
+
+    await session(image, create("b"), note)
+    assert [2] == ids
+
+
+async def test_leftovers_are_removed_and_said(image):
+    await session(image, create("a"))
+    leftover = state_of(image) / "snapshots" / "77"
+    leftover.mkdir(mode=0o700)
+    (leftover / "temp").write_bytes(b"secret")
+    store = await session(image)
+    assert not leftover.exists()
+    assert ["removed what was left of snapshot number 77"] == store.notices
+
+
+async def test_temp_data_without_a_done_bit_is_punched_out(image):
+    await session(image, create("a"))
+    temp = state_of(image) / "snapshots" / "1" / "temp"
+    with open(temp, "r+b") as file:
+        file.write(b"never finished" * 100)
+    await session(image, expect("a", OLD))
+    assert 0 == temp.stat().st_blocks
+
+
+def damage_manifest(**changes) -> Callable[[Path], None]:
+    def damage(state: Path) -> None:
+        path = state / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def damage_layer(**changes) -> Callable[[Path], None]:
+    def damage(state: Path) -> None:
+        path = state / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["layers"][0] |= changes
+        path.write_text(json.dumps(manifest))
+
+    return damage
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    return lambda state: os.truncate(state / "snapshots/1" / name, size)
+
+
+def link(name: str) -> Callable[[Path], None]:
+    def damage(state: Path) -> None:
+        path = state / "snapshots/1" / name
+        path.unlink()
+        path.symlink_to("/etc/hostname")
+
+    return damage
+
+
+def not_json(state: Path) -> None:
+    (state / "manifest.json").write_text("{")
+
+
+def writable_by_all(state: Path) -> None:
+    (state / "snapshots").chmod(0o777)
+
+
+def bit_beyond_the_end(state: Path) -> None:
+    with open(state / "snapshots/1/access", "r+b") as file:
+        file.write(b"\xff")  # 7 clusters
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (bit_beyond_the_end, "beyond the end"),
+        (not_json, "is not JSON"),
+        (damage_manifest(version=99), "version 99"),
+        (damage_manifest(surprise=1), "damaged"),
+        (damage_manifest(next_id="2"), "damaged"),
+        (damage_manifest(next_id=1), "not ascending"),
+        (damage_manifest(cluster_size=5000), "power of two"),
+        (damage_layer(name="../evil"), "slash"),
+        (damage_layer(name=""), "cannot be the name"),
+        (damage_layer(id="../../x"), "damaged"),
+        (damage_layer(size=-5), "negative"),
+        (cut("temp", 5), "temp image has 5 bytes"),
+        (cut("done", 0), "done"),
+        (cut("access", 0), "access"),
+        (link("temp"), "symbolic link"),
+        (link("done"), "symbolic link"),
+        (writable_by_all, "can be written by others"),
+    ],
+)
+async def test_a_damaged_or_hostile_state_is_refused_in_words(image, damage, words):
+    await session(image, create("a"), write(0, b"x"))
+    damage(state_of(image))
+    with pytest.raises(StateError, match=words):
+        await opened(image)
+    assert b"x" + OLD[1:] == image.read_bytes()
+
+
+async def test_a_second_store_is_refused_and_changes_nothing(image, tmp_path):
+    store = await opened(image)
+    with pytest.raises(InUse, match="in use by another process"):
+        await opened(image)
+    other = tmp_path / "other.img"
+    other.write_bytes(OLD)
+    with pytest.raises(InUse, match="state directory"):
+        await Store.open(str(other), state_dir=str(state_of(image)), limiter=LIMITER)
+    await store.close(())
+
+
+async def test_another_cluster_size_needs_an_empty_directory(image):
+    await session(image, create("a"))
+    with pytest.raises(UsageError, match="delete them"):
+        await Store.open(str(image), cluster_size=8192, limiter=LIMITER)
+    await session(image, delete("a"))
+    store = await Store.open(str(image), cluster_size=8192, limiter=LIMITER)
+    assert 8192 == store.geometry.cluster_size
+    await store.close(())
+
+
+async def test_what_was_made_for_a_mount_that_failed_is_removed(image):
+    store = await opened(image)
+    await store.close((), unused=True)
+    assert not state_of(image).exists()
+    await session(image, create("a"))
+    store = await opened(image)
+    await store.close(store.layers, unused=True)
+    assert state_of(image).exists()
