@@ -1,3 +1,3 @@
 def copy_clusters(
-    source: int, target: int, offset: int, length: int, cluster_size: int, /
+    source: int, target: int, offset: int, length: int, cluster_size: int, budget: int, /
 ) -> int: ...

@@ -43,6 +43,7 @@ from .image import Buffer, Image
 from .layers import LayerStack
 from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
+from .space import TempSpace
 from .views import Extent, SnapshotReader
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,12 @@ class Engine:
         self._transitions = trio.Lock()  # one change of the layer list at a time
         self._leaving: list[Layer] = []  # out of the stack, but still in the saved list
         self._frozen_reads: RequestList[Request] = RequestList()
+        self.space = TempSpace(
+            self._temp_bytes,
+            store.free_bytes,
+            self.settings.temp_limit,
+            self.settings.temp_reserve,
+        )
         self._copier = Copier(
             image,
             self._stack,
@@ -96,6 +103,7 @@ class Engine:
             nursery,
             self.settings,
             self.counters,
+            self.space,
             lambda layer: nursery.start_soon(self._dispose, layer),
             lambda layer: nursery.start_soon(self._save_quietly),
         )
@@ -262,6 +270,9 @@ class Engine:
     def layers(self) -> tuple[Layer, ...]:
         """All layers, oldest first, nameless ones included."""
         return tuple(self._stack)
+
+    def _temp_bytes(self) -> int:
+        return sum(layer.temp_bytes() for layer in (*self._stack, *self._leaving))
 
     @property
     def snapshots(self) -> tuple[Layer, ...]:

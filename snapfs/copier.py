@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import trio
 from attrs import define, field, frozen
-from attrs.validators import ge, in_
+from attrs.validators import ge, in_, optional
 
 from . import bitmap
 from .image import Image
 from .layers import Dropped, LayerStack, Run, shifted
 from .reqlist import Request, RequestList
 from .snapshot import Layer, Policy
+from .space import TempSpace
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,16 @@ class Settings:
     """Copy-before-write policy of a mount.
 
     `cbw_timeout`: seconds that one request waits for its copies, 0 for ever.
+    `temp_limit`: bytes that all temp images may take.  `temp_reserve`: bytes
+    of their file system that they leave free.
     """
 
     on_cbw_error: Policy = field(
         default="break-snapshot", validator=in_(("break-snapshot", "break-guest-write"))
     )
     cbw_timeout: float = field(default=15.0, validator=ge(0))
+    temp_limit: int | None = field(default=None, validator=optional(ge(0)))
+    temp_reserve: int = field(default=0, validator=ge(0))
 
 
 @define
@@ -64,7 +69,7 @@ class Copy(Request):
 
     layer: Layer
     voided: list[Run] = field(factory=list)  # given up meanwhile: must not land
-    error: OSError | None = None  # of the first cluster that failed
+    error: OSError | None = None  # of the newest cluster that failed
 
 
 class Copier:
@@ -78,6 +83,7 @@ class Copier:
         nursery: trio.Nursery,
         settings: Settings,
         counters: Counters,
+        space: TempSpace,
         on_unpinned: Callable[[Layer], None],
         on_lost: Callable[[Layer], None],
     ) -> None:
@@ -87,9 +93,11 @@ class Copier:
         self._nursery = nursery
         self._settings = settings
         self._counters = counters
+        self._space = space
         self._on_unpinned = on_unpinned
         self._on_lost = on_lost
         self._copies: RequestList[Copy] = RequestList()
+        self._failing: int | None = None  # errno of the newest copy, if it failed
 
     async def preserve(self, first: int, stop: int) -> None:
         """Return when no cluster of [first, stop) is pending.
@@ -147,33 +155,53 @@ class Copier:
         """Copy the data; returns the clusters that failed and sets the copy's error."""
         try:
             await self._transfer_run(copy.layer, copy.first, copy.stop)
+            self._failing = None
             return []
         except OSError as error:
-            if copy.stop - copy.first == 1:
-                return [self._failed(copy, copy.first, error)]
-        failed: list[Run] = []
-        for cluster in range(copy.first, copy.stop):  # keep what can be kept
-            try:
-                await self._transfer_run(copy.layer, cluster, cluster + 1)
-            except OSError as error:
-                failed.append(self._failed(copy, cluster, error))
+            copy.error = error
+            failed = [(copy.first, copy.stop)]
+        if copy.stop - copy.first > 1:
+            failed = []
+            await self.trash([(copy.layer, [(copy.first, copy.stop)])])  # it needs the room
+            for cluster in range(copy.first, copy.stop):  # keep what can be kept
+                try:
+                    await self._transfer_run(copy.layer, cluster, cluster + 1)
+                except OSError as error:
+                    copy.error = error
+                    failed.append((cluster, cluster + 1))
+        if not failed:
+            copy.error = None
+        self._note_failure(copy, failed)
         return failed
+
+    def _note_failure(self, copy: Copy, failed: list[Run]) -> None:
+        """Count clusters that failed; logged when failing begins, not for each request."""
+        if copy.error is None:
+            return
+        count = sum(stop - first for first, stop in failed)
+        self._counters.cbw_errors += count
+        level = logging.DEBUG if self._failing == copy.error.errno else logging.WARNING
+        self._failing = copy.error.errno
+        log.log(
+            level,
+            "copy-before-write failed: snapshot %s, offset %d, %d clusters: %s",
+            copy.layer.name, failed[0][0] * self._cluster_size, count, copy.error.strerror,
+        )  # fmt: skip
 
     async def _transfer_run(self, layer: Layer, first: int, stop: int) -> None:
         offset, length = layer.geometry.span(first, stop)
-        written = await self._image.copy_to(layer.temp, offset, length, self._cluster_size)
+        with self._space.claimed(length) as budget:
+            try:
+                written = await self._image.copy_to(
+                    layer.temp, offset, length, self._cluster_size, budget
+                )
+            except OSError as error:
+                if error.errno == errno.ENOSPC and budget < length:
+                    raise OSError(errno.ENOSPC, self._space.explain()) from None
+                raise
+        self._space.note(written)
         self._counters.cbw_copies += stop - first
         self._counters.cbw_bytes += written
-
-    def _failed(self, copy: Copy, cluster: int, error: OSError) -> Run:
-        self._counters.cbw_errors += 1
-        copy.error = copy.error or error
-        offset, length = copy.layer.geometry.span(cluster, cluster + 1)
-        log.warning(
-            "copy-before-write failed: snapshot %s, offset %d, length %d: %s",
-            copy.layer.name, offset, length, error.strerror,
-        )  # fmt: skip
-        return cluster, cluster + 1
 
     def _land(self, copy: Copy, failed: list[Run]) -> list[Dropped]:
         """Set done for what was copied and is still wanted; returns what to punch out."""

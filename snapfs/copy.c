@@ -24,7 +24,7 @@ struct copy {
     int source, target;
     off_t offset, end; /* what is left to do */
     size_t cluster_size;
-    off_t written;
+    off_t written, budget; /* bytes */
 };
 
 static bool is_zero(const char *data, size_t size)
@@ -68,6 +68,19 @@ static int write_full(int fd, const char *data, size_t size, off_t offset)
     return 0;
 }
 
+/* Write `size` bytes from `start` of the data for copy->offset on. */
+static int write_run(struct copy *copy, const char *data, size_t start, size_t size)
+{
+    if ((off_t)size > copy->budget - copy->written) {
+        errno = ENOSPC;
+        return -1;
+    }
+    if (write_full(copy->target, data + start, size, copy->offset + (off_t)start))
+        return -1;
+    copy->written += (off_t)size;
+    return 0;
+}
+
 /* Write the clusters of `data` that are not all zeros, each run of them at once. */
 static int write_nonzero(struct copy *copy, const char *data, size_t size)
 {
@@ -79,18 +92,13 @@ static int write_nonzero(struct copy *copy, const char *data, size_t size)
         bool zero = is_zero(data + position, cluster);
 
         if (zero) {
-            if (write_full(copy->target, data + start, position - start,
-                           copy->offset + (off_t)start))
+            if (write_run(copy, data, start, position - start))
                 return -1;
-            copy->written += (off_t)(position - start);
             start = position + cluster;
         }
         position += cluster;
     }
-    if (write_full(copy->target, data + start, size - start, copy->offset + (off_t)start))
-        return -1;
-    copy->written += (off_t)(size - start);
-    return 0;
+    return write_run(copy, data, start, size - start);
 }
 
 /* Returns 0, or an errno.  Holes of the source are skipped without reading. */
@@ -135,11 +143,11 @@ static int run(struct copy *copy)
 static PyObject *copy_clusters(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     struct copy copy = {0};
-    long long offset, length, cluster_size;
+    long long offset, length, cluster_size, budget;
     int error;
 
-    if (!PyArg_ParseTuple(arguments, "iiLLL", &copy.source, &copy.target, &offset, &length,
-                          &cluster_size))
+    if (!PyArg_ParseTuple(arguments, "iiLLLL", &copy.source, &copy.target, &offset, &length,
+                          &cluster_size, &budget))
         return NULL;
     if (offset < 0 || length < 0 || offset > INT64_MAX - length || cluster_size <= 0 ||
         offset % cluster_size) {
@@ -151,6 +159,7 @@ static PyObject *copy_clusters(PyObject *Py_UNUSED(module), PyObject *arguments)
     copy.offset = (off_t)offset;
     copy.end = (off_t)(offset + length);
     copy.cluster_size = (size_t)cluster_size;
+    copy.budget = (off_t)budget;
     Py_BEGIN_ALLOW_THREADS
     error = run(&copy);
     Py_END_ALLOW_THREADS
@@ -162,11 +171,12 @@ static PyObject *copy_clusters(PyObject *Py_UNUSED(module), PyObject *arguments)
 }
 
 PyDoc_STRVAR(copy_clusters_doc,
-"copy_clusters(source, target, offset, length, cluster_size) -> int\n\n"
+"copy_clusters(source, target, offset, length, cluster_size, budget) -> int\n\n"
 "Copy a range from one descriptor to the same offsets of another.\n\n"
 "The offset is a multiple of the cluster size.  Clusters that are unallocated\n"
 "or all zeros are not written.  Stops early where the source ends.  Returns the\n"
-"bytes written; raises OSError.  Blocks, without the GIL.");
+"bytes written; raises OSError, ENOSPC too when they would be more than budget.\n"
+"Blocks, without the GIL.");
 
 static PyMethodDef methods[] = {
     {"copy_clusters", copy_clusters, METH_VARARGS, copy_clusters_doc},

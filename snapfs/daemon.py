@@ -200,7 +200,7 @@ class Daemon:
                     nursery,
                     layers=store.layers,
                     next_id=store.next_id,
-                    settings=Settings(options.on_cbw_error, options.cbw_timeout),  # type: ignore[arg-type]
+                    settings=self._settings(store),
                     read_only=options.read_only,
                 )
                 await self._serve(engine, store, nursery)
@@ -209,6 +209,24 @@ class Daemon:
         finally:
             with trio.CancelScope(shield=True):
                 await store.close(layers, unused=not self._served)
+
+    def _settings(self, store: Store) -> Settings:
+        options = self._config.options
+        reserve = options.temp_reserve
+        if reserve is None:
+            reserve = store.default_reserve()
+        if store.free_bytes() <= reserve and not options.read_only:
+            log.warning(
+                "only %d bytes are free for temp images, and temp-reserve=%d keeps all of them: "
+                "copies will fail",
+                store.free_bytes(), reserve,
+            )  # fmt: skip
+        return Settings(
+            options.on_cbw_error,  # type: ignore[arg-type]
+            options.cbw_timeout,
+            options.temp_limit,
+            reserve,
+        )
 
     async def _serve(self, engine: Engine, store: Store, nursery: trio.Nursery) -> None:
         # Here, since it imports pyfuse3, which must find the filter loaded.
@@ -310,7 +328,7 @@ class Commands:
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
         """The commands by name."""
-        names = ("create", "delete", "rename", "list", "show", "status", "map", "trim")
+        names = ("create", "delete", "rename", "list", "show", "status", "map", "trim", "limit")
         return {name: getattr(self, name) for name in names}
 
     async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,6 +406,13 @@ class Commands:
         length = number(request, "length", layer.geometry.size)
         minimum = number(request, "minimum", 0)
         return {"trimmed": await self._fs.trim(layer, offset, length, minimum)}
+
+    async def limit(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Bound the space of all temp images; without `bytes` not at all."""
+        limit = number(request, "bytes", -1)
+        self._engine.space.set_limit(None if limit < 0 else limit)
+        log.info("temp-limit is %s", "off" if limit < 0 else limit)
+        return dict(describe_engine(self._engine)["temp"])
 
     def _find(self, path: str) -> Any:
         """The layer of a file by its path in the mount, None for `active`."""

@@ -66,11 +66,13 @@ class Image(Protocol):
         which they are complete, the end of the range or that of the last pair.
         """
 
-    async def copy_to(self, target: Image, offset: int, length: int, cluster_size: int) -> int:
+    async def copy_to(
+        self, target: Image, offset: int, length: int, cluster_size: int, budget: int
+    ) -> int:
         """Copy the range to the same offsets of `target`, which is empty there.
 
         Clusters that are unallocated or all zeros are left as holes.  Returns
-        the bytes written.
+        the bytes written; OSError ENOSPC if they would be more than `budget`.
         """
 
     def size(self) -> int:
@@ -218,12 +220,14 @@ class FileImage:
     ) -> tuple[list[tuple[int, int]], int]:
         return await self._offload(_data_extents, self.fd, offset, offset + length, limit)
 
-    async def copy_to(self, target: Image, offset: int, length: int, cluster_size: int) -> int:
+    async def copy_to(
+        self, target: Image, offset: int, length: int, cluster_size: int, budget: int
+    ) -> int:
         # In the queue of the target, which is the one that is written.
         if not isinstance(target, FileImage):
             raise TypeError("a file is copied to a file")
         return await target._writes.run(
-            copy_clusters, self.fd, target.fd, offset, length, cluster_size
+            copy_clusters, self.fd, target.fd, offset, length, cluster_size, budget
         )
 
     def size(self) -> int:

@@ -75,6 +75,8 @@ class MountOptions:
     cluster_size: int | None = None
     on_cbw_error: str = "break-snapshot"
     cbw_timeout: float = 15.0
+    temp_limit: int | None = None
+    temp_reserve: int | None = None  # None: see `Store.default_reserve`
     uid: int | None = None
     gid: int | None = None
     umask: int = 0
@@ -127,6 +129,8 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
         _choice("on-cbw-error", ("break-snapshot", "break-guest-write")),
     ),
     "cbw-timeout": ("cbw_timeout", _seconds),
+    "temp-limit": ("temp_limit", parse_size),
+    "temp-reserve": ("temp_reserve", parse_size),
     "uid": ("uid", _number("uid", 10)),
     "gid": ("gid", _number("gid", 10)),
     "umask": ("umask", _number("umask", 8)),

@@ -52,17 +52,19 @@ def describe_extent(extent: Extent) -> dict[str, Any]:
     }
 
 
-def temp_bytes(engine: Engine) -> int:
-    """Space in all temp images, those of nameless layers included."""
-    return sum(layer.temp_bytes() for layer in engine.layers)
-
-
 def describe_engine(engine: Engine) -> dict[str, Any]:
     """The parts of status that the engine knows: image, snapshots, temp, counters."""
+    space = engine.space.status()
     return {
         "image": {"size": engine.size, "cluster_size": engine.geometry.cluster_size},
         "snapshots": [describe_snapshot(layer) for layer in engine.snapshots],
         "bitmaps": [],
-        "temp": {"used_bytes": temp_bytes(engine), "limit_bytes": None},
+        "temp": {
+            "used_bytes": space.used,
+            "limit_bytes": space.limit,
+            "room_bytes": space.room,
+            "warning_percent": space.warning,
+            "seconds_left": None if space.seconds_left is None else round(space.seconds_left),
+        },
         "counters": asdict(engine.counters),
     }

@@ -194,6 +194,9 @@ class LayerStore(Protocol):
     async def remove(self, layer_id: int) -> None:
         """Remove the files of a layer that is in no saved list.  Idempotent."""
 
+    def free_bytes(self) -> int:
+        """Space that is left for temp images on their file system."""
+
     def write_started(self, size: int) -> None:
         """A change of the image begins that may leave it with `size` bytes."""
 

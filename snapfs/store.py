@@ -355,6 +355,15 @@ class Store:
     def _remove_layer(self, layer_id: int) -> None:
         statefiles.remove_tree(str(layer_id), parent=self._snapshots_fd)
 
+    def free_bytes(self) -> int:
+        found = os.fstatvfs(self._snapshots_fd)
+        return found.f_bavail * found.f_frsize
+
+    def default_reserve(self) -> int:
+        """Bytes to leave free for the image, which may be sparse: 1 GiB, or 5 % if that is less."""
+        found = os.fstatvfs(self._snapshots_fd)
+        return min(1 << 30, found.f_blocks * found.f_frsize // 20)
+
     def write_started(self, size: int) -> None:
         self._activity.started(size)
 

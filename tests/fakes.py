@@ -280,7 +280,7 @@ class MemoryImage:
         return extents, (position if position < end else offset + length)
 
     async def copy_to(
-        self, target: MemoryImage, offset: int, length: int, cluster_size: int
+        self, target: MemoryImage, offset: int, length: int, cluster_size: int, budget: int
     ) -> int:
         assert offset % cluster_size == 0
         written = 0
@@ -291,6 +291,8 @@ class MemoryImage:
                 raise os_error(fault.errno)
             data = bytes(self.data[start : start + count])
             if any(data):
+                if written + len(data) > budget:
+                    raise os_error(errno.ENOSPC)
                 await target.pwrite(start, data)
                 written += len(data)
         return written
@@ -378,6 +380,11 @@ class MemoryStore:
         await self._enter("remove", layer_id)
         self.parts.pop(layer_id, None)
         self.removed.append(layer_id)
+
+    def free_bytes(self) -> int:
+        if self.space.limit is None:
+            return EVERYWHERE
+        return self.space.limit - self.space.used
 
     def write_started(self, size: int) -> None:
         self.under_way += 1

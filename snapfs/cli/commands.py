@@ -137,6 +137,16 @@ def trim(arguments: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def limit(arguments: argparse.Namespace) -> int:
+    """snapfs limit MOUNTPOINT SIZE."""
+    request = {} if arguments.size is None else {"bytes": arguments.size}
+    with Client(arguments.mountpoint) as client:
+        answer = client.call("limit", **request)
+    if arguments.json:
+        dump("limit", {"temp": answer})
+    return ExitCode.OK
+
+
 def _extents(path: str) -> Iterator[dict[str, Any]]:
     """The extents of a file, page by page."""
     found, inside = mountinfo.split(path)

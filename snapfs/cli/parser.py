@@ -9,7 +9,7 @@ from ..errors import UsageError
 from ..options import parse_size
 from . import commands
 
-VERBS = ("mount", "umount", "create", "delete", "list", "show", "status", "trim", "map")
+VERBS = ("mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "limit")
 
 
 def _size(text: str) -> int:
@@ -84,7 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
     _add_json(verb)
     verb.set_defaults(run=commands.map_file)
+
+    verb = verbs.add_parser("limit", help="bound the space of the temp images")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("size", type=_limit, metavar="SIZE", help="or none")
+    _add_json(verb)
+    verb.set_defaults(run=commands.limit)
     return parser
+
+
+def _limit(text: str) -> int | None:
+    return None if text == "none" else _size(text)
 
 
 def _add_json(verb: argparse.ArgumentParser) -> None:

@@ -84,7 +84,7 @@ async def test_extents_are_cut_to_the_range_and_the_limit(make):
 async def test_copies_leave_holes_for_zeros(make, size):
     content = (b"a" * K64 + bytes(K64) + b"b" * 2 * K64)[:size]
     image, target = make(content), make(size)
-    written = await image.copy_to(target, 0, size, K64)
+    written = await image.copy_to(target, 0, size, K64, size)
     assert content == everything(target)
     expected = sum(
         len(content[start : start + K64])
@@ -99,7 +99,7 @@ async def test_copies_leave_holes_for_zeros(make, size):
 async def test_a_hole_is_copied_as_a_hole(make):
     image, target = make(1 << 40), make(1 << 40)
     await image.pwrite(3 << 30, b"x" * K64)
-    assert K64 == await image.copy_to(target, 2 << 30, 2 << 30, K64)
+    assert K64 == await image.copy_to(target, 2 << 30, 2 << 30, K64, K64)
     assert b"x" * K64 == await target.pread(3 << 30, K64)
     assert K64 // 512 == target.blocks()
 
@@ -108,5 +108,14 @@ async def test_a_failing_copy_has_the_errno_of_the_system(make, tmp_path):
     image = make(b"x" * K64)
     full = FileImage(os.open("/dev/full", os.O_RDWR), limiter=LIMITER)
     with pytest.raises(OSError, match="No space left"):
-        await image.copy_to(full, 0, K64, K64)
+        await image.copy_to(full, 0, K64, K64, K64)
     full.close()
+
+
+async def test_a_copy_stops_before_its_budget_is_passed_and_zeros_cost_nothing(make):
+    image, target = make(bytes(4 * K64) + b"x" * 3 * K64), make(7 * K64)
+    assert 0 == await image.copy_to(target, 0, 4 * K64, K64, 0)
+    with pytest.raises(OSError, match="No space left"):
+        await image.copy_to(target, 0, 7 * K64, K64, 3 * K64 - 1)
+    assert 0 == target.blocks()
+    assert 3 * K64 == await image.copy_to(target, 0, 7 * K64, K64, 3 * K64)
