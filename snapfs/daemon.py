@@ -409,9 +409,9 @@ class Commands:
 
     async def limit(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Bound the space of all temp images; without `bytes` not at all."""
-        limit = number(request, "bytes", -1)
-        self._engine.space.set_limit(None if limit < 0 else limit)
-        log.info("temp-limit is %s", "off" if limit < 0 else limit)
+        limit = number(request, "bytes", 0) if "bytes" in request else None
+        self._engine.space.set_limit(limit)
+        log.info("temp-limit is %s", "off" if limit is None else limit)
         return dict(describe_engine(self._engine)["temp"])
 
     def _find(self, path: str) -> Any:
