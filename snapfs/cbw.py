@@ -26,6 +26,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVarTuple
 
 import trio
 
@@ -40,6 +41,7 @@ from .errors import (
 )
 from .geometry import Geometry
 from .image import Buffer, Image
+from .keeper import LayerKeeper
 from .layers import LayerStack
 from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
@@ -47,6 +49,8 @@ from .space import TempSpace
 from .views import Extent, SnapshotReader
 
 log = logging.getLogger(__name__)
+
+_Arguments = TypeVarTuple("_Arguments")
 
 STEP = 64 << 20  # bytes of a long punch or zeroing that are made safe and done at a time
 MAX_SIZE = (1 << 63) - 1  # of a file: off_t
@@ -88,10 +92,16 @@ class Engine:
         self._stack.settle(0, self._stack.clusters)
         self._gate = Gate()  # writes are inside; closing it makes an instant
         self._transitions = trio.Lock()  # one change of the layer list at a time
-        self._leaving: list[Layer] = []  # out of the stack, but still in the saved list
         self._frozen_reads: RequestList[Request] = RequestList()
+        self._keeper = LayerKeeper(
+            self._stack,
+            store,
+            lambda: self._geometry,
+            self._start,
+            self.settings.cbw_timeout or float("inf"),
+        )
         self.space = TempSpace(
-            self._temp_bytes,
+            self._keeper.temp_bytes,
             store.free_bytes,
             self.settings.temp_limit,
             self.settings.temp_reserve,
@@ -104,10 +114,25 @@ class Engine:
             self.settings,
             self.counters,
             self.space,
-            lambda layer: nursery.start_soon(self._dispose, layer),
-            lambda layer: nursery.start_soon(self._save_quietly),
+            lambda layer: self._start(self._keeper.dispose, layer),
+            lambda layer: self._start(self._save_quietly),
         )
+        self._keeper.copier = self._copier
         self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self._copier.unpin)
+
+    def _start(
+        self, call: Callable[[*_Arguments], Awaitable[None]], *arguments: *_Arguments
+    ) -> None:
+        """Run something in the background; a bug in it makes the mount unhealthy, not end."""
+
+        async def guarded() -> None:
+            try:
+                await call(*arguments)
+            except Exception as error:
+                log.exception("unexpected error in the background")
+                self.unhealthy = self.unhealthy or f"unexpected error: {error!r}"
+
+        self._nursery.start_soon(guarded)
 
     # The live image
 
@@ -192,7 +217,7 @@ class Engine:
                 self._stack.grow(self._geometry.clusters)
             finally:
                 self._store.write_finished()
-            await self._save()
+            await self._keeper.save()
 
     async def flush(self) -> None:
         """Make the data of the image durable."""
@@ -271,9 +296,6 @@ class Engine:
         """All layers, oldest first, nameless ones included."""
         return tuple(self._stack)
 
-    def _temp_bytes(self) -> int:
-        return sum(layer.temp_bytes() for layer in (*self._stack, *self._leaving))
-
     @property
     def snapshots(self) -> tuple[Layer, ...]:
         """Snapshots that can be found by name, oldest first."""
@@ -306,23 +328,23 @@ class Engine:
                 await self.barrier()
             layer = await self._make_layer()
             try:
-                await self._save(layer)
+                await self._keeper.save(layer)
                 async with self._gate.closed():
                     self._notice_size()
                     if self.unhealthy is not None:
                         raise StateError(self.unhealthy)
                     if layer.geometry.size != self.size:  # a write extended the image meanwhile
-                        self._leave(layer)
+                        self._keeper.leave(layer)
                         layer = await self._make_layer()
-                        await self._save(layer)
+                        await self._keeper.save(layer)
                     layer.name, layer.policy = name, policy
                     layer.created_ns = time.time_ns()
                     layer.blocks = self._image.blocks()
                     self._stack.append(layer)
-                await self._save()
+                await self._keeper.save()
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    await self._unmake(layer)
+                    await self._keeper.discard_new(layer)
                 raise
             layer.visible = True
             log.info("snapshot %s created", name)
@@ -343,6 +365,10 @@ class Engine:
             granted=geometry.clusters, visible=False,
         )  # fmt: skip
 
+    async def _save_quietly(self) -> None:
+        async with self._transitions:
+            await self._keeper.try_save()
+
     async def rename_snapshot(self, old: str, new: str) -> None:
         """Give a snapshot another name.  Raises SnapshotNotFound, SnapshotExists, InvalidName."""
         check_name(new)
@@ -353,7 +379,7 @@ class Engine:
             self._check_new(new)
             layer.name = new
             try:
-                await self._save()
+                await self._keeper.save()
             except BaseException:
                 layer.name = old
                 raise
@@ -367,13 +393,13 @@ class Engine:
             layer = self.find(name)
             layer.name = None
             try:
-                await self._save()
+                await self._keeper.save()
             except BaseException:
                 layer.name = name
                 raise
             log.info("snapshot %s deleted", name)
             if not layer.openers:
-                await self._retire(layer)
+                await self._keeper.retire(layer)
 
     def open_snapshot(self, layer: Layer) -> None:
         """Count an open handle.  Raises SnapshotLost if there is nothing to read."""
@@ -388,78 +414,7 @@ class Engine:
             return
         async with self._transitions:
             if layer.live and not layer.openers:
-                await self._retire(layer)
-
-    async def _retire(self, layer: Layer) -> None:
-        """Drop a nameless layer: keep only what older snapshots find in it.
-
-        Failures cost space until the next change of the list, or the next
-        mount; they are logged.
-        """
-        layer.live = False
-        layer.withdraw(0, layer.geometry.clusters)
-        dropped = self._stack.settle(0, self._stack.clusters)
-        gone = [each for each in self._stack if not each.live and each.is_empty()]
-        for each in gone:
-            self._stack.remove(each)
-            self._leave(each)
-        await self._copier.trash(dropped)
-        for each in gone:
-            await self._free(each)  # first: the list may need the space
-        if gone:
-            await self._try_save()
-
-    @staticmethod
-    async def _free(layer: Layer) -> None:
-        try:
-            await layer.temp.truncate(0)
-        except OSError as error:
-            log.warning("cannot free the temp image of a deleted snapshot: %s", error)
-
-    async def _dispose(self, layer: Layer) -> None:
-        """Close and remove the files of a layer that is in no list."""
-        layer.temp.close()
-        layer.access.release()
-        layer.done.release()
-        try:
-            await self._store.remove(layer.id)
-        except OSError as error:  # the next mount removes them
-            log.error("cannot remove the files of a deleted snapshot: %s", error)
-
-    def _leave(self, layer: Layer) -> None:
-        """Let go of a layer that is not in the stack, once a list without it is saved."""
-        layer.removed = True
-        layer.pins += 1
-        self._leaving.append(layer)
-
-    async def _unmake(self, layer: Layer) -> None:
-        """Undo a creation that failed half-way."""
-        layer.name = None
-        if layer in self._stack:
-            await self._retire(layer)
-        elif not layer.removed:
-            self._leave(layer)
-            await self._try_save()
-
-    async def _save(self, *coming: Layer) -> None:
-        """Record the list of layers; the files of those that have left it can go then."""
-        leaving = list(self._leaving)
-        records = [layer.record() for layer in (*self._stack, *coming)]
-        await self._store.save(records, self._geometry)
-        for layer in leaving:
-            self._leaving.remove(layer)
-            self._copier.unpin(layer)
-
-    async def _try_save(self) -> None:
-        """Save what may as well be saved later; the bitmaps hold what matters."""
-        try:
-            await self._save()
-        except OSError as error:
-            log.error("cannot record the state of the snapshots: %s", error)
-
-    async def _save_quietly(self) -> None:
-        async with self._transitions:
-            await self._try_save()
+                await self._keeper.retire(layer)
 
     async def read_snapshot(
         self, layer: Layer, offset: int, length: int, *, partial: bool = False

@@ -290,9 +290,8 @@ class Copier:
             lost = bits.count()
             layer.lost += lost
             if layer.state == "ok":
-                layer.state = "incomplete"
-                layer.errno = error.errno
-                layer.reason = f"copy-before-write failed: {error.strerror}"
+                reason = f"copy-before-write failed: {error.strerror}"
+                layer.degrade("incomplete", reason, error.errno)
             log.error(
                 "snapshot %s is incomplete: %d clusters from offset %d on could not be kept: %s",
                 layer.name, lost, first * self._cluster_size, error.strerror,

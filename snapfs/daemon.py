@@ -97,6 +97,13 @@ def check(config: Config) -> None:
             raise errors.UsageError(f"the {what} {path} is under the mountpoint {where}")
     if os.path.commonpath((state, where)) == state:
         raise errors.UsageError(f"the mountpoint {where} is under the state directory {state}")
+    for path, what in ((config.image, "image"), (os.path.dirname(state), "state directory")):
+        for backing in mountinfo.lives_on(path):
+            if os.path.commonpath((backing, where)) == where:
+                raise errors.UsageError(
+                    f"the {what} is on a file system that lives on {backing}: "
+                    "a copy would wait for itself; put it elsewhere"
+                )
     if not os.path.exists("/dev/fuse"):
         raise errors.MountError("there is no /dev/fuse; load the kernel module: modprobe fuse")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
@@ -223,7 +230,7 @@ class Daemon:
             )  # fmt: skip
         return Settings(
             options.on_cbw_error,  # type: ignore[arg-type]
-            options.cbw_timeout,
+            _bounded_timeout(options.cbw_timeout),
             options.temp_limit,
             reserve,
         )
@@ -304,6 +311,25 @@ class Daemon:
                 self._stopping = True
                 terminate()
                 return
+
+
+def _bounded_timeout(timeout: float) -> float:
+    """cbw-timeout, lowered if the kernel gives up on a request, and on the mount, sooner."""
+    limits = []
+    for name in ("default_request_timeout", "max_request_timeout"):
+        try:
+            limits.append(int(Path("/proc/sys/fs/fuse", name).read_text()))
+        except (OSError, ValueError):
+            pass  # a kernel without them
+    shortest = min((limit for limit in limits if limit > 0), default=0)
+    if not shortest or 0 < timeout <= shortest / 2:
+        return timeout
+    log.warning(
+        "fs.fuse.*_request_timeout ends the mount after %d s without an answer: "
+        "cbw-timeout is %g s instead of %g s",
+        shortest, shortest / 2, timeout,
+    )  # fmt: skip
+    return shortest / 2
 
 
 async def _beat(store: Store) -> None:

@@ -72,3 +72,27 @@ def split(path: str) -> tuple[Mount, str]:
             break
         inside = os.path.join(name, inside) if inside else name
     raise NotMounted(f"{path} is not a file of a snapfs mount")
+
+
+def lives_on(path: str) -> list[str]:
+    """The files behind the loop devices that the file system of `path` is on, if any.  Blocks.
+
+    Followed through partitions and through file systems on loop devices again.
+    """
+    found: list[str] = []
+    try:
+        while len(found) < 16:
+            device = os.stat(path).st_dev
+            number = f"{os.major(device)}:{os.minor(device)}"
+            block = Path(os.path.realpath(f"/sys/dev/block/{number}"))
+            for candidate in (block, block.parent):  # a partition is below its disk
+                backing = candidate / "loop" / "backing_file"
+                if backing.exists():
+                    path = backing.read_text(errors="surrogateescape").rstrip("\n")
+                    found.append(path)
+                    break
+            else:
+                break
+    except OSError:
+        pass  # a file that is gone, or a dead mount: what was found before counts
+    return found

@@ -12,18 +12,23 @@ from .snapshot import Layer
 from .views import Extent
 
 
+def _time(nanoseconds: int) -> str:
+    text = datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(timespec="microseconds")
+    return text.replace("+00:00", "Z")
+
+
 def describe_snapshot(layer: Layer) -> dict[str, Any]:
     """One snapshot.  Bytes and clusters are integers, times RFC 3339 in UTC."""
     total = layer.geometry.clusters
-    created = datetime.fromtimestamp(layer.created_ns / 1e9, UTC)
     return {
         "name": layer.name,
         "id": layer.id,
-        "created": created.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "created": _time(layer.created_ns),
         "size": layer.geometry.size,
         "state": layer.state,
         "reason": layer.reason,
         "errno": layer.errno,
+        "since": None if layer.since_ns is None else _time(layer.since_ns),
         "clusters": {
             "total": total,
             "accessible": layer.accessible,

@@ -8,6 +8,7 @@ its temp image.
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -56,6 +57,7 @@ class LayerRecord:
     reason: str | None = None
     errno: int | None = None
     lost: int = 0
+    since_ns: int | None = None  # when the state stopped being ok
     granted: int = 0
     blocks: int = 0
     bitmap: str | None = None
@@ -96,6 +98,7 @@ class Layer:
     reason: str | None = None
     errno: int | None = None
     lost: int = 0  # clusters that could not be kept
+    since_ns: int | None = None
 
     live: bool = True
     visible: bool = True  # False until the state directory knows it
@@ -123,6 +126,7 @@ class Layer:
             reason=record.reason,
             errno=record.errno,
             lost=record.lost,
+            since_ns=record.since_ns,
             live=record.name is not None,
         )
 
@@ -137,11 +141,17 @@ class Layer:
             reason=self.reason,
             errno=self.errno,
             lost=self.lost,
+            since_ns=self.since_ns,
             granted=self.granted,
             blocks=self.blocks,
             bitmap=self.bitmap,
             policy=self.policy,
         )
+
+    def degrade(self, state: State, reason: str, number: int | None = None) -> None:
+        """Note why the snapshot is incomplete or lost; `number`: the errno."""
+        self.state, self.reason, self.errno = state, reason, number
+        self.since_ns = time.time_ns()
 
     def withdraw(self, first: int, stop: int) -> None:
         """Clear access to [first, stop); readers get AccessDenied from now on."""

@@ -287,7 +287,7 @@ class Store:
             if layer.live and (rebooted or layer.id in need_image):
                 layer.withdraw(0, layer.geometry.clusters)
                 if layer.state != "lost":
-                    layer.state, layer.reason = "lost", reason
+                    layer.degrade("lost", reason)
                     self.notices.append(f"snapshot {layer.name!r} is lost: {reason}")
 
     @staticmethod

@@ -472,7 +472,7 @@ def in_flight(engine: Engine) -> int:
         len(engine._copier._copies)
         + len(engine._frozen_reads)
         + sum(layer.pins for layer in engine.layers)
-        + sum(layer.pins - 1 for layer in engine._leaving)
+        + sum(layer.pins - 1 for layer in engine._keeper.leaving)
     )
 
 
@@ -496,7 +496,7 @@ def check_quiet(engine: Engine, store: MemoryStore) -> None:
     assert 0 == store.under_way
     assert [] == store.misuse()
     check_bitmaps(engine)
-    kept = [*engine.layers, *engine._leaving]  # the latter until a list can be saved
+    kept = [*engine.layers, *engine._keeper.leaving]  # the latter until a list can be saved
     assert {layer.id for layer in kept} == set(store.parts)
     assert sum(not temp.closed for temp in store.temps) == len(kept)
     for layer in engine.layers:
