@@ -104,9 +104,9 @@ static int write_nonzero(struct copy *copy, const char *data, size_t size)
 /* Returns 0, or an errno.  Holes of the source are skipped without reading. */
 static int run(struct copy *copy)
 {
-    size_t step = copy->cluster_size > STEP ? copy->cluster_size : STEP;
-    size_t size = (size_t)(copy->end - copy->offset);
-    char *buffer = malloc(size < step ? size : step);
+    off_t step = (off_t)(copy->cluster_size > STEP ? copy->cluster_size : STEP);
+    off_t size = copy->end - copy->offset;
+    char *buffer = malloc((size_t)(size < step ? size : step));
     int error = 0;
 
     if (!buffer)
@@ -126,8 +126,9 @@ static int run(struct copy *copy)
             copy->offset = data;
         if (copy->offset >= copy->end)
             break;
-        size = (size_t)(copy->end - copy->offset);
-        count = read_full(copy->source, buffer, size < step ? size : step, copy->offset);
+        size = copy->end - copy->offset;
+        count = read_full(copy->source, buffer, (size_t)(size < step ? size : step),
+                          copy->offset);
         if (count < 0 || write_nonzero(copy, buffer, (size_t)count)) {
             error = errno;
             break;

@@ -11,14 +11,12 @@ backup's source was could make rsync delete the backup.
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +26,17 @@ from attrs import field, frozen
 from . import errors, linux, mountinfo, requestfilter
 from .activity import BEAT_SECONDS
 from .cbw import Engine
-from .control import ControlServer, number, text
+from .control import ControlServer
 from .copier import Settings
 from .options import MountOptions
-from .report import describe_engine, describe_extent, describe_snapshot
+from .outsider import Outsider
+from .service import Commands
 from .store import CONTROL_SOCKET, Store
 
 log = logging.getLogger(__name__)
 
 IO_THREADS = 16  # blocking calls on image and temp images at once
-MAP_PAGE = 5000  # extents in one answer
+BARRIER_SECONDS = 5  # for the kernel to write back what a busy mount has in mappings
 LAST_SECONDS = 60  # for the end of everything; then the process gives up
 
 
@@ -149,33 +148,60 @@ def unmount(where: str, *, lazy: bool = False) -> None:
         raise OSError(errno.EBUSY if busy else errno.EPERM, done.stderr.strip())
 
 
-def holders(device: int) -> list[str]:
-    """Who has files of a file system open, as far as /proc tells.  Blocks."""
+def holders(where: str) -> list[str]:
+    """Who has files of a mount open, as far as /proc tells.  Blocks.
+
+    Looks at no file of the mount: it may be our own.
+    """
+    mount = mountinfo.find(where)
+    marker = f"mnt_id:\t{mount.id}\n" if mount is not None else "none"
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        links = [*process.glob("fd/*"), process / "cwd", process / "root"]
-        for link in links:
-            try:
-                if os.stat(link).st_dev == device:
-                    name = (process / "comm").read_text().strip()
-                    found.append(f"{name} (process {process.name})")
-                    break
-            except OSError:
-                continue
+        try:
+            inside = any(
+                _is_under(os.readlink(process / link), where) for link in ("cwd", "root")
+            ) or any(marker in info.read_text() for info in process.glob("fdinfo/*"))
+            if inside:
+                name = (process / "comm").read_text().strip()
+                found.append(f"{name} (process {process.name})")
+        except OSError:
+            continue
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
-            if os.stat(backing.read_text().strip()).st_dev == device:
+            if _is_under(backing.read_text().strip(), where):
                 found.append(f"the loop device /dev/{backing.parts[3]}")
         except OSError:
             continue
     return found
 
 
+def _is_under(path: str, where: str) -> bool:
+    return os.path.commonpath((os.path.join("/", path), where)) == where
+
+
+def abort(device: int | None, where: str) -> None:
+    """Let everything that still waits for a mount of ours fail (fuse.rst, fusectl).
+
+    Closing /dev/fuse does that too, but not while a thread of ours is in it.
+    """
+    try:
+        if device is not None:
+            Path(f"/sys/fs/fuse/connections/{os.minor(device)}/abort").write_text("1")
+            return
+    except OSError:
+        pass  # fusectl is not mounted
+    try:
+        linux.unmount(where, linux.MNT_FORCE)
+    except OSError as error:
+        log.info("cannot abort the requests that are left: %s", error.strerror)
+
+
 class Daemon:
     """One mount, from `run` to its end."""
 
-    def __init__(self, config: Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: Config, outsider: Outsider, ready: Callable[[], None]) -> None:
         self._config = config
+        self._outsider = outsider
         self._ready = ready
         self._stopping = False
         self._served = False
@@ -197,7 +223,8 @@ class Daemon:
         )
         for notice in store.notices:
             log.warning("%s", notice)
-        layers = store.layers
+        engine: Engine | None = None
+        in_order = False
         try:
             async with trio.open_nursery() as nursery:
                 engine = Engine(
@@ -212,10 +239,11 @@ class Daemon:
                 )
                 await self._serve(engine, store, nursery)
                 nursery.cancel_scope.cancel()
-            layers = list(engine.layers)
+            in_order = True
         finally:
+            layers = store.layers if engine is None else engine.layers
             with trio.CancelScope(shield=True):
-                await store.close(layers, unused=not self._served)
+                await store.close(layers, clean=in_order, unused=not self._served)
 
     def _settings(self, store: Store) -> Settings:
         options = self._config.options
@@ -244,7 +272,7 @@ class Daemon:
 
         options = self._config.options
         where = self._config.root
-        cache = PageCache(where)
+        cache = PageCache(self._outsider)
         fs = SnapshotFS(
             engine,
             store.image.fd,
@@ -264,11 +292,12 @@ class Daemon:
         try:
             if not requestfilter.attached():
                 raise errors.MountError("this build of pyfuse3 goes past the request filter")
-            commands = Commands(engine, fs, store, self._config)
+            commands = Commands(engine, self._config.image, self._config.root, lambda: fs.unhealthy)
             uids = frozenset({os.geteuid(), fs.owner()})
             server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
             async with trio.open_nursery() as serving:
                 serving.start_soon(_beat, store)
+                await serving.start(self._outsider.run)
                 await serving.start(server.serve)
                 await serving.start(self._watch_signals, engine, cache, where, pyfuse3.terminate)
                 serving.start_soon(self._announce, cache)
@@ -276,8 +305,9 @@ class Daemon:
                 serving.cancel_scope.cancel()
             clean = not self._stopping
         finally:
-            signal.signal(signal.SIGALRM, _give_up)
-            signal.alarm(LAST_SECONDS)
+            _end_soon()
+            if not clean:
+                abort(cache.device, where)
             pyfuse3.close(unmount=clean)
 
     async def _announce(self, cache: Any) -> None:
@@ -299,15 +329,20 @@ class Daemon:
             task_status.started()
             async for number_ in signals:
                 log.info("%s: unmounting %s", signal.Signals(number_).name, where)
+                _end_soon()
                 try:
-                    await trio.to_thread.run_sync(unmount, where)
+                    if os.geteuid():
+                        await trio.to_thread.run_sync(unmount, where)
+                    else:
+                        await self._outsider.call("unmount")
                     return  # the session ends by itself
                 except OSError as error:
                     log.warning("cannot unmount %s: %s", where, error.strerror)
-                names = await trio.to_thread.run_sync(holders, cache.device)
+                names = await trio.to_thread.run_sync(holders, where)
                 log.warning("%s is in use by %s", where, ", ".join(names) or "an unknown process")
                 if engine.barrier is not None and not engine.read_only:
-                    await engine.barrier()
+                    with trio.move_on_after(BARRIER_SECONDS):
+                        await engine.barrier()
                 self._stopping = True
                 terminate()
                 return
@@ -338,116 +373,15 @@ async def _beat(store: Store) -> None:
         store.beat()
 
 
+def _end_soon() -> None:
+    """From now on storage that does not answer does not keep the process alive."""
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(LAST_SECONDS)
+
+
 def _give_up(*_signal: object) -> None:
     log.critical("gave up waiting for the storage; the mount is not marked clean")
     os._exit(1)
-
-
-class Commands:
-    """What the control socket can be asked."""
-
-    def __init__(self, engine: Engine, fs: Any, store: Store, config: Config) -> None:
-        self._engine = engine
-        self._fs = fs
-        self._store = store
-        self._config = config
-
-    def table(self) -> Mapping[str, Callable[..., Any]]:
-        """The commands by name."""
-        names = ("create", "delete", "rename", "list", "show", "status", "map", "trim", "limit")
-        return {name: getattr(self, name) for name in names}
-
-    async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Create a snapshot."""
-        layer = await self._engine.create_snapshot(text(request, "name"))
-        self._fs.entry_changed(layer.name)
-        return describe_snapshot(layer)
-
-    async def delete(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Delete a snapshot; with `dry_run` only look whether it is there."""
-        name = text(request, "name")
-        described = describe_snapshot(self._engine.find(name))
-        if not request.get("dry_run"):
-            await self._engine.delete_snapshot(name)
-            self._fs.entry_changed(name)
-        return described
-
-    async def rename(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Rename a snapshot."""
-        old, new = text(request, "name"), text(request, "new")
-        await self._engine.rename_snapshot(old, new)
-        self._fs.entry_changed(old, new)
-        return describe_snapshot(self._engine.find(new))
-
-    async def list(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """All snapshots, oldest first."""
-        return {"snapshots": [describe_snapshot(layer) for layer in self._engine.snapshots]}
-
-    async def show(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One snapshot."""
-        return {"snapshot": describe_snapshot(self._engine.find(text(request, "name")))}
-
-    async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The mount as a whole."""
-        self._engine.refresh()
-        status = describe_engine(self._engine)
-        reason = self._fs.unhealthy or self._engine.unhealthy
-        status["image"] = {"path": self._config.image, **status["image"]}
-        status["mount"] = {
-            "mountpoint": self._config.root,
-            "pid": os.getpid(),
-            "healthy": reason is None,
-            "reason": reason,
-            "durability": "process",
-            "fastpath": False,
-        }
-        return status
-
-    async def map(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Some extents of a file from `offset` on, and where the next page begins, or null."""
-        offset = number(request, "offset", 0)
-        layer = self._find(text(request, "file"))
-        found: list[dict[str, Any]] = []
-        if layer is not None:
-            self._engine.open_snapshot(layer)
-        try:
-            async with aclosing(self._engine.map(layer, offset)) as extents:
-                async for extent in extents:
-                    if len(found) == MAP_PAGE:
-                        return {"extents": found, "next": extent.start}
-                    found.append(describe_extent(extent))
-        finally:
-            if layer is not None:
-                await self._engine.close_snapshot(layer)
-        return {"extents": found, "next": None}
-
-    async def trim(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Discard a range of a snapshot."""
-        layer = self._find(text(request, "file"))
-        if layer is None:
-            raise errors.UsageError(
-                "active cannot be trimmed as a whole; use fstrim(8) on the file system in it"
-            )
-        offset = number(request, "offset", 0)
-        length = number(request, "length", layer.geometry.size)
-        minimum = number(request, "minimum", 0)
-        return {"trimmed": await self._fs.trim(layer, offset, length, minimum)}
-
-    async def limit(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Bound the space of all temp images; without `bytes` not at all."""
-        limit = number(request, "bytes", 0) if "bytes" in request else None
-        self._engine.space.set_limit(limit)
-        log.info("temp-limit is %s", "off" if limit is None else limit)
-        return dict(describe_engine(self._engine)["temp"])
-
-    def _find(self, path: str) -> Any:
-        """The layer of a file by its path in the mount, None for `active`."""
-        if path == "active":
-            return None
-        directory, _, name = path.partition("/")
-        if directory != "snapshots":
-            raise errors.NotFound(f"{path} is neither active nor a snapshot")
-        return self._engine.find(name)
 
 
 def serve(config: Config, ready: Callable[[], None]) -> None:
@@ -456,13 +390,16 @@ def serve(config: Config, ready: Callable[[], None]) -> None:
     os.umask(0o077)
     linux.set_io_flusher()
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL
+    outsider = Outsider.start(config.root)
     try:
-        trio.run(functools.partial(Daemon(config, ready).run))
+        trio.run(Daemon(config, outsider, ready).run)
     except BaseExceptionGroup as group:
         expected, unexpected = group.split((errors.SnapfsError, OSError))
         if expected is None or unexpected is not None:
             raise
         raise _first(expected) from group
+    finally:
+        outsider.close()
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

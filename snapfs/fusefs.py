@@ -32,7 +32,7 @@ from . import errors, requestfilter
 from .cbw import Engine
 from .image import Buffer
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
-from .pagecache import PageCache
+from .pagecache import PAGE, PageCache
 from .snapshot import Layer
 
 log = logging.getLogger(__name__)
@@ -478,15 +478,23 @@ class SnapshotFS(pyfuse3.Operations):
                 reply.error(errno.EINTR)  # cancelled; the block must not end without a reply
 
     async def _withdraw(self, inode: int, layer: Layer, offset: int, length: int) -> None:
-        """Discard, and drop what the kernel has cached of the discarded clusters."""
+        """Discard.  When the request succeeds the kernel drops the pages of its range.
+
+        It keeps a page that the range covers only in part, as at an end that is
+        no multiple of the page size, and all of them when the request fails.
+        """
         clusters = layer.geometry.covered(offset, length)
+        if not clusters:
+            return
+        start, count = layer.geometry.span(clusters.start, clusters.stop)
         try:
             await self._engine.discard(layer, offset, length)
-        finally:
-            if clusters:
-                start, count = layer.geometry.span(clusters.start, clusters.stop)
-                with trio.CancelScope(shield=True):
-                    await self._page_cache.drop(inode, start, max(count, 1))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._page_cache.drop(inode, start, max(count, 1))
+            raise
+        if count and (start + count) % PAGE:
+            await self._page_cache.drop(inode, start + count - 1, 1)
 
     def _on_lseek(self, request: int, inode: int, fh: int, offset: int, whence: int) -> None:
         self._nursery.start_soon(self._lseek, request, fh, offset, whence)
@@ -540,27 +548,6 @@ class SnapshotFS(pyfuse3.Operations):
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         raise errors.NotSupported("extended attributes cannot be removed")
 
-    # What comes through the control socket
-
-    async def trim(self, layer: Layer, offset: int, length: int, minimum: int) -> int:
-        """Discard the accessible clusters inside a range; returns their bytes.
-
-        Runs shorter than `minimum` bytes are left.
-        """
-        trimmed = 0
-        clusters = layer.geometry.covered(offset, length)
-        for first, stop in list(layer.access.runs(clusters.start, clusters.stop)):
-            start, count = layer.geometry.span(first, stop)
-            if count >= max(1, minimum):
-                await self._withdraw(FIRST_SNAPSHOT + layer.id, layer, start, count)
-                trimmed += count
-        return trimmed
-
-    def entry_changed(self, *names: str) -> None:
-        """Make the kernel look up names in snapshots/ again."""
-        for name in names:
-            pyfuse3.invalidate_entry_async(SNAPSHOTS, name.encode(), ignore_enoent=True)
-
 
 @define
 class _Reply:
@@ -573,12 +560,14 @@ class _Reply:
         """Answer with an errno, 0 for success, unless there was an answer."""
         if not self.sent:
             self.sent = True
-            requestfilter.reply_error(self.request, number)
+            if requestfilter.attached():  # else the session has ended: nobody waits
+                requestfilter.reply_error(self.request, number)
 
     def offset(self, offset: int) -> None:
         """Answer an lseek."""
         self.sent = True
-        requestfilter.reply_offset(self.request, offset)
+        if requestfilter.attached():
+            requestfilter.reply_offset(self.request, offset)
 
 
 def _text(name: bytes) -> str:

@@ -9,7 +9,8 @@ import os
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
-MNT_DETACH = 2  # sys/mount.h
+MNT_FORCE = 1  # sys/mount.h
+MNT_DETACH = 2
 PR_SET_IO_FLUSHER = 57  # linux/prctl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -17,6 +17,7 @@ FS_TYPE = "fuse.snapfs"
 class Mount:
     """One mount as this process sees it.  `device`: "major:minor"."""
 
+    id: int
     mountpoint: str
     fs_type: str
     source: str
@@ -33,7 +34,9 @@ def mounts() -> list[Mount]:
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
         fields, (fs_type, source, *_) = left.split(" "), right.split(" ")
-        found.append(Mount(_unescape(fields[4]), fs_type, _unescape(source), fields[2]))
+        found.append(
+            Mount(int(fields[0]), _unescape(fields[4]), fs_type, _unescape(source), fields[2])
+        )
     return found
 
 

@@ -1,9 +1,10 @@
 """What the kernel caches of the mount: writing it back and dropping it.
 
-Everything here that touches the mount does so in worker threads: the kernel
-may need an answer of the trio thread before it goes on.  A descriptor on our
-own mount is closed as soon as it has served, since it would make umount(8)
-fail with EBUSY.
+Files of the mount are opened and synced by the process beside us (outsider.py),
+and closed as soon as they have served, since they would make umount(8) fail
+with EBUSY.  Dropping pages can only be done from here, in a worker thread: the
+kernel may need an answer of the trio thread before it goes on.  It is done
+where nothing else will do, for a daemon killed meanwhile may hang the mount.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import trio
 from attrs import frozen
 
 from . import requestfilter
+from .outsider import Outsider
 
 log = logging.getLogger(__name__)
 
@@ -47,42 +47,22 @@ class Edges:
 class PageCache:
     """The kernel's page cache of one mount."""
 
-    def __init__(self, mountpoint: str) -> None:
-        self._mountpoint = Path(mountpoint)
+    def __init__(self, outsider: Outsider) -> None:
+        self._outsider = outsider
         self._limiter = trio.CapacityLimiter(8)
         self.device: int | None = None  # st_dev of the mount, once it is there
         self._quarantined: list[tuple[int, Edges]] = []  # inode, pages; task-atomic
-        # Kernel ids of our threads that open a file of the mount; what they open
-        # is ours.  Each thread adds and takes out its own (atomic under the GIL).
-        self._own_threads: set[int] = set()
 
     async def learn_device(self) -> None:
         """Remember which file system we are; to be called when the mount answers."""
-        status = await trio.to_thread.run_sync(os.stat, self._mountpoint, limiter=self._limiter)
-        self.device = status.st_dev
+        self.device = await self._outsider.call("device")
 
-    def is_own(self, thread: int) -> bool:
-        """Did one of our own threads make this request?  `thread`: pid of the request."""
-        return thread in self._own_threads
-
-    def _open(self, name: str) -> int:
-        """Open a file of our own mount; OSError ESTALE if something else is mounted there."""
-        self._own_threads.add(threading.get_native_id())
+    def is_own(self, process: int) -> bool:
+        """Was this request made for us?  `process`: pid of the request, a thread's."""
         try:
-            fd = os.open(self._mountpoint / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        finally:
-            self._own_threads.discard(threading.get_native_id())
-        if os.fstat(fd).st_dev != self.device:
-            os.close(fd)
-            raise OSError(errno.ESTALE, "another file system is mounted over the mountpoint")
-        return fd
-
-    def _sync(self, name: str) -> None:
-        fd = self._open(name)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            return os.path.exists(f"/proc/{self._outsider.pid}/task/{process}")
+        except OSError:
+            return False
 
     async def write_back(self, inode: int, name: str) -> None:
         """Return when every page of the file that was dirty has been written to us.
@@ -92,7 +72,7 @@ class PageCache:
         the file cannot be reached, dropping its pages writes them back as well.
         """
         try:
-            await trio.to_thread.run_sync(self._sync, name, limiter=self._limiter)
+            await self._outsider.call("sync", name)
         except OSError as error:
             if error.errno == errno.EIO:  # of a write-back: the snapshot would miss it
                 raise
@@ -132,7 +112,7 @@ class PageCache:
         try:
             if name is None:
                 raise FileNotFoundError(errno.ENOENT, "the snapshot was deleted")
-            fd = await trio.to_thread.run_sync(self._open, name, limiter=self._limiter)
+            fd = await self._outsider.call("open", name)
         except OSError as error:
             log.warning("a range that cuts pages cannot be punched: %s", error.strerror)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
@@ -144,14 +124,8 @@ class PageCache:
             yield
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._finish, fd, limiter=self._limiter)
+                try:
+                    await self._outsider.call("finish", str(fd))
+                except OSError as error:  # the mount is gone: nothing is cached any more
+                    log.info("cannot wait for a punch to end: %s", error.strerror)
             self._quarantined.remove(entry)
-
-    @staticmethod
-    def _finish(fd: int) -> None:
-        try:
-            os.fsync(fd)
-        except OSError as error:  # the mount is gone: nothing is cached any more
-            log.info("cannot wait for a punch to end: %s", error.strerror)
-        finally:
-            os.close(fd)

@@ -376,21 +376,24 @@ class Store:
 
     # The end
 
-    async def close(self, layers: Sequence[Layer], *, unused: bool = False) -> None:
+    async def close(
+        self, layers: Sequence[Layer], *, clean: bool = True, unused: bool = False
+    ) -> None:
         """Make everything durable, mark it clean, and let go of it.
 
-        `layers`: those of the engine, which must be idle.  `unused`: the mount
-        failed, so a directory that was made for it is removed.  Raises OSError
-        if something could not be made durable; then it is not marked clean,
-        but let go of all the same.
+        `layers`: those of the engine, which must be idle.  `clean` False: it
+        ended by a bug, so the next mount looks as after a crash.  `unused`: the
+        mount failed, so a directory that was made for it is removed.  Raises
+        OSError if something could not be made durable; then it is not marked
+        clean, but let go of all the same.
         """
-        await trio.to_thread.run_sync(self._close, list(layers), limiter=self._limiter)
+        await trio.to_thread.run_sync(self._close, list(layers), clean, limiter=self._limiter)
         if unused and self._made:
             await trio.to_thread.run_sync(
                 statefiles.remove_tree, self.directory, limiter=self._limiter
             )
 
-    def _close(self, layers: list[Layer]) -> None:
+    def _close(self, layers: list[Layer], clean: bool) -> None:
         try:
             if not self._read_only:
                 os.fdatasync(self.image.fd)
@@ -401,13 +404,14 @@ class Store:
                         statefiles.sync_file(fd, name)
                 finally:
                     os.close(fd)
-            self._manifest = evolve(
-                self._manifest,
-                image=ImageStamp.of(self._manifest.image.path, self.image.fd),
-                clean=True,
-                layers=tuple(layer.record() for layer in layers),
-            )
-            self._write_manifest()
+            if clean:
+                self._manifest = evolve(
+                    self._manifest,
+                    image=ImageStamp.of(self._manifest.image.path, self.image.fd),
+                    clean=True,
+                    layers=tuple(layer.record() for layer in layers),
+                )
+                self._write_manifest()
         finally:
             for layer in layers:
                 layer.temp.close()

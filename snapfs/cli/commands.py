@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 from .. import mountinfo
 from ..errors import ExitCode
+from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..wire import Client, RemoteError
 from .helpers import complain
 from .output import dump, human, print_table
@@ -122,16 +124,27 @@ def _print_pairs(values: dict[str, Any], prefix: str = "") -> None:
 
 
 def trim(arguments: argparse.Namespace) -> int:
-    """snapfs trim FILE."""
+    """snapfs trim FILE: punches each run of accessible clusters."""
     found, inside = mountinfo.split(arguments.file)
-    request = {"file": inside, "offset": arguments.offset, "minimum": arguments.minimum}
-    if arguments.length is not None:
-        request["length"] = arguments.length
+    request = {"file": inside, "minimum": arguments.minimum}
+    offset: int | None = arguments.offset
+    end = None if arguments.length is None else arguments.offset + arguments.length
+    trimmed = 0
     with Client(found.mountpoint) as client:
-        answer = client.call("trim", **request)
-    trimmed = answer["trimmed"]
+        while offset is not None:
+            length = {} if end is None else {"length": max(0, end - offset)}
+            answer = client.call("runs", offset=offset, **request, **length)
+            if answer["runs"]:
+                fd = os.open(arguments.file, os.O_WRONLY)
+                try:
+                    for start, count in answer["runs"]:
+                        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, count)
+                        trimmed += count
+                finally:
+                    os.close(fd)
+            offset = answer["next"]
     if arguments.json:
-        dump("trim", answer)
+        dump("trim", {"trimmed": trimmed})
     elif arguments.verbose:
         print(f"{arguments.file}: {human(trimmed)} ({trimmed} bytes) trimmed")
     return ExitCode.OK

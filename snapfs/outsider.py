@@ -1,0 +1,179 @@
+"""Calls on our own mount, made by a process outside the daemon.
+
+A thread of the daemon that waits for an answer of its own mount cannot be
+killed, and while it lives the kernel does not notice that the daemon is dead:
+kill -9 at such a moment would hang the mount, and all who use it, for ever.
+So these calls are made by a child that is forked before /dev/fuse is opened.
+It ends when its socket does.
+
+One JSON object a line: {"id", "call", "name"} and {"id", "errno", "value"}.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import trio
+from attrs import define, field
+
+from . import linux
+
+MAX_LINE = 65536
+
+
+class Outsider:
+    """Asks the child.  `start` forks, so it must come before any thread."""
+
+    def __init__(self, parent: socket.socket, pid: int) -> None:
+        self.pid = pid
+        self._socket = parent
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, _Question] = {}  # task-atomic
+        self._stream: trio.SocketStream | None = None
+        self._sending: trio.Lock | None = None
+
+    @classmethod
+    def start(cls, mountpoint: str) -> Outsider:
+        """Fork the child, which can make calls on that mountpoint."""
+        parent, child = socket.socketpair()
+        pid = os.fork()
+        if not pid:
+            _live(child, mountpoint)
+        child.close()
+        return cls(parent, pid)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Receive answers; to be run in a nursery while calls are made."""
+        self._socket.setblocking(False)
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._socket))
+        self._sending = trio.Lock()
+        task_status.started()
+        received = b""
+        try:
+            async for data in self._stream:
+                *lines, received = (received + data).split(b"\n")
+                for line in lines:
+                    answer = json.loads(line)
+                    question = self._waiting.pop(answer["id"])
+                    question.answer = answer
+                    question.answered.set()
+        finally:  # the child is gone, or we are ending
+            for question in self._waiting.values():
+                question.answered.set()
+            self._waiting.clear()
+
+    async def call(self, call: str, name: str = "") -> int:
+        """Let the child make a call, and return its value.  Raises OSError.
+
+        device: st_dev of the mount.  sync: fsync(2) of a file.  open: a file,
+        for `finish` with the value as name: fsync and close it.  unmount.
+        """
+        if self._stream is None or self._sending is None:
+            raise OSError(errno.ESRCH, "the helper process does not run")
+        question = _Question()
+        number = next(self._numbers)
+        self._waiting[number] = question
+        line = json.dumps({"id": number, "call": call, "name": name}).encode() + b"\n"
+        try:
+            async with self._sending:
+                await self._stream.send_all(line)
+        except trio.BrokenResourceError:
+            self._waiting.pop(number, None)
+            question.answered.set()
+        await question.answered.wait()
+        if question.answer is None:
+            raise OSError(errno.ESRCH, "the helper process is gone")
+        if question.answer["errno"]:
+            raise OSError(question.answer["errno"], os.strerror(question.answer["errno"]))
+        return int(question.answer["value"])
+
+    def close(self) -> None:
+        """Let the child end."""
+        self._socket.close()
+
+
+@define(eq=False)
+class _Question:
+    answered: trio.Event = field(factory=trio.Event)
+    answer: dict[str, Any] | None = None
+
+
+# The child
+
+
+def _live(connection: socket.socket, mountpoint: str) -> NoReturn:
+    try:
+        os.chdir("/")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # it ends with the daemon
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.closerange(3, connection.fileno())
+        os.closerange(connection.fileno() + 1, 1 << 20)
+        calls = _Calls(mountpoint)
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                request = json.loads(line)
+                # A thread each: one call may wait for what another one is about.
+                threading.Thread(
+                    target=_answer, args=(connection, calls, request), daemon=True
+                ).start()
+    finally:
+        os._exit(0)
+
+
+def _answer(connection: socket.socket, calls: _Calls, request: dict[str, Any]) -> None:
+    number, value = 0, 0
+    try:
+        call: Callable[[str], int] = getattr(calls, request["call"])
+        value = call(request["name"])
+    except OSError as error:
+        number = error.errno or errno.EIO
+    except Exception:
+        number = errno.EIO
+    answer = {"id": request["id"], "errno": number, "value": value}
+    connection.sendall(json.dumps(answer).encode() + b"\n")  # short: not torn apart
+
+
+class _Calls:
+    """What the child can do.  Raises OSError."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = mountpoint
+        self._device: int | None = None
+
+    def device(self, name: str) -> int:
+        self._device = os.stat(self._mountpoint).st_dev
+        return self._device
+
+    def open(self, name: str) -> int:
+        path = os.path.join(self._mountpoint, name)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if os.fstat(fd).st_dev != self._device:  # something else is mounted there
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
+
+    def finish(self, name: str) -> int:
+        fd = int(name)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return 0
+
+    def sync(self, name: str) -> int:
+        return self.finish(str(self.open(name)))
+
+    def unmount(self, name: str) -> int:
+        linux.unmount(self._mountpoint)
+        return 0

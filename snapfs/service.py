@@ -1,0 +1,135 @@
+"""What the control socket can be asked; the requests and answers of control.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from . import errors
+from .cbw import Engine
+from .control import number, text
+from .report import describe_engine, describe_extent, describe_snapshot
+
+log = logging.getLogger(__name__)
+
+MAP_PAGE = 5000  # extents in one answer
+
+
+class Commands:
+    """What the control socket can be asked."""
+
+    def __init__(
+        self, engine: Engine, image: str, mountpoint: str, trouble: Callable[[], str | None]
+    ) -> None:
+        self._engine = engine
+        self._image = image
+        self._mountpoint = mountpoint
+        self._trouble = trouble  # why the FUSE face is not healthy, if it is not
+
+    def table(self) -> Mapping[str, Callable[..., Any]]:
+        """The commands by name."""
+        names = ("create", "delete", "rename", "list", "show", "status", "map", "runs", "limit")
+        return {name: getattr(self, name) for name in names}
+
+    async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Create a snapshot."""
+        layer = await self._engine.create_snapshot(text(request, "name"))
+        return describe_snapshot(layer)
+
+    async def delete(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Delete a snapshot; with `dry_run` only look whether it is there."""
+        name = text(request, "name")
+        described = describe_snapshot(self._engine.find(name))
+        if not request.get("dry_run"):
+            await self._engine.delete_snapshot(name)
+        return described
+
+    async def rename(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Rename a snapshot."""
+        old, new = text(request, "name"), text(request, "new")
+        await self._engine.rename_snapshot(old, new)
+        return describe_snapshot(self._engine.find(new))
+
+    async def list(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """All snapshots, oldest first."""
+        return {"snapshots": [describe_snapshot(layer) for layer in self._engine.snapshots]}
+
+    async def show(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One snapshot."""
+        return {"snapshot": describe_snapshot(self._engine.find(text(request, "name")))}
+
+    async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The mount as a whole."""
+        self._engine.refresh()
+        status = describe_engine(self._engine)
+        reason = self._trouble() or self._engine.unhealthy
+        status["image"] = {"path": self._image, **status["image"]}
+        status["mount"] = {
+            "mountpoint": self._mountpoint,
+            "pid": os.getpid(),
+            "healthy": reason is None,
+            "reason": reason,
+            "durability": "process",
+            "fastpath": False,
+        }
+        return status
+
+    async def map(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Some extents of a file from `offset` on, and where the next page begins, or null."""
+        offset = number(request, "offset", 0)
+        layer = self._find(text(request, "file"))
+        found: list[dict[str, Any]] = []
+        if layer is not None:
+            self._engine.open_snapshot(layer)
+        try:
+            async with aclosing(self._engine.map(layer, offset)) as extents:
+                async for extent in extents:
+                    if len(found) == MAP_PAGE:
+                        return {"extents": found, "next": extent.start}
+                    found.append(describe_extent(extent))
+        finally:
+            if layer is not None:
+                await self._engine.close_snapshot(layer)
+        return {"extents": found, "next": None}
+
+    async def runs(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Some runs of accessible clusters inside a range, and where to go on, or null.
+
+        Runs shorter than `minimum` bytes are left out.
+        """
+        layer = self._find(text(request, "file"))
+        if layer is None:
+            raise errors.UsageError(
+                "active cannot be trimmed as a whole; use fstrim(8) on the file system in it"
+            )
+        offset = number(request, "offset", 0)
+        length = number(request, "length", layer.geometry.size)
+        minimum = max(1, number(request, "minimum", 0))
+        clusters = layer.geometry.covered(offset, length)
+        found: list[tuple[int, int]] = []
+        for first, stop in layer.access.runs(clusters.start, clusters.stop):
+            start, count = layer.geometry.span(first, stop)
+            if len(found) == MAP_PAGE:
+                return {"runs": found, "next": start}
+            if count >= minimum:
+                found.append((start, count))
+        return {"runs": found, "next": None}
+
+    async def limit(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Bound the space of all temp images; without `bytes` not at all."""
+        limit = number(request, "bytes", 0) if "bytes" in request else None
+        self._engine.space.set_limit(limit)
+        log.info("temp-limit is %s", "off" if limit is None else limit)
+        return dict(describe_engine(self._engine)["temp"])
+
+    def _find(self, path: str) -> Any:
+        """The layer of a file by its path in the mount, None for `active`."""
+        if path == "active":
+            return None
+        directory, _, name = path.partition("/")
+        if directory != "snapshots":
+            raise errors.NotFound(f"{path} is neither active nor a snapshot")
+        return self._engine.find(name)
