@@ -6,8 +6,6 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,64 +14,29 @@ import pytest
 
 from snapfs.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 
-from ..mount.conftest import SNAPFS, Mounted, _needs_fuse, mount, run  # noqa: F401 - fixtures
+from ..mount.conftest import Mounted, _needs_fuse, mount  # noqa: F401 - fixtures
+from ..mount.patched import Patched
 
 pytestmark = pytest.mark.mount
 
 K64 = 1 << 16
 SIZE = 64 * K64
 
-# A daemon whose punches and reads of the image wait for a line on a pipe.
+# Punches of the image wait.
 HELD = """
-import os, sys
 import snapfs.image as image
-from snapfs import cli
-def held(call):
-    def wrapped(*arguments):
-        os.write(int(sys.argv[1]), b"x")
-        os.read(int(sys.argv[2]), 1)
-        return call(*arguments)
-    return wrapped
-image._punch = held(image._punch)
-sys.exit(cli.main(["mount", *sys.argv[3:]]))
+punch = image._punch
+def held(*arguments):
+    reached()
+    punch(*arguments)
+image._punch = held
 """
 
 
-class Held:
-    """A daemon in the foreground whose punches wait for `go`."""
-
-    def __init__(self, disk: Mounted) -> None:
-        self._reached, reached = os.pipe()
-        go, self._go = os.pipe()
-        ready, told = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", HELD, str(reached), str(go), disk.image, disk.mountpoint,
-             "-f", "--ready-fd", str(told)],
-            pass_fds=(reached, go, told),
-            stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        for fd in (reached, go, told):
-            os.close(fd)
-        assert os.read(ready, 9) == b"READY\n"
-        os.close(ready)
-
-    def wait_reached(self) -> None:
-        assert os.read(self._reached, 1)
-
-    def go(self) -> None:
-        os.close(self._go)
-
-    def finish(self) -> tuple[int, str]:
-        stderr = self.process.communicate(timeout=30)[1]
-        os.close(self._reached)
-        return self.process.returncode, stderr
-
-
 @pytest.fixture
-def held(mount) -> Iterator[tuple[Mounted, Held]]:  # noqa: F811
+def held(mount) -> Iterator[tuple[Mounted, Patched]]:  # noqa: F811
     disk = mount(os.urandom(SIZE), start=False)
-    daemon = Held(disk)
+    daemon = Patched(disk, HELD)
     yield disk, daemon
     if daemon.process.poll() is None:
         daemon.process.kill()

@@ -6,12 +6,14 @@ import contextlib
 import errno
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .conftest import Mounted, run
+from .patched import Patched
 from .test_programs import mounted_loop
 
 pytestmark = [
@@ -148,3 +150,140 @@ def test_on_a_file_system_without_a_free_byte_one_can_still_free(mount, tmp_path
         assert ["c"] == os.listdir(disk.snapshots)
         (disk.snapshots / "c").unlink()
         disk.stop()
+
+
+# Copies of the cluster at 1 MiB fail with an I/O error.
+BAD_CLUSTER = """
+import errno, snapfs.image as image
+copy = image.copy_clusters
+def bad(source, target, offset, length, cluster_size, budget):
+    if offset <= 1 << 20 < offset + length:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return copy(source, target, offset, length, cluster_size, budget)
+image.copy_clusters = bad
+"""
+
+# Copies of the clusters from 2 MiB on hang until told.
+SLOW = """
+import snapfs.image as image
+copy = image.copy_clusters
+def slow(source, target, offset, *rest):
+    if offset >= 2 << 20:
+        reached()
+    return copy(source, target, offset, *rest)
+image.copy_clusters = slow
+"""
+
+# Reads of the image and its creation of snapshots have a bug.
+BUG = """
+import snapfs.cbw as cbw
+read = cbw.Engine.read
+async def broken(self, offset, length):
+    if offset == 1 << 20:
+        raise RuntimeError("a bug")
+    return await read(self, offset, length)
+cbw.Engine.read = broken
+"""
+
+
+@contextlib.contextmanager
+def patched(mount, content: bytes, patch: str, *options: str):
+    disk = mount(content, *options, start=False)
+    daemon = Patched(disk, patch)
+    try:
+        yield disk, daemon
+    finally:
+        disk.stop()
+        daemon.finish()
+
+
+@pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
+def test_an_io_error_of_the_temp_image(mount, policy):
+    moment = os.urandom(4 * MIB)
+    with patched(mount, moment, BAD_CLUSTER, f"on-cbw-error={policy}") as (disk, _):
+        snapshot = disk.create("s")
+        if policy == "break-guest-write":
+            with pytest.raises(OSError, match="Input/output"):
+                disk.write(MIB - K64, b"x" * 3 * K64)
+            assert moment == disk.image.read_bytes()
+            assert moment == snapshot.read_bytes()
+            assert "ok" == state_of(disk, "s")["state"]
+            return
+        disk.write(MIB - K64, b"x" * 3 * K64)
+        assert b"x" * 3 * K64 == disk.image.read_bytes()[MIB - K64 : MIB + 2 * K64]
+        found = state_of(disk, "s")
+        assert ("incomplete", errno.EIO, 1) == (
+            found["state"], found["errno"], found["clusters"]["lost"],
+        )  # fmt: skip
+        assert found["since"] > found["created"]
+        with pytest.raises(PermissionError):
+            disk.read("snapshots/s", MIB, 1)
+        assert moment[:MIB] == disk.read("snapshots/s", 0, MIB)
+        assert moment[MIB + K64 :] == disk.read("snapshots/s", MIB + K64, 4 * MIB)
+
+
+@pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
+def test_temp_storage_that_hangs(mount, policy):
+    moment = os.urandom(4 * MIB)
+    options = ("cbw-timeout=1", f"on-cbw-error={policy}")
+    with patched(mount, moment, SLOW, *options) as (disk, daemon):
+        snapshot = disk.create("s")
+        disk.write(0, b"x" * K64)
+        results: list[int] = []
+
+        def write() -> None:
+            try:
+                disk.write(2 * MIB, b"x" * K64)
+            except OSError as error:
+                results.append(error.errno)
+            else:
+                results.append(0)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        daemon.wait_reached()
+        for number in range(200):  # nobody else waits
+            offset = number % 16 * K64 + MIB
+            assert moment[offset : offset + 4096] == disk.read("snapshots/s", offset, 4096)
+            assert moment[offset : offset + 4096] == disk.read("active", offset, 4096)
+        writer.join()
+        if policy == "break-guest-write":
+            assert [errno.ETIMEDOUT] == results
+            assert moment[2 * MIB :] == disk.image.read_bytes()[2 * MIB :]
+        else:
+            assert [0] == results
+            assert errno.ETIMEDOUT == state_of(disk, "s")["errno"]
+            with pytest.raises(PermissionError):
+                disk.read("snapshots/s", 2 * MIB, 1)
+        daemon.go()
+        if policy == "break-guest-write":
+            disk.write(2 * MIB, b"x" * K64)
+            assert moment == snapshot.read_bytes()
+
+
+def test_a_snapshot_can_be_deleted_while_its_temp_storage_hangs(mount):
+    with patched(mount, os.urandom(4 * MIB), SLOW, "cbw-timeout=1") as (disk, daemon):
+        snapshot = disk.create("s")
+        disk.write(2 * MIB, b"x" * K64)
+        snapshot.unlink()
+        assert [] == os.listdir(disk.snapshots)
+        daemon.go()
+
+
+def test_a_bug_costs_one_request_and_is_told(mount):
+    content = os.urandom(4 * MIB)
+    disk = mount(content, start=False)
+    daemon = Patched(disk, BUG)
+    fd = os.open(disk.active, os.O_RDONLY | os.O_DIRECT)
+    with pytest.raises(OSError, match="Input/output"):
+        os.pread(fd, 4096, MIB)
+    os.close(fd)
+    assert content[: 1 << 19] == disk.read("active", 0, 1 << 19)
+    disk.write(0, b"x")
+    status = disk.snapfs("status", disk.mountpoint, "--json", check=False)
+    assert 1 == status.returncode
+    assert "a bug" in json.loads(status.stdout)["mount"]["reason"]
+    disk.stop()
+    returned, stderr = daemon.finish()
+    assert 0 == returned
+    assert 'RuntimeError("a bug")' in stderr or "RuntimeError: a bug" in stderr

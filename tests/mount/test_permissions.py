@@ -1,0 +1,120 @@
+"""What another user can do: nothing, or with allow_other what the image's mode says."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+
+import pytest
+
+from .conftest import Mounted
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.skipif("os.geteuid()", reason="another user is needed"),
+]
+
+K64 = 1 << 16
+NOBODY = 65534
+
+CONNECT = """
+import json, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+request = {"version": 1, "command": sys.argv[2], "name": "s"}
+connection.sendall(json.dumps(request).encode() + b"\\n")
+print(connection.makefile().readline())
+"""
+
+
+def as_other(*command) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
+         *map(str, command)],
+        capture_output=True, text=True, check=False, cwd="/",
+    )  # fmt: skip
+
+
+def refused(*command) -> bool:
+    done = as_other(*command)
+    return bool(done.returncode) and any(
+        words in done.stderr for words in ("Permission denied", "not permitted")
+    )
+
+
+@pytest.fixture
+def open_to_all(mount, tmp_path):
+    """An image that everybody may read and write, mounted with options."""
+    path = tmp_path
+    while path != path.parent:  # pytest keeps it for us alone
+        if not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o011)
+        path = path.parent
+
+    def factory(*options: str, mode: int = 0o666) -> Mounted:
+        disk = mount(b"1" * 4 * K64, *options, start=False)
+        disk.image.chmod(mode)
+        disk.start()
+        disk.create("s")
+        return disk
+
+    return factory
+
+
+def test_without_allow_other_another_user_gets_nowhere(open_to_all):
+    disk = open_to_all()
+    for command in (
+        ("ls", disk.mountpoint), ("cat", disk.active), ("touch", disk.snapshots / "t"),
+        ("rm", "-f", disk.snapshots / "s"), ("cat", disk.snapshots / "s"),
+        ("ls", disk.state), ("cat", disk.state / "manifest.json"),
+    ):  # fmt: skip
+        assert refused(*command), command
+    assert refused("/usr/bin/python3", "-c", CONNECT, disk.state / "control.sock", "list")
+    assert ["s"] == os.listdir(disk.snapshots)
+
+
+def test_with_allow_other_the_mode_of_the_image_holds_and_snapshots_are_the_owners(open_to_all):
+    disk = open_to_all("allow_other")
+    snapshot = disk.snapshots / "s"
+    assert "1" * 4 * K64 == as_other("cat", snapshot).stdout
+    write = ("dd", f"of={disk.active}", "if=/dev/zero", "bs=64K", "count=1", "conv=notrunc")
+    assert 0 == as_other(*write).returncode
+    for command in (
+        ("touch", disk.snapshots / "t"), ("rm", "-f", snapshot), ("truncate", "-s1", snapshot),
+        ("mv", snapshot, disk.snapshots / "t"), ("chmod", "777", snapshot),
+        ("fallocate", "-p", "-o", "0", "-l", "64K", snapshot),
+        ("setfattr", "-n", "user.x", "-v", "1", snapshot),
+    ):  # fmt: skip
+        assert as_other(*command).returncode, command
+    assert refused("/usr/bin/python3", "-c", CONNECT, disk.state / "control.sock", "list")
+    assert b"1" * 4 * K64 == snapshot.read_bytes()
+    assert ["s"] == os.listdir(disk.snapshots)
+
+
+def test_a_private_image_stays_private(open_to_all):
+    disk = open_to_all("allow_other", mode=0o600)
+    for command in (("cat", disk.active), ("cat", disk.snapshots / "s"), ("ls", disk.snapshots)):
+        assert refused(*command), command
+
+
+def test_umask_and_owner(open_to_all):
+    disk = open_to_all("allow_other", "umask=077", f"uid={NOBODY}", f"gid={NOBODY}")
+    status = os.stat(disk.active)
+    assert (NOBODY, NOBODY, 0o600) == (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
+    assert "1" * 4 * K64 == as_other("cat", disk.snapshots / "s").stdout
+    assert 0 == as_other("touch", disk.snapshots / "theirs").returncode
+
+
+def test_the_socket_looks_at_who_calls(open_to_all):
+    disk = open_to_all()
+    socket = disk.state / "control.sock"
+    assert 0o600 == stat.S_IMODE(os.stat(socket).st_mode)
+    disk.state.chmod(0o755)
+    socket.chmod(0o666)
+    for command in ("list", "delete"):
+        done = as_other("/usr/bin/python3", "-c", CONNECT, socket, command)
+        assert not done.stdout.strip() or not json.loads(done.stdout)["ok"], done
+    assert ["s"] == os.listdir(disk.snapshots)
+    disk.state.chmod(0o700)
