@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -287,3 +288,21 @@ def test_a_bug_costs_one_request_and_is_told(mount):
     returned, stderr = daemon.finish()
     assert 0 == returned
     assert 'RuntimeError("a bug")' in stderr or "RuntimeError: a bug" in stderr
+
+
+def test_random_names_of_attributes_are_answered(mount):
+    disk = mount(os.urandom(K64))
+    snapshot = disk.create("s")
+    chance = random.Random(1)
+    for number in range(20_000):
+        length = chance.choice((1, 5, 200))
+        name = "user." + "".join(chr(chance.randrange(33, 0x24F)) for _ in range(length))
+        name = name.encode()[:255].decode(errors="ignore")
+        path = (snapshot, disk.active, disk.mountpoint)[number % 3]
+        with pytest.raises(OSError) as caught:
+            os.getxattr(path, name)
+        assert caught.value.errno in (errno.EOPNOTSUPP, errno.ENODATA)
+        with pytest.raises(OSError):
+            os.setxattr(path, name, chance.randbytes(9))
+    assert ["user.snapfs.state", "user.snapfs.temp_bytes"] == os.listxattr(snapshot)
+    assert disk.json("status")["mount"]["healthy"]

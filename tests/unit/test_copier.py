@@ -184,3 +184,25 @@ async def test_errors_of_reading_are_not_sticky(bench):
 async def test_the_copy_timeout_must_be_a_number_of_seconds(nursery):
     with pytest.raises(ValueError, match="cbw_timeout"):
         Bench.make(nursery, OLD, cbw_timeout=-1)
+
+
+async def test_stalled_temp_storage_holds_up_nobody_else(bench, nursery):
+    layer = await bench.engine.create_snapshot("s")
+    await write(bench, 0, 4)
+    stall = bench.store.temp(layer).stall("pwrite")
+    nursery.start_soon(write, bench, 4, 5)
+    await stall.reached.wait()
+    for number in range(1_000):
+        cluster = number % 4
+        assert part(NEW, cluster, cluster + 1) == await bench.engine.read(
+            cluster * CLUSTER, CLUSTER
+        )
+        cluster = number % 8
+        assert part(OLD, cluster, cluster + 1) == await bench.engine.read_snapshot(
+            layer, cluster * CLUSTER, CLUSTER
+        )
+        await write(bench, number % 4, number % 4 + 1)
+    assert part(OLD, 4, 5) == bench.image.data[4 * CLUSTER : 5 * CLUSTER]
+    stall.release()
+    await wait_all_tasks_blocked()
+    assert part(NEW, 4, 5) == bench.image.data[4 * CLUSTER : 5 * CLUSTER]
