@@ -111,7 +111,7 @@ class ControlServer:
                     if not data:
                         return
                     waiting += data
-                    if len(waiting) > MAX_LINE:
+                    if len(waiting) > MAX_LINE and b"\n" not in data:
                         await _send(stream, failure(errors.UsageError("the request is too long")))
                         return
             line, _, waiting = waiting.partition(b"\n")
