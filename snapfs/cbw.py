@@ -115,7 +115,6 @@ class Engine:
             self.counters,
             self.space,
             lambda layer: self._start(self._keeper.dispose, layer),
-            lambda layer: self._start(self._save_quietly),
         )
         self._keeper.copier = self._copier
         self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self._copier.unpin)
@@ -361,13 +360,9 @@ class Engine:
         parts = await self._store.create(layer_id, geometry)
         parts.access.set(0, geometry.clusters)
         return Layer(
-            layer_id, geometry, parts.access, parts.done, parts.temp,
+            layer_id, geometry, parts.access, parts.done, parts.temp, parts.losses,
             granted=geometry.clusters, visible=False,
         )  # fmt: skip
-
-    async def _save_quietly(self) -> None:
-        async with self._transitions:
-            await self._keeper.try_save()
 
     async def rename_snapshot(self, old: str, new: str) -> None:
         """Give a snapshot another name.  Raises SnapshotNotFound, SnapshotExists, InvalidName."""

@@ -85,7 +85,6 @@ class Copier:
         counters: Counters,
         space: TempSpace,
         on_unpinned: Callable[[Layer], None],
-        on_lost: Callable[[Layer], None],
     ) -> None:
         self._image = image
         self._stack = stack
@@ -95,7 +94,6 @@ class Copier:
         self._counters = counters
         self._space = space
         self._on_unpinned = on_unpinned
-        self._on_lost = on_lost
         self._copies: RequestList[Copy] = RequestList()
         self._failing: int | None = None  # errno of the newest copy, if it failed
 
@@ -285,18 +283,16 @@ class Copier:
         if any((layer.policy or default) == "break-guest-write" for layer, _ in needing):
             raise OSError(error.errno, error.strerror)
         for layer, bits in needing:
+            lost = bits.count()
+            level = logging.ERROR if layer.state == "ok" else logging.DEBUG
+            layer.lose(lost, f"copy-before-write failed: {error.strerror}", error.errno)
             for start, end in bitmap.runs(bits, 0, len(bits)):
                 layer.withdraw(first + start, first + end)
-            lost = bits.count()
-            layer.lost += lost
-            if layer.state == "ok":
-                reason = f"copy-before-write failed: {error.strerror}"
-                layer.degrade("incomplete", reason, error.errno)
-            log.error(
+            log.log(
+                level,
                 "snapshot %s is incomplete: %d clusters from offset %d on could not be kept: %s",
                 layer.name, lost, first * self._cluster_size, error.strerror,
             )  # fmt: skip
-            self._on_lost(layer)
         for copy in self._copies:
             if copy.overlaps(first, stop):
                 copy.voided.append((max(first, copy.first), min(stop, copy.stop)))

@@ -127,6 +127,7 @@ class LayerKeeper:
         layer.temp.close()
         layer.access.release()
         layer.done.release()
+        layer.losses = None
         try:
             await self._store.remove(layer.id)
         except OSError as error:  # the next mount removes them

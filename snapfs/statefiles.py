@@ -123,6 +123,17 @@ def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> Bitmap:
     return Bitmap(bits, mapping)
 
 
+def map_record(parent: int, name: str, size: int, *, create: bool) -> mmap.mmap:
+    """A file of `size` bytes, mapped.  Raises StateError if the file has another size."""
+    fd = open_file(parent, name, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0))
+    try:
+        if not create and os.fstat(fd).st_size != size:
+            raise StateError(f"{name} has {os.fstat(fd).st_size} bytes and must have {size}")
+        return map_file(fd, size)
+    finally:
+        os.close(fd)
+
+
 def replace_file(parent: int, name: str, data: bytes) -> None:
     """Replace a file by another content, atomically and durably.
 

@@ -8,6 +8,7 @@
         control.sock            the control socket (control.py)
         snapshots/ID/access     mapped bitmap
         snapshots/ID/done       mapped bitmap
+        snapshots/ID/losses     mapped record of what could not be kept
         snapshots/ID/temp       temp image
 
 What happens when the daemon dies (the page cache survives it, so every write
@@ -20,6 +21,7 @@ that returned is there), and what the next mount does:
     copy, before done   temp data without a done bit     punches it out
     copy, after done    done bit, image not written      keeps it: same bytes
     write               image in part new, done set      keeps it
+    losing clusters     more lost than inaccessible  keeps both: incomplete
     discard             access clear, done still set     clears done, punches
     delete, before save the snapshot                     keeps it
     delete, after save  a nameless layer                 drops what nobody needs
@@ -50,7 +52,7 @@ from .image import FileImage
 from .layers import LayerStack
 from .locks import lock_exclusively, lock_image
 from .manifest import MAX_BYTES, VERSION, ImageStamp, Manifest
-from .snapshot import Layer, LayerParts, LayerRecord
+from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 
 log = logging.getLogger(__name__)
 
@@ -246,6 +248,7 @@ class Store:
         try:
             access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=False)
             done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=False)
+            losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=False)
             temp_fd = statefiles.open_file(fd, "temp")
             if record.name is None and not os.fstat(temp_fd).st_size:
                 os.ftruncate(temp_fd, record.size)  # it was being deleted
@@ -256,7 +259,7 @@ class Store:
             ) from None
         finally:
             os.close(fd)
-        return Layer.from_record(record, LayerParts(access, done, temp), cluster_size)
+        return Layer.from_record(record, LayerParts(access, done, temp, losses), cluster_size)
 
     def _open_temp(self, fd: int, size: int) -> FileImage:
         if os.fstat(fd).st_size != size:
@@ -328,11 +331,12 @@ class Store:
             try:
                 access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=True)
                 done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=True)
+                losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=True)
                 temp_fd = statefiles.make_file(fd, "temp", geometry.size)
             finally:
                 os.close(fd)
             lock_image(temp_fd, writable=True)
-            return LayerParts(access, done, FileImage(temp_fd, limiter=self._limiter))
+            return LayerParts(access, done, FileImage(temp_fd, limiter=self._limiter), losses)
         except BaseException:
             self._remove_layer(layer_id)
             raise
@@ -400,7 +404,7 @@ class Store:
             for layer in layers:
                 fd = statefiles.open_directory(str(layer.id), parent=self._snapshots_fd)
                 try:
-                    for name in ("temp", "done", "access"):
+                    for name in ("temp", "done", "losses", "access"):
                         statefiles.sync_file(fd, name)
                 finally:
                     os.close(fd)

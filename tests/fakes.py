@@ -416,7 +416,8 @@ def _copied(parts: LayerParts) -> LayerParts:
             twin.assign(0, bits.slice(0, len(bits)))
         return twin
 
-    return LayerParts(copy(parts.access), copy(parts.done), parts.temp)
+    losses = bytearray(parts.losses)
+    return LayerParts(copy(parts.access), copy(parts.done), parts.temp, losses)
 
 
 # The specification, written down naively
