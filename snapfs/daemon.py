@@ -30,6 +30,7 @@ from .control import ControlServer
 from .copier import Settings
 from .options import MountOptions
 from .outsider import Outsider
+from .sdnotify import notify
 from .service import Commands
 from .store import CONTROL_SOCKET, Store
 
@@ -315,6 +316,7 @@ class Daemon:
         self._served = True
         log.info("%s is mounted on %s", self._config.image, self._config.mountpoint)
         self._ready()
+        notify("READY=1\nSTATUS=serving " + self._config.image)
 
     async def _watch_signals(
         self,
@@ -375,6 +377,7 @@ async def _beat(store: Store) -> None:
 
 def _end_soon() -> None:
     """From now on storage that does not answer does not keep the process alive."""
+    notify("STOPPING=1")
     signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(LAST_SECONDS)
 
@@ -389,6 +392,7 @@ def serve(config: Config, ready: Callable[[], None]) -> None:
     requestfilter.load()
     os.umask(0o077)
     linux.set_io_flusher()
+    linux.spare_from_oom()
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL
     outsider = Outsider.start(config.root)
     try:
