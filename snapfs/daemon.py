@@ -24,7 +24,7 @@ import trio
 from attrs import field, frozen
 
 from . import errors, linux, mountinfo, requestfilter
-from .activity import BEAT_SECONDS
+from .activity import BEAT_SECONDS, SYNC_SECONDS
 from .cbw import Engine
 from .control import ControlServer
 from .copier import Settings
@@ -220,6 +220,7 @@ class Daemon:
             state_dir=options.state,
             cluster_size=options.cluster_size,
             read_only=options.read_only,
+            durability=options.durability,  # type: ignore[arg-type]
             limiter=trio.CapacityLimiter(IO_THREADS),
         )
         for notice in store.notices:
@@ -293,11 +294,18 @@ class Daemon:
         try:
             if not requestfilter.attached():
                 raise errors.MountError("this build of pyfuse3 goes past the request filter")
-            commands = Commands(engine, self._config.image, self._config.root, lambda: fs.unhealthy)
+            commands = Commands(
+                engine,
+                self._config.image,
+                self._config.root,
+                options.durability,
+                lambda: fs.unhealthy,
+            )
             uids = frozenset({os.geteuid(), fs.owner()})
             server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
             async with trio.open_nursery() as serving:
                 serving.start_soon(_beat, store)
+                serving.start_soon(_beat_durably, store)
                 await serving.start(self._outsider.run)
                 await serving.start(server.serve)
                 await serving.start(self._watch_signals, engine, cache, where, pyfuse3.terminate)
@@ -373,6 +381,12 @@ async def _beat(store: Store) -> None:
     while True:
         await trio.sleep(BEAT_SECONDS)
         store.beat()
+
+
+async def _beat_durably(store: Store) -> None:
+    while True:
+        await trio.sleep(SYNC_SECONDS)
+        await store.beat_durably()
 
 
 def _end_soon() -> None:

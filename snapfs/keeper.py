@@ -72,6 +72,7 @@ class LayerKeeper:
     def leave(self, layer: Layer) -> None:
         """Let go of a layer that is not in the stack, once a list without it is saved."""
         layer.removed = True
+        self.copier.promises.forget(layer.commits)
         layer.pins += 1
         self.leaving.append(layer)
 
@@ -114,6 +115,7 @@ class LayerKeeper:
             await self.copier.trash(dropped)
             for layer in gone:
                 try:
+                    await self.copier.promises.kept(0, self._stack.clusters)
                     await layer.temp.truncate(0)
                 except OSError as error:
                     log.warning("cannot free the temp image of a deleted snapshot: %s", error)

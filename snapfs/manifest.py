@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, Literal
 
 import cattrs
 from attrs import evolve, field, frozen
@@ -18,6 +18,8 @@ from cattrs.gen import make_dict_structure_fn
 from .errors import InvalidName, StateError
 from .geometry import Geometry
 from .snapshot import LayerRecord, check_name
+
+Durability = Literal["process", "power"]
 
 VERSION = 1
 MAX_BYTES = 16 << 20  # a manifest of this size has some 50,000 snapshots
@@ -69,7 +71,10 @@ class ImageStamp:
 
 @frozen
 class Manifest:
-    """`layers` oldest first.  `clean`: closed in order, and everything flushed."""
+    """`layers` oldest first.  `clean`: closed in order, and everything flushed.
+
+    `durability`: of the mount; with power the bitmaps are right after a power cut.
+    """
 
     version: int
     cluster_size: int
@@ -78,6 +83,7 @@ class Manifest:
     clean: bool
     next_id: int = field(validator=ge(1))
     layers: tuple[LayerRecord, ...] = ()
+    durability: Durability = "process"
 
     def dumps(self) -> bytes:
         """The manifest as it is stored."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 from attrs import define, field, frozen
 
 from .bitmap import Bitmap
+from .durability import Commits
 from .errors import InvalidName
 from .geometry import Geometry
 from .image import Image
@@ -74,12 +75,14 @@ class LayerParts:
 
     `losses`: a writable buffer of LOSSES_BYTES, which outlives the daemon as
     the bitmaps do: a snapshot that lost clusters must not seem whole.
+    `commits`: None if they need not survive a power cut.
     """
 
     access: Bitmap
     done: Bitmap
     temp: Image
     losses: Any = field(factory=lambda: bytearray(LOSSES_BYTES))
+    commits: Commits | None = None
 
 
 @define(eq=False)
@@ -97,6 +100,7 @@ class Layer:
     done: Bitmap  # set: the old data is in temp (a hole there: zeros)
     temp: Image
     losses: Any  # see LayerParts
+    commits: Commits | None = None
     created_ns: int = 0
     granted: int = 0  # accessible clusters at creation
     blocks: int = 0  # st_blocks of the image at creation
@@ -127,6 +131,7 @@ class Layer:
             done=parts.done,
             temp=parts.temp,
             losses=parts.losses,
+            commits=parts.commits,
             created_ns=record.created_ns,
             granted=record.granted,
             blocks=record.blocks,

@@ -29,8 +29,9 @@ that returned is there), and what the next mount does:
     replacing manifest  manifest.json.new                overwrites it later
     close, before save  clean=false, same boot           as after a death
 
-After an unclean reboot (another boot id) nothing mapped is trusted: snapshots
-are lost.  So are those that need the image when somebody else wrote it.
+After an unclean reboot (another boot id) nothing mapped is trusted unless it
+was made durable step by step (durability=power, durability.py): snapshots are
+lost.  So are those that need the image when somebody else wrote it.
 """
 
 from __future__ import annotations
@@ -46,17 +47,20 @@ from attrs import evolve
 
 from . import statefiles
 from .activity import Activity
+from .bitmap import Bitmap
 from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage
+from .layerfiles import LayerFiles
 from .layers import LayerStack
 from .locks import lock_exclusively, lock_image
-from .manifest import MAX_BYTES, VERSION, ImageStamp, Manifest
+from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
 from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
+LAYER_FILES = ("temp", "done", "losses", "access")
 
 
 def boot_id() -> str:
@@ -115,6 +119,10 @@ class Store:
         self._activity: Activity
         self._read_only = False
         self._made = False
+        self._power = False
+        self._harden = False  # what is loaded must be durable
+        self._files: dict[int, LayerFiles] = {}  # by layer id, with durability=power
+        self._activity_fd = -1
 
     @classmethod
     async def open(
@@ -124,6 +132,7 @@ class Store:
         state_dir: str | None = None,
         cluster_size: int | None = None,
         read_only: bool = False,
+        durability: Durability = "process",
         limiter: trio.CapacityLimiter,
     ) -> Store:
         """Lock the image and its state directory, made if need be, and recover.
@@ -132,8 +141,9 @@ class Store:
         InUse, MountError, StateError and OSError; then nothing is held or left behind.
         """
         return await trio.to_thread.run_sync(
-            cls._open, image_path, state_dir, cluster_size, read_only, limiter, limiter=limiter
-        )
+            cls._open, image_path, state_dir, cluster_size, read_only, durability, limiter,
+            limiter=limiter,
+        )  # fmt: skip
 
     @classmethod
     def _open(
@@ -142,6 +152,7 @@ class Store:
         state_dir: str | None,
         cluster_size: int | None,
         read_only: bool,
+        durability: Durability,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         path = os.path.realpath(image_path)
@@ -164,6 +175,7 @@ class Store:
             try:
                 store._read_only = read_only
                 store._made = made
+                store._power = durability == "power"
                 store._enter(path, image_fd, cluster_size)
                 return store
             except BaseException:
@@ -204,9 +216,13 @@ class Store:
             image=stamp,
             boot_id=boot_id(),
             clean=False,
+            durability="power" if self._power else "process",
             layers=tuple(layer.record() for layer in self.layers),
         )
         self._activity.begin()
+        if self._power:
+            self._activity_fd = statefiles.open_file(self._fd, "activity")
+            os.fdatasync(self._activity_fd)
         self._write_manifest()
 
     def _read_manifest(self) -> Manifest | None:
@@ -226,6 +242,9 @@ class Store:
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
         """Load the layers of the manifest and bring them to a state between transitions."""
         self._remove_unlisted({layer.id for layer in known.layers})
+        self._harden = self._power or known.durability == "power"
+        if self._power and known.layers:
+            os.fdatasync(self.image.fd)
         for record in known.layers:
             self.layers.append(self._load(record, known.cluster_size))
         stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
@@ -246,20 +265,36 @@ class Store:
         geometry = Geometry(record.size, cluster_size)
         fd = statefiles.open_directory(str(record.id), parent=self._snapshots_fd)
         try:
-            access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=False)
-            done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=False)
-            losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=False)
             temp_fd = statefiles.open_file(fd, "temp")
-            if record.name is None and not os.fstat(temp_fd).st_size:
-                os.ftruncate(temp_fd, record.size)  # it was being deleted
+            if record.name is None and os.fstat(temp_fd).st_size < record.size:
+                os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
             temp = self._open_temp(temp_fd, record.size)
+            parts = self._parts(record.id, fd, geometry, temp, create=False)
         except FileNotFoundError as error:
             raise StateError(
                 f"{self.directory}/snapshots/{record.id} lacks its file {error.filename}"
             ) from None
         finally:
             os.close(fd)
-        return Layer.from_record(record, LayerParts(access, done, temp, losses), cluster_size)
+        return Layer.from_record(record, parts, cluster_size)
+
+    def _parts(
+        self, record_id: int, fd: int, geometry: Geometry, temp: FileImage, *, create: bool
+    ) -> LayerParts:
+        """Map the files of a layer in the directory `fd`, to be synced as the mount wants it."""
+        bits = geometry.clusters
+        access = statefiles.map_bitmap(fd, "access", bits, create=create)
+        done = statefiles.map_bitmap(fd, "done", bits, create=create)
+        losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=create)
+        if self._harden:  # before anything is freed, or relies on it
+            for name in LAYER_FILES:
+                statefiles.sync_file(fd, name)
+        if not self._power:
+            return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
+        mappings = {"done": done, "access": access, "losses": losses}
+        files = LayerFiles.open(fd, temp, mappings, bits, self._limiter)
+        self._files[record_id] = files
+        return files.parts
 
     def _open_temp(self, fd: int, size: int) -> FileImage:
         if os.fstat(fd).st_size != size:
@@ -275,19 +310,21 @@ class Store:
         if not known.layers:
             return
         rebooted = not known.clean and known.boot_id != boot_id()
-        if rebooted:
-            reason: str | None = "the machine went down without unmounting"
-        elif known.clean:
-            change = stamp.change_since(known.image)
-            reason = change and f"the image was changed while it was not mounted: {change}"
-        else:
-            change = self._activity.change_since(known.image, stamp)
+        distrusted = rebooted and known.durability != "power"
+        reason: str | None = "the machine went down without unmounting"
+        if not distrusted:
+            if known.clean:
+                change = stamp.change_since(known.image)
+            elif rebooted:
+                change = self._activity.change_since_boot(known.image, stamp)
+            else:
+                change = self._activity.change_since(known.image, stamp)
             reason = change and f"the image was changed while it was not mounted: {change}"
         if reason is None:
             return
         need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
         for layer in self.layers:
-            if layer.live and (rebooted or layer.id in need_image):
+            if layer.live and (distrusted or layer.id in need_image):
                 layer.withdraw(0, layer.geometry.clusters)
                 if layer.state != "lost":
                     layer.degrade("lost", reason)
@@ -329,14 +366,16 @@ class Store:
         try:
             fd = statefiles.open_directory(name, parent=self._snapshots_fd)
             try:
-                access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=True)
-                done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=True)
-                losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=True)
                 temp_fd = statefiles.make_file(fd, "temp", geometry.size)
+                lock_image(temp_fd, writable=True)
+                temp = FileImage(temp_fd, limiter=self._limiter)
+                parts = self._parts(layer_id, fd, geometry, temp, create=True)
+                if self._power:
+                    os.fsync(fd)
+                    os.fsync(self._snapshots_fd)
+                return parts
             finally:
                 os.close(fd)
-            lock_image(temp_fd, writable=True)
-            return LayerParts(access, done, FileImage(temp_fd, limiter=self._limiter), losses)
         except BaseException:
             self._remove_layer(layer_id)
             raise
@@ -354,6 +393,9 @@ class Store:
         statefiles.keep_reserve(self._fd)
 
     async def remove(self, layer_id: int) -> None:
+        files = self._files.pop(layer_id, None)
+        if files is not None:
+            files.close()
         await trio.to_thread.run_sync(self._remove_layer, layer_id, limiter=self._limiter)
 
     def _remove_layer(self, layer_id: int) -> None:
@@ -377,6 +419,17 @@ class Store:
     def beat(self) -> None:
         """Sign of life, to be given every `activity.BEAT_SECONDS`."""
         self._activity.beat()
+
+    async def beat_durably(self) -> None:
+        """With durability=power: a durable one, every `activity.SYNC_SECONDS`; logged if not."""
+        if self._power:
+            self._activity.beat(always=True)
+            try:
+                await trio.to_thread.run_sync(
+                    os.fdatasync, self._activity_fd, limiter=self._limiter
+                )
+            except OSError as error:
+                log.error("cannot record a sign of life: %s", error.strerror)
 
     # The end
 
@@ -404,7 +457,7 @@ class Store:
             for layer in layers:
                 fd = statefiles.open_directory(str(layer.id), parent=self._snapshots_fd)
                 try:
-                    for name in ("temp", "done", "losses", "access"):
+                    for name in LAYER_FILES:
                         statefiles.sync_file(fd, name)
                 finally:
                     os.close(fd)
@@ -423,6 +476,9 @@ class Store:
             self.image.close()
 
     def _release(self) -> None:
-        for fd in (self._snapshots_fd, self._lock_fd, self._fd):
+        for files in self._files.values():
+            files.close()
+        self._files.clear()
+        for fd in (self._activity_fd, self._snapshots_fd, self._lock_fd, self._fd):
             if fd >= 0:
                 os.close(fd)
