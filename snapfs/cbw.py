@@ -196,6 +196,9 @@ class Engine:
             try:
                 await self._image.allocate(offset, length, keep_size)
                 self._extended(size)
+            except OSError:
+                self._extended(self._image.size())  # part of it may be there
+                raise
             finally:
                 self._store.write_finished()
 
@@ -319,12 +322,14 @@ class Engine:
         cut from outside), OSError; then nothing is left behind.
         """
         check_name(name)
+        self._check_new(name)
+        if self.read_only:
+            raise ReadOnly("the mount is read-only")
+        # Without the lock: a resize may wait for that, holding what the kernel needs.
+        if self.barrier is not None:
+            await self.barrier()
         async with self._transitions:
             self._check_new(name)
-            if self.read_only:
-                raise ReadOnly("the mount is read-only")
-            if self.barrier is not None:
-                await self.barrier()
             layer = await self._make_layer()
             try:
                 await self._keeper.save(layer)
@@ -415,7 +420,7 @@ class Engine:
         if layer.openers or layer.name is not None or not layer.live:
             return
         async with self._transitions:
-            if layer.live and not layer.openers:
+            if layer.live and layer.name is None and not layer.openers:
                 await self._keeper.retire(layer)
 
     async def read_snapshot(
@@ -445,6 +450,7 @@ class Engine:
             self._copier.promises.make(layer.commits.access, clusters.start, clusters.stop)
         dropped = self._stack.settle(clusters.start, clusters.stop)
         await self._copier.punch(dropped)
+        await self._copier.promises.kept(clusters.start, clusters.stop)
 
     # Extents
 

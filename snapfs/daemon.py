@@ -245,7 +245,8 @@ class Daemon:
         finally:
             layers = store.layers if engine is None else engine.layers
             with trio.CancelScope(shield=True):
-                await store.close(layers, clean=in_order, unused=not self._served)
+                untouched = not self._served and (engine is None or not engine.counters.writes)
+                await store.close(layers, clean=in_order or untouched, unused=not self._served)
 
     def _settings(self, store: Store) -> Settings:
         options = self._config.options
