@@ -48,7 +48,7 @@ from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
 from .space import TempSpace
 from .tracker import Tracker
-from .views import Extent, SnapshotReader
+from .views import BATCH, Extent, SnapshotReader
 
 log = logging.getLogger(__name__)
 
@@ -498,14 +498,14 @@ class Engine:
         return await self._reader.seek(layer, offset, layer.geometry.size, whence)
 
     def map(
-        self, layer: Layer | None, offset: int = 0, length: int = MAX_SIZE
+        self, layer: Layer | None, offset: int = 0, length: int = MAX_SIZE, batch: int = BATCH
     ) -> AsyncGenerator[Extent, None]:
         """Extents of a snapshot, or of the image (None): ascending, merged.
 
         The caller keeps the snapshot open meanwhile (`open_snapshot`).
         """
         size = self.size if layer is None else layer.geometry.size
-        return self._reader.map(layer, offset, min(size, offset + length))
+        return self._reader.map(layer, offset, min(size, offset + length), batch)
 
 
 def _steps(offset: int, end: int) -> Iterator[tuple[int, int]]:

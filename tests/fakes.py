@@ -280,6 +280,17 @@ class MemoryImage:
             extents.append((start, position))
         return extents, (position if position < end else offset + length)
 
+    async def data_inside(
+        self, ranges: Sequence[tuple[int, int]], limit: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        found: list[tuple[int, int]] = []
+        for start, stop in ranges:
+            pairs, known = await self.data_extents(start, stop - start, limit - len(found))
+            found += pairs
+            if known < stop or (len(found) == limit and (start, stop) != ranges[-1]):
+                return found, known
+        return found, ranges[-1][1]
+
     async def copy_to(
         self, target: MemoryImage, offset: int, length: int, cluster_size: int, budget: int
     ) -> int:
