@@ -48,7 +48,7 @@ from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
 from .space import TempSpace
 from .tracker import Tracker
-from .views import BATCH, Extent, SnapshotReader
+from .views import Extent, SnapshotReader
 
 log = logging.getLogger(__name__)
 
@@ -498,14 +498,21 @@ class Engine:
         return await self._reader.seek(layer, offset, layer.geometry.size, whence)
 
     def map(
-        self, layer: Layer | None, offset: int = 0, length: int = MAX_SIZE, batch: int = BATCH
+        self, layer: Layer | None, offset: int = 0, length: int = MAX_SIZE
     ) -> AsyncGenerator[Extent, None]:
         """Extents of a snapshot, or of the image (None): ascending, merged.
 
         The caller keeps the snapshot open meanwhile (`open_snapshot`).
         """
         size = self.size if layer is None else layer.geometry.size
-        return self._reader.map(layer, offset, min(size, offset + length), batch)
+        return self._reader.map(layer, offset, min(size, offset + length))
+
+    async def map_page(
+        self, layer: Layer | None, offset: int, limit: int
+    ) -> tuple[list[Extent], int | None]:
+        """Up to `limit` extents as `map` has them, and where the next one begins, or None."""
+        size = self.size if layer is None else layer.geometry.size
+        return await self._reader.page(layer, offset, size, limit)
 
 
 def _steps(offset: int, end: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ import trio
 from attrs import define
 
 from . import errors, requestfilter
+from .bitmapfs import BitmapTree
 from .cbw import Engine
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from .pagecache import PAGE, PageCache
@@ -21,12 +22,13 @@ from .snapshot import Layer
 
 @define(eq=False)
 class Handle:
-    """An open file.  `layer` None: `active`."""
+    """An open file.  `layer` None: `active`, or a bitmap if there is `content`."""
 
     inode: int
     layer: Layer | None
     own: bool  # opened by the daemon itself
     creator: int | None = None  # the thread whose open(O_CREAT) made the snapshot
+    content: bytes | None = None  # of a bitmap, at its open(2)
 
 
 class FilterRequests:
@@ -60,6 +62,8 @@ class FilterRequests:
         reply = _Reply(request)
         try:
             handle = self._handles[fh]
+            if handle.content is not None:
+                raise errors.ReadOnly("bitmaps are changed by snapfs bitmap only")
             if handle.layer is None:
                 await self._fallocate_active(mode, offset, length)
             else:
@@ -130,8 +134,11 @@ class FilterRequests:
     async def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
         reply = _Reply(request)
         try:
-            layer = self._handles[fh].layer
-            if layer is None:
+            handle = self._handles[fh]
+            layer = handle.layer
+            if handle.content is not None:
+                reply.offset(BitmapTree.seek(handle.content, offset, whence))
+            elif layer is None:
                 reply.offset(await self._engine.seek(offset, whence))
             else:
                 reply.offset(await self._engine.seek_snapshot(layer, offset, whence))

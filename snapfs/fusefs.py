@@ -3,6 +3,8 @@
     /active              inode 2, the live image
     /snapshots/          inode 3
     /snapshots/NAME      inode 4096 + the layer's id, stable over remounts
+    /bitmaps/            inode 5 (bitmapfs.py)
+    /bitmaps/NAME        inode 2**40 + the bitmap's id, which clearing changes
 
 The only importer of pyfuse3, which must come after `requestfilter.load`.  An
 exception that is not a FUSEError would end the mount, so `handler` stands
@@ -28,7 +30,7 @@ import pyfuse3
 import trio
 from attrs import frozen
 
-from . import errors, requestfilter
+from . import bitmapfs, errors, requestfilter
 from .cbw import Engine
 from .filterfs import FilterRequests, Handle
 from .image import Buffer
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 ROOT = pyfuse3.ROOT_INODE
 ACTIVE = 2
 SNAPSHOTS = 3
+BITMAPS = bitmapfs.DIRECTORY
 FIRST_SNAPSHOT = 4096
 
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
@@ -119,6 +122,7 @@ class SnapshotFS(pyfuse3.Operations):
         self._page_cache = page_cache
         self._state_dir = state_dir
         self._ownership = ownership or Ownership()
+        self._bitmaps = bitmapfs.BitmapTree(engine)
         self._handles: dict[int, Handle] = {}  # task-atomic
         self._numbers = itertools.count(1)
         engine.barrier = functools.partial(page_cache.write_back, ACTIVE, "active")
@@ -176,15 +180,18 @@ class SnapshotFS(pyfuse3.Operations):
         entry.st_atime_ns = status.st_atime_ns
         entry.st_mtime_ns = status.st_mtime_ns
         entry.st_ctime_ns = status.st_ctime_ns
-        if inode in (ROOT, SNAPSHOTS):
+        if inode in (ROOT, SNAPSHOTS, BITMAPS):
             # Who may read the image may look around; only its owner changes anything.
             mode = stat.S_IFDIR | 0o700 | (mode & 0o044) | (mode & 0o044) >> 2
-            entry.st_nlink = 3 if inode == ROOT else 2
+            entry.st_nlink = 4 if inode == ROOT else 2
         elif inode == ACTIVE:
             mode |= stat.S_IFREG
             entry.st_size = self._engine.size
             entry.st_blocks = status.st_blocks
             entry.entry_timeout = 300
+        elif bitmapfs.is_bitmap(inode):
+            self._bitmaps.find(inode)
+            mode = self._bitmaps.mode(mode)  # the size is 0, as in /proc: nobody knows it yet
         else:
             layer = self._layer(inode)
             mode = stat.S_IFREG | (mode & 0o644)
@@ -210,6 +217,8 @@ class SnapshotFS(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if inode == ACTIVE:
             await self._change_active(attr, fields)
+        elif bitmapfs.is_bitmap(inode):
+            raise errors.NotPermitted("bitmaps are changed by snapfs bitmap only")
         elif inode < FIRST_SNAPSHOT:
             raise errors.NotPermitted("the directories of the mount are fixed")
         elif fields.update_size:
@@ -278,6 +287,10 @@ class SnapshotFS(pyfuse3.Operations):
             return self._attributes(ACTIVE)
         if parent_inode == ROOT and name == b"snapshots":
             return self._attributes(SNAPSHOTS)
+        if parent_inode == ROOT and name == b"bitmaps":
+            return self._attributes(BITMAPS)
+        if parent_inode == BITMAPS:
+            return self._attributes(self._bitmaps.lookup(_text(name)))
         if parent_inode == SNAPSHOTS:
             return self._attributes(FIRST_SNAPSHOT + self._engine.find(_text(name)).id)
         raise pyfuse3.FUSEError(errno.ENOENT)
@@ -288,17 +301,19 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        if inode not in (ROOT, SNAPSHOTS):
+        if inode not in (ROOT, SNAPSHOTS, BITMAPS):
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         return inode
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        entries = [(ACTIVE, "active"), (SNAPSHOTS, "snapshots")]
+        entries = [(ACTIVE, "active"), (SNAPSHOTS, "snapshots"), (BITMAPS, "bitmaps")]
         if fh == SNAPSHOTS:
             entries = [
                 (FIRST_SNAPSHOT + layer.id, layer.name or "") for layer in self._engine.snapshots
             ]
+        elif fh == BITMAPS:
+            entries = self._bitmaps.entries()
         for inode, name in entries:
             if inode > start_id and not pyfuse3.readdir_reply(
                 token, name.encode(), self._attributes(inode), inode
@@ -311,9 +326,12 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if parent_inode != SNAPSHOTS:
-            raise errors.NotPermitted("only snapshots can be removed")
+        if parent_inode not in (SNAPSHOTS, BITMAPS):
+            raise errors.NotPermitted("only snapshots and bitmaps can be removed")
         self._check_owner(ctx)
+        if parent_inode == BITMAPS:
+            await self._bitmaps.remove(_text(name))
+            return
         await self._engine.delete_snapshot(_text(name))
 
     @handler
@@ -347,6 +365,11 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if bitmapfs.is_bitmap(inode):
+            content = await self._bitmaps.open(inode, flags)
+            number = self._new_handle(inode, None, ctx.pid)
+            self._handles[number].content = content
+            return pyfuse3.FileInfo(fh=number, direct_io=True)
         layer = None if inode == ACTIVE else self._layer(inode)
         if layer is not None:
             if flags & os.O_TRUNC:
@@ -390,7 +413,7 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._handles[fh]
-        if handle.layer is None and not handle.own:
+        if handle.inode == ACTIVE and not handle.own:
             await self._engine.flush()
 
     @handler
@@ -399,6 +422,8 @@ class SnapshotFS(pyfuse3.Operations):
         # a short read of pages for the end of the file, and cp would stop there.
         partial = requestfilter.direct_read()
         handle = self._handles[fh]
+        if handle.content is not None:
+            return handle.content[off : off + size]
         if handle.layer is None:
             return await self._engine.read(off, size)
         if self._page_cache.is_quarantined(handle.inode, off, size):
@@ -407,8 +432,8 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        if self._handles[fh].layer is not None:
-            raise errors.ReadOnly("snapshots are read-only")
+        if self._handles[fh].inode != ACTIVE:
+            raise errors.ReadOnly("only active can be written")
         return await self._engine.write(off, buf)
 
     # Extended attributes
@@ -416,7 +441,7 @@ class SnapshotFS(pyfuse3.Operations):
     def _xattrs(self, inode: int) -> dict[bytes, bytes]:
         if inode == ROOT:
             return {b"user.snapfs.state": os.fsencode(self._state_dir)}
-        if inode < FIRST_SNAPSHOT:
+        if inode < FIRST_SNAPSHOT or bitmapfs.is_bitmap(inode):
             return {}
         layer = self._layer(inode)
         state = layer.state if layer.reason is None else f"{layer.state}: {layer.reason}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
 from typing import Any
 
 from . import errors
@@ -13,7 +12,7 @@ from .bitmapservice import BitmapCommands, flag, optional
 from .cbw import Engine
 from .control import number, text
 from .report import describe_engine, describe_extent, describe_snapshot
-from .views import Extent, marked
+from .views import marked
 
 log = logging.getLogger(__name__)
 
@@ -87,34 +86,22 @@ class Commands:
         """Some extents of a file from `offset` on, and where the next page begins, or null.
 
         `dirty` tells of the bitmap named by `bitmap`, else of any.  With `rows`
-        an extent is [start, length, data, accessible, dirty, source].
+        an extent is [start, length, data, accessible, source, dirty].
         """
         offset = number(request, "offset", 0)
         rows = flag(request, "rows")
         layer = self._find(text(request, "file"))
         dirty = self._bitmaps.dirty(optional(request, "bitmap"))
-        found: list[Extent] = []
-        following: int | None = None
         if layer is not None:
             self._engine.open_snapshot(layer)
         try:
-            async with aclosing(self._engine.map(layer, offset, batch=MAP_PAGE + 2)) as extents:
-                async for extent in extents:
-                    if len(found) == MAP_PAGE:
-                        following = extent.start
-                        break
-                    found.append(extent)
+            found, following = await self._engine.map_page(layer, offset, MAP_PAGE)
         finally:
             if layer is not None:
                 await self._engine.close_snapshot(layer)
         cut = marked(found, dirty, self._engine.geometry)
-        described = [
-            [each.start, each.length, each.data, each.accessible, each.dirty, each.source]
-            if rows
-            else describe_extent(each)
-            for each in cut
-        ]
-        return {"extents": described, "next": following}
+        extents = list(cut) if rows else [describe_extent(each) for each in cut]
+        return {"extents": extents, "next": following}
 
     async def runs(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Some runs of accessible clusters inside a range, and where to go on, or null.

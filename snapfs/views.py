@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 SourceName = Literal["active", "temp", "none"]
 
-BATCH = 4096  # extents that one look into a file returns at most
+BATCH = 4096  # extents that are looked up at a time
+LEAST = 64  # and at least, where some are known already
 
 
 class Extent(NamedTuple):
@@ -81,6 +82,9 @@ def marked(extents: Iterable[Extent], bits: bitarray, geometry: Geometry) -> Ite
 
     Clusters beyond the bits are not dirty.
     """
+    if not bits.any():
+        yield from extents
+        return
     for extent in extents:
         clusters = geometry.touched(extent.start, extent.length)
         position = extent.start
@@ -187,16 +191,17 @@ class SnapshotReader:
     ) -> list[Extent]:
         """Some extents from `offset` on, at least one, contiguous, none beyond `end`.
 
-        `layer` None is the image.  Neighbours may be of one kind.
+        `layer` None is the image.  Neighbours may be of one kind.  About `limit`
+        extents: that many at most if data and holes take turns.
         """
         if layer is None:
-            data, known = await self._image.data_extents(offset, end - offset, limit)
+            data, known = await self._image.data_extents(offset, end - offset, limit // 2 + 1)
             return list(_split(offset, known, data, "active"))
         clusters = layer.geometry.touched(offset, end - offset)
-        pieces = self._pieces(layer, offset, end, limit)
+        pieces = self._pieces(layer, offset, end, limit // 2 + 1)
         stop = layer.geometry.touched(pieces[-1].stop - 1, 1).stop
         before = self._answers(layer, clusters.start, stop)
-        found = await self._look_inside(pieces, limit)
+        found = await self._look_inside(pieces, limit // 2 + 1)
         now = self._answers(layer, clusters.start, stop)
         # Where a cluster was copied or discarded meanwhile the image may have
         # changed before we looked; elsewhere nobody could write it.
@@ -300,26 +305,34 @@ class SnapshotReader:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         return size
 
-    async def map(
-        self, layer: Layer | None, offset: int, end: int, batch: int = BATCH
-    ) -> AsyncGenerator[Extent, None]:
-        """Extents that cover [offset, end): ascending, maximal, not overlapping.
+    async def page(
+        self, layer: Layer | None, offset: int, end: int, limit: int
+    ) -> tuple[list[Extent], int | None]:
+        """Up to `limit` extents of [offset, end), and where the next one begins, or None.
 
-        `batch`: how many to look up at a time.
+        Ascending, maximal, not overlapping.
         """
-        last: Extent | None = None
+        found: list[Extent] = []
         while offset < end:
-            for extent in await self.look(layer, offset, end, batch):
-                offset = extent.stop
-                if last is None:
-                    last = extent
-                elif extent[2:] == last[2:]:
-                    last = last._replace(length=last.length + extent.length)
+            missing = limit + 2 - len(found)
+            for extent in await self.look(layer, offset, end, max(missing, LEAST)):
+                if found and extent[2:] == found[-1][2:]:
+                    last = found[-1]
+                    found[-1] = last._replace(length=last.length + extent.length)
                 else:
-                    yield last
-                    last = extent
-        if last is not None:
-            yield last
+                    found.append(extent)
+            offset = found[-1].stop
+            if len(found) > limit:
+                return found[:limit], found[limit].start
+        return found, None
+
+    async def map(self, layer: Layer | None, offset: int, end: int) -> AsyncGenerator[Extent, None]:
+        """All extents of [offset, end), as `page` has them."""
+        following: int | None = offset
+        while following is not None:
+            found, following = await self.page(layer, following, end, BATCH)
+            for extent in found:
+                yield extent
 
 
 def _first_change(before: bitarray, now: bitarray) -> int | None:
