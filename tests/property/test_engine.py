@@ -637,6 +637,8 @@ class World:
                 call = partial(engine.zero, start, step.length, True)
             case "allocate" | "allocate-keep":
                 keep = step.kind == "allocate-keep"
+                if not keep and any(change.size >= 0 for change in self.changes):
+                    return  # whether it extends the image depends on their order
                 if keep or stop <= len(self.active):
                     self.change(
                         start, start, b"", partial(engine.allocate, start, step.length, keep), 0
