@@ -87,6 +87,8 @@ class Tracker:
         try:
             self.bitmaps.enlarge(bitmap, await self._store.grow(bitmap.id, stop))
         except OSError as error:
+            if bitmap not in self.bitmaps.short(stop):
+                return  # it was removed meanwhile
             log.error("bitmap %s cannot grow with the image: %s", bitmap.name, error.strerror)
             self.bitmaps.spoil(bitmap, f"it could not grow with the image: {error.strerror}")
 
