@@ -1059,8 +1059,9 @@ class World:
             found = None
         finally:
             self.forget(beside)
+            now = set() if layer is None else self.accessible(layer)
             if layer is not None:
-                await engine.close_snapshot(layer)
+                await engine.close_snapshot(layer)  # takes access away if it was deleted
         if wanted is None and beside:
             return
         size = len(content)
@@ -1071,7 +1072,6 @@ class World:
             assert not any(skipped)  # inaccessible is data: never skipped ...
             if layer is not None:
                 clusters = touched_clusters(step.offset, len(skipped))
-                now = self.accessible(layer)
                 assert clusters <= now | wanted.lost | wanted.discarded  # type: ignore[union-attr]
         else:
             assert found is not None and step.offset <= found <= size
