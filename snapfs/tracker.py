@@ -101,7 +101,7 @@ class Tracker:
 
     def shrank(self) -> None:
         """The image was cut from outside: what came in between nobody knows."""
-        for bitmap in self.bitmaps:
+        for bitmap in self.bitmaps.recording():
             self.bitmaps.spoil(bitmap, "the image was cut from outside")
 
     # Commands
