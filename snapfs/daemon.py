@@ -235,6 +235,7 @@ class Daemon:
                     store,
                     nursery,
                     layers=store.layers,
+                    bitmaps=store.dirty,
                     next_id=store.next_id,
                     settings=self._settings(store),
                     read_only=options.read_only,
@@ -244,9 +245,11 @@ class Daemon:
             in_order = True
         finally:
             layers = store.layers if engine is None else engine.layers
+            bitmaps = store.dirty if engine is None else list(engine.tracker.bitmaps)
             with trio.CancelScope(shield=True):
                 untouched = not self._served and (engine is None or not engine.counters.writes)
-                await store.close(layers, clean=in_order or untouched, unused=not self._served)
+                clean = in_order or untouched
+                await store.close(layers, bitmaps, clean=clean, unused=not self._served)
 
     def _settings(self, store: Store) -> Settings:
         options = self._config.options

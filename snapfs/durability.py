@@ -129,13 +129,10 @@ class Promises:
             self._promises.add(promise)
             commit.promises.append(promise)
 
-    def forget(self, commits: Commits | None) -> None:
-        """The files of a layer do not matter any more."""
-        if commits is not None:
-            for commit in (commits.done, commits.access):
-                for promise in [each for each in self._promises if each.commit is commit]:
-                    promise.keep()
-                commit.promises.clear()
+    def forget(self, *commits: GroupCommit) -> None:
+        """These files do not matter any more."""
+        for promise in [each for each in self._promises if each.commit in commits]:
+            promise.keep()
 
     async def kept(self, first: int, stop: int) -> None:
         """Return when every bit of [first, stop) that has changed so far is durable.

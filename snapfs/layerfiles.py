@@ -33,6 +33,8 @@ class MappedFile:
     fd: int
     mapping: mmap.mmap
     limiter: trio.CapacityLimiter = field(repr=False)
+    _syncs: int = field(default=0, init=False)  # under way
+    _closed: bool = field(default=False, init=False)
 
     async def sync(self) -> None:
         """Make what is mapped durable.  OSError: it is not, and a later call writes all again.
@@ -40,11 +42,27 @@ class MappedFile:
         After a failure the kernel takes its pages for clean, although the
         disk never got them (fsync(2), NOTES), so they are made dirty again.
         """
+        if self._closed:
+            return  # nobody needs it any more
+        self._syncs += 1
         try:
             await trio.to_thread.run_sync(os.fdatasync, self.fd, limiter=self.limiter)
         except OSError:
             self.mapping[:] = self.mapping[:]  # task-atomic, as every change of the bits
             raise
+        finally:
+            self._syncs -= 1
+            self._close_unused()
+
+    def close(self) -> None:
+        """Close the descriptor, when no sync is under way."""
+        self._closed = True
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        if self._closed and not self._syncs and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 @define(eq=False)
@@ -92,4 +110,4 @@ class LayerFiles:
     def close(self) -> None:
         """Close the descriptors."""
         for file in self._files:
-            os.close(file.fd)
+            file.close()

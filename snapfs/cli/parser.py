@@ -7,9 +7,12 @@ import argparse
 from .. import __version__
 from ..errors import UsageError
 from ..options import parse_size
-from . import commands
+from . import bitmaps, commands
 
-VERBS = ("mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "limit")
+VERBS = (
+    "mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "diff",
+    "bitmap", "limit",
+)  # fmt: skip
 
 
 def _size(text: str) -> int:
@@ -44,6 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("create", help="take a snapshot")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("name", metavar="NAME", nargs="?", help="default: the time in UTC")
+    access = verb.add_mutually_exclusive_group()
+    access.add_argument("--bitmap", metavar="B", help="give access to its clusters only")
+    access.add_argument("--extents", metavar="FILE", help="give access to these only; - is stdin")
+    after = verb.add_mutually_exclusive_group()
+    after.add_argument("--clear-bitmap", action="store_true", help="empty B in that instant")
+    after.add_argument("--next", metavar="B2", help="begin a new bitmap in that instant")
     _add_json(verb)
     verb.set_defaults(run=commands.create)
 
@@ -81,9 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("map", help="list the extents of active or of a snapshot")
     verb.add_argument("file", metavar="FILE")
+    verb.add_argument("--bitmap", metavar="B", help="dirty is what this one says, not any")
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
     _add_json(verb)
-    verb.set_defaults(run=commands.map_file)
+    verb.set_defaults(run=bitmaps.map_file)
+
+    verb = verbs.add_parser("diff", help="list what differs between snapshots, or from now")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("a", metavar="A")
+    verb.add_argument("b", metavar="B", nargs="?", help="default: the image now")
+    verb.add_argument("--totals", action="store_true", help="sums instead of extents")
+    _add_json(verb)
+    verb.set_defaults(run=bitmaps.diff)
+
+    _add_bitmap(verbs.add_parser("bitmap", help="track what changes, in dirty bitmaps"))
 
     verb = verbs.add_parser("limit", help="bound the space of the temp images")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -91,6 +111,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(verb)
     verb.set_defaults(run=commands.limit)
     return parser
+
+
+def _add_bitmap(verb: argparse.ArgumentParser) -> None:
+    actions = verb.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, words, text in (
+        ("add", ("NAME",), "make a bitmap, which records from now on"),
+        ("list", (), "list the bitmaps"),
+        ("clear", ("NAME",), "empty a bitmap, or begin an inconsistent one again"),
+        ("merge", ("SOURCE", "TARGET"), "add the clusters of one to another"),
+        ("remove", ("NAME",), "remove a bitmap"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("mountpoint", metavar="MOUNTPOINT")
+        for word in words:
+            action.add_argument(word.lower(), metavar=word)
+        _add_json(action)
+        action.set_defaults(run=bitmaps.bitmap, action=name, words=[word.lower() for word in words])
 
 
 def _limit(text: str) -> int | None:

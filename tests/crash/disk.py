@@ -83,6 +83,8 @@ class Recorder:
         real_sync_file = statefiles.sync_file
 
         async def sync(file: Any) -> None:
+            if file.fd < 0:  # closed: its layer is gone
+                return await real_sync(file)
             path = _path(file.fd)
             count = self._look(path)
             await real_sync(file)
@@ -92,10 +94,13 @@ class Recorder:
         def sync_file(parent: int, name: str) -> None:
             path = f"{_path(parent)}/{name}"
             real_sync_file(parent, name)
-            if name in MAPPED:
+            if name != "temp":
                 self._synced(path, self._look(path))
-            elif name == "temp":
-                contents = self._contents(path)
+            else:
+                contents = self._data.get(path)
+                if contents is None:
+                    contents = Contents(bytearray(os.stat(path).st_size))
+                    self._data[path] = contents
                 contents.sync(contents.newest())
 
         def replace_file(parent: int, name: str, data: bytes) -> None:
@@ -110,7 +115,7 @@ class Recorder:
     def _wrapped(self, name: str, real: Any) -> Any:
         async def call(file: image.FileImage, *arguments: Any) -> Any:
             path = _path(file.fd)
-            contents = self._contents(path)
+            contents = self._contents(path, file.fd)
             self._on_change()  # bits may have changed since the last
             if name == "flush":
                 newest = contents.newest()
@@ -118,7 +123,8 @@ class Recorder:
                 contents.sync(newest)
             else:
                 target = arguments[0] if name == "copy_to" else file
-                path, contents = _path(target.fd), self._contents(_path(target.fd))
+                path = _path(target.fd)
+                contents = self._contents(path, target.fd)
                 if name == "pwrite":  # it may be there before it returns
                     arguments = (arguments[0], bytes(arguments[1]))
                     contents.changes.append((*arguments, 0))
@@ -129,22 +135,23 @@ class Recorder:
                     offset, length = arguments[1:3] if name == "copy_to" else arguments[:2]
                     if name == "pwrite":
                         length = len(arguments[1])
-                    with open(path, "rb") as now:
-                        now.seek(offset)
-                        contents.changes.append((offset, now.read(length), 0))
+                    contents.changes.append((offset, os.pread(target.fd, length, offset), 0))
             self._on_change()
             return result
 
         return call
 
-    def _contents(self, path: str) -> Contents:
+    def _contents(self, path: str, fd: int) -> Contents:
         if path not in self._data:
-            self._data[path] = Contents(bytearray(os.stat(path).st_size))
+            self._data[path] = Contents(bytearray(os.fstat(fd).st_size))
         return self._data[path]
 
     def _look(self, path: str) -> int:
         """Note the state of a mapped file; the number of the newest one."""
-        now = Path(path).read_bytes()
+        try:
+            now = Path(path).read_bytes()
+        except FileNotFoundError:  # removed in a thread, just now
+            return len(self._mapped.setdefault(path, [b""])) - 1
         states = self._mapped.setdefault(path, [bytes(len(now))])
         if states[-1] != now:
             states.append(now)
@@ -158,7 +165,10 @@ class Recorder:
     # The disk
 
     def crash(self, where: Path, chance: random.Random) -> Path:
-        """Write a disk that may be found now; returns its image."""
+        """Write a disk that may be found now; returns its image.
+
+        Raises FileNotFoundError if a thread is removing files now.
+        """
         where.mkdir()
         disk = where / "disk.img"
         disk.write_bytes(self._data[str(self.disk)].some(chance))
@@ -171,14 +181,20 @@ class Recorder:
             copy = state / "snapshots" / layer.name
             copy.mkdir(mode=0o700)
             for name in MAPPED:
-                if (layer / name).exists():
+                if (layer / name).exists():  # rmtree(3) of a layer may be under way
                     self._look(str(layer / name))
                     (copy / name).write_bytes(chance.choice(self._mapped[str(layer / name)]))
             if (layer / "temp").exists():
-                temp = self._contents(str(layer / "temp")).some(chance)
-                (copy / "temp").write_bytes(temp)
+                temp = self._data.get(str(layer / "temp"))
+                size = (layer / "temp").stat().st_size
+                (copy / "temp").write_bytes(temp.some(chance) if temp else bytes(size))
+        (state / "bitmaps").mkdir(mode=0o700)
+        for bitmap in (self.state / "bitmaps").iterdir():
+            self._look(str(bitmap))
+            content = chance.choice(self._mapped[str(bitmap)])
+            (state / "bitmaps" / bitmap.name).write_bytes(content)
         return disk
 
 
 def _path(fd: int) -> str:
-    return os.readlink(f"/proc/self/fd/{fd}")
+    return os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)")

@@ -17,7 +17,7 @@ from attrs import define, field
 from snapfs import store as store_module
 from snapfs.cbw import Engine
 from snapfs.copier import Settings
-from snapfs.errors import AccessDenied, SnapshotLost, SnapshotNotFound
+from snapfs.errors import AccessDenied, BitmapUnusable, SnapshotLost, SnapshotNotFound
 from snapfs.image import FileImage
 from snapfs.store import Store
 
@@ -39,6 +39,14 @@ class Moment:
     given_up: set[int] = field(factory=set)
 
 
+@define
+class Tracked:
+    """What the image was when a dirty bitmap began."""
+
+    content: bytes
+    settled: bool = False
+
+
 @pytest.fixture
 def fast_tmp():
     """A directory where fsync(2) costs nothing."""
@@ -58,7 +66,8 @@ class Session:
         self.changes = 0
         self.content = bytearray(self.chance.randbytes(SIZE))
         self.moments: dict[str, Moment] = {}
-        self.crashes: list[tuple[Path, dict[str, Moment]]] = []
+        self.tracked: dict[str, Tracked] = {}
+        self.crashes: list[tuple[Path, dict[str, Moment], dict[str, Tracked]]] = []
         self.disk = directory / "disk.img"
         self.disk.write_bytes(self.content)
         os.utime(self.disk, ns=(A_DAY_AGO, A_DAY_AGO))
@@ -70,13 +79,20 @@ class Session:
         self.changes += 1
         if self.running and not self.changes % self.every:
             where = self.directory / f"crash{self.changes}"
-            disk = self.recorder.crash(where, self.chance)
+            try:
+                disk = self.recorder.crash(where, self.chance)
+            except FileNotFoundError:
+                shutil.rmtree(where)
+                return
             os.utime(disk, ns=(A_DAY_AGO, A_DAY_AGO))
             moments = {
                 name: Moment(each.content, each.settled, set(each.given_up))
                 for name, each in self.moments.items()
             }
-            self.crashes.append((disk, moments))
+            tracked = {
+                name: Tracked(each.content, each.settled) for name, each in self.tracked.items()
+            }
+            self.crashes.append((disk, moments, tracked))
 
     async def run(self, steps: int) -> None:
         store = await Store.open(
@@ -94,7 +110,7 @@ class Session:
                     workers.start_soon(self.write, engine, steps)
                 workers.start_soon(self.manage, engine, steps)
             self.running = False
-        await store.close(engine.layers)
+        await store.close(engine.layers, list(engine.tracker.bitmaps))
 
     async def write(self, engine: Engine, steps: int) -> None:
         for _ in range(steps):
@@ -105,7 +121,7 @@ class Session:
 
     async def manage(self, engine: Engine, steps: int) -> None:
         for number in range(steps):
-            kind = self.chance.choice(("create", "discard", "delete", "flush"))
+            kind = self.chance.choice(("create", "discard", "delete", "flush", "track", "forget"))
             if kind == "create" and len(self.moments) < 4:
                 await self.create(engine, f"s{number}")
             elif kind == "discard" and self.moments:
@@ -119,8 +135,29 @@ class Session:
                 self.moments[name].settled = False
                 await engine.delete_snapshot(name)
                 del self.moments[name]
+            elif kind == "track" and len(self.tracked) < 2:
+                await self.track(engine, f"b{number}")
+            elif kind == "forget" and self.tracked:
+                name = self.chance.choice(sorted(self.tracked))
+                self.tracked[name].settled = False
+                await engine.tracker.remove(name)
+                del self.tracked[name]
             else:
                 await engine.flush()
+
+    async def track(self, engine: Engine, name: str) -> None:
+        real = engine.tracker.bitmaps.begin
+
+        def begin(bitmap) -> None:
+            real(bitmap)
+            self.tracked[name] = Tracked(self.disk.read_bytes())
+
+        engine.tracker.bitmaps.begin = begin  # type: ignore[method-assign]
+        try:
+            await engine.tracker.add(name)
+        finally:
+            engine.tracker.bitmaps.begin = real  # type: ignore[method-assign]
+        self.tracked[name].settled = True
 
     async def create(self, engine: Engine, name: str) -> None:
         """The moment of a snapshot is when it enters the stack, with no write under way."""
@@ -138,14 +175,30 @@ class Session:
         self.moments[name].settled = True
 
 
-async def verify(disk: Path, moments: dict[str, Moment], *, may_be_lost: bool) -> int:
+def check_tracked(engine: Engine, disk: Path, tracked: dict[str, Tracked], lost: bool) -> None:
+    """Every cluster that differs from what a bitmap began with has its bit."""
+    now = disk.read_bytes()
+    for name, each in tracked.items():
+        try:
+            bits = engine.tracker.bitmaps.wanted(name, CLUSTERS)
+        except BitmapUnusable as error:
+            assert lost or not each.settled, f"{name}: {error}"
+            continue
+        for cluster in range(CLUSTERS):
+            part = slice(cluster * CLUSTER, (cluster + 1) * CLUSTER)
+            assert bits[cluster] or now[part] == each.content[part], f"{name} lacks {cluster}"
+
+
+async def verify(disk: Path, moments: dict, tracked: dict, *, may_be_lost: bool) -> int:
     """Recover; every snapshot is exact.  The number of snapshots seen whole."""
     seen = 0
     store = await Store.open(str(disk), limiter=LIMITER)
     async with trio.open_nursery() as nursery:
         engine = Engine(
-            store.image, store.geometry, store, nursery, layers=store.layers, next_id=store.next_id
-        )
+            store.image, store.geometry, store, nursery,
+            layers=store.layers, bitmaps=store.dirty, next_id=store.next_id,
+        )  # fmt: skip
+        check_tracked(engine, disk, tracked, may_be_lost)
         assert {layer.name for layer in engine.snapshots} <= set(moments)
         for name, moment in moments.items():
             try:
@@ -168,7 +221,7 @@ async def verify(disk: Path, moments: dict[str, Moment], *, may_be_lost: bool) -
                 assert bytes(data) == moment.content[start : start + CLUSTER], f"{name} {cluster}"
             seen += 1
             await engine.close_snapshot(layer)
-    await store.close(engine.layers)
+    await store.close(engine.layers, list(engine.tracker.bitmaps))
     return seen
 
 
@@ -179,8 +232,8 @@ async def crash_and_verify(directory: Path, monkeypatch, seed, durability, steps
     seen = 0
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "boot_id", lambda: "another boot")
-        for disk, moments in session.crashes:
-            seen += await verify(disk, moments, may_be_lost=durability == "process")
+        for disk, moments, tracked in session.crashes:
+            seen += await verify(disk, moments, tracked, may_be_lost=durability == "process")
             shutil.rmtree(disk.parent)
     assert len(session.crashes) > steps
     return seen
