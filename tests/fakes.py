@@ -499,7 +499,7 @@ def _twin(bits: Bitmap) -> Bitmap:
 
 
 def _copied(parts: LayerParts) -> LayerParts:
-    return LayerParts(_twin(parts.access), _twin(parts.done), parts.temp)
+    return LayerParts(_twin(parts.access), _twin(parts.done), parts.temp, bytearray(parts.losses))
 
 
 # The specification, written down naively
