@@ -73,16 +73,9 @@ STATE_THREADS = 4
 LAYER_FILES = ("temp", "done", "losses", "access")
 
 
-WENT_DOWN = "the machine went down without unmounting"
-
-
 def boot_id() -> str:
     """Identifies this boot of the kernel (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _rebooted(known: Manifest) -> bool:
-    return not known.clean and known.boot_id != boot_id()
 
 
 def open_image(path: str, *, read_only: bool) -> int:
@@ -293,8 +286,6 @@ class Store:
             else:
                 self._punch_undone(layer)
         clusters = Geometry(stamp.size, known.cluster_size).clusters
-        if _rebooted(known):  # dirty bits are not made durable before the image is written
-            reason = WENT_DOWN
         self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, reason)
         self.notices += notices
 

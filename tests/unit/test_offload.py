@@ -101,6 +101,7 @@ async def test_cancelling_who_travels_and_who_was_taken_along(nursery):
 
     hold = partial(trio.to_thread.run_sync, held.wait, limiter=limiter)
     nursery.start_soon(hold)
+    await wait_all_tasks_blocked()
     for name in ("first", "second", "driver", "passenger"):
         await start(name)
     for name in ("first", "passenger", "driver", "second"):
