@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 MNT_FORCE = 1  # sys/mount.h
 MNT_DETACH = 2
-PR_SET_IO_FLUSHER = 57  # linux/prctl.h
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_IO_FLUSHER = 57
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -43,3 +45,12 @@ def set_io_flusher() -> bool:
     False where it is not permitted.
     """
     return bool(_libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0)
+
+
+def end_with_parent(number: int) -> Callable[[], None]:
+    """What a child runs before it executes a program, so that it gets the signal when we die."""
+
+    def prepare() -> None:
+        _libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+    return prepare

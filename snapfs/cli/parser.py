@@ -7,9 +7,21 @@ import argparse
 from .. import __version__
 from ..errors import UsageError
 from ..options import parse_size
-from . import commands
+from . import backups, commands
 
-VERBS = ("mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "limit")
+VERBS = (
+    "mount",
+    "umount",
+    "create",
+    "delete",
+    "list",
+    "show",
+    "status",
+    "trim",
+    "map",
+    "limit",
+    "copy",
+)
 
 
 def _size(text: str) -> int:
@@ -90,7 +102,37 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("size", type=_limit, metavar="SIZE", help="or none")
     _add_json(verb)
     verb.set_defaults(run=commands.limit)
+
+    _add_copies(verbs)
     return parser
+
+
+def _add_copies(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser("copy", help="copy what may be read of a snapshot")
+    verb.add_argument("snapshot", metavar="SNAPSHOT", help="MOUNTPOINT/snapshots/NAME")
+    verb.add_argument("dest", metavar="DEST", help="a file, or a block device")
+    verb.add_argument("--format", choices=("raw", "qcow2"), default="raw", help="of DEST")
+    verb.add_argument("--backing", metavar="PREVIOUS", help="the image below a qcow2 DEST")
+    verb.add_argument("--discard", action="store_true", help="give up what is safe at DEST")
+    verb.add_argument("--force", action="store_true", help="overwrite; do not check for room")
+    verb.add_argument(
+        "--allow-missing", action="store_true", help="a new DEST need not be the whole image"
+    )
+    _add_rate(verb)
+    verb.set_defaults(run=backups.copy)
+
+
+def _add_rate(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--bwlimit", type=_rate, metavar="BYTES", help="bytes a second at most")
+    verb.add_argument("--progress", type=int, metavar="FD", help="write lines N/100 there")
+    _add_json(verb)
+
+
+def _rate(text: str) -> int:
+    size = _size(text)
+    if not size:
+        raise argparse.ArgumentTypeError("a rate of 0 never ends; leave the option out")
+    return size
 
 
 def _limit(text: str) -> int | None:
