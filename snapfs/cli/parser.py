@@ -21,6 +21,10 @@ VERBS = (
     "map",
     "limit",
     "copy",
+    "backup",
+    "restore",
+    "verify",
+    "prune",
 )
 
 
@@ -121,11 +125,53 @@ def _add_copies(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_rate(verb)
     verb.set_defaults(run=backups.copy)
 
+    verb = verbs.add_parser("backup", help="add a point to a backup directory")
+    verb.add_argument("where", metavar="MOUNTPOINT", help="or, with --init, DIR")
+    verb.add_argument("directory", metavar="DIR", nargs="?")
+    verb.add_argument("--init", action="store_true", help="make DIR a backup directory")
+    verb.add_argument("--full", action="store_true", help="copy everything")
+    verb.add_argument("--force", action="store_true", help="do not check for room")
+    _add_rate(verb)
+    verb.set_defaults(run=backups.backup)
+
+    verb = verbs.add_parser("restore", help="rebuild a point of a backup")
+    verb.add_argument("directory", metavar="DIR")
+    verb.add_argument("dest", metavar="DEST", help="a new file; a block device takes --force")
+    verb.add_argument("--at", metavar="POINT", help="number, name or time; default: the newest")
+    verb.add_argument("--force", action="store_true", help="overwrite; do not check for room")
+    _add_progress(verb)
+    verb.set_defaults(run=backups.restore)
+
+    verb = verbs.add_parser("verify", help="prove the checksums of a backup")
+    verb.add_argument("directory", metavar="DIR")
+    verb.add_argument("--at", metavar="POINT", help="only what this point takes")
+    _add_progress(verb)
+    verb.set_defaults(run=backups.verify)
+
+    verb = verbs.add_parser("prune", help="fold old points of a backup into the next ones")
+    verb.add_argument("directory", metavar="DIR")
+    verb.add_argument("--keep-last", type=_count, default=0, metavar="N", help="the newest")
+    verb.add_argument("--keep-daily", type=_count, default=0, metavar="N", help="one a day")
+    verb.add_argument("--keep-weekly", type=_count, default=0, metavar="N", help="one a week")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be dropped")
+    _add_json(verb)
+    verb.set_defaults(run=backups.prune)
+
 
 def _add_rate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--bwlimit", type=_rate, metavar="BYTES", help="bytes a second at most")
+    _add_progress(verb)
+
+
+def _add_progress(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--progress", type=int, metavar="FD", help="write lines N/100 there")
     _add_json(verb)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
 
 
 def _rate(text: str) -> int:
