@@ -6,7 +6,7 @@ Order of a write to `active`, which everything else relies on:
     writers to one cluster make one copy, and if another's copy failed, try
     yourself (`copier.py`)
  2. set done, clear pending: new snapshot reads go to the temp image
- 3. set the dirty bitmaps
+ 3. set the dirty bitmaps (`dirty.py`)
  4. wait until no frozen read overlaps; none new can appear, since no snapshot
     finds the range in the image any more
  5. write the image
@@ -31,6 +31,7 @@ from typing import TypeVarTuple
 import trio
 
 from .copier import Copier, Counters, Settings
+from .dirty import DirtyBitmap, DirtyBitmaps, Selection
 from .errors import (
     InvalidRange,
     ReadOnly,
@@ -46,6 +47,7 @@ from .layers import LayerStack
 from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
 from .space import TempSpace
+from .tracker import Tracker
 from .views import Extent, SnapshotReader
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Engine:
         nursery: trio.Nursery,
         *,
         layers: Sequence[Layer] = (),
+        bitmaps: Sequence[DirtyBitmap] = (),
         next_id: int = 1,
         settings: Settings | None = None,
         read_only: bool = False,
@@ -93,12 +96,24 @@ class Engine:
         self._gate = Gate()  # writes are inside; closing it makes an instant
         self._transitions = trio.Lock()  # one change of the layer list at a time
         self._frozen_reads: RequestList[Request] = RequestList()
+        dirty = DirtyBitmaps(bitmaps)
         self._keeper = LayerKeeper(
             self._stack,
+            dirty,
             store,
             lambda: self._geometry,
             self._start,
             self.settings.cbw_timeout or float("inf"),
+        )
+        self.tracker = Tracker(
+            dirty,
+            store.bitmaps,
+            self._keeper,
+            self._transitions,
+            self._gate,
+            lambda: self._geometry,
+            self._take_id,
+            read_only,
         )
         self.space = TempSpace(
             self._keeper.temp_bytes,
@@ -193,6 +208,7 @@ class Engine:
         self._check_range(offset, length)
         async with self._gate.inside():
             size = self.size if keep_size else max(self.size, offset + length)
+            await self._record(self.size, size - self.size)
             self._store.write_started(size)
             try:
                 await self._image.allocate(offset, length, keep_size)
@@ -210,6 +226,7 @@ class Engine:
             old = self._geometry
             for start, count in _steps(size, old.size):
                 await self._make_safe(start, count)
+            await self._record(min(old.size, size), abs(old.size - size))
             self._store.write_started(size)
             try:
                 await self._image.truncate(size)
@@ -255,8 +272,17 @@ class Engine:
         """Steps 1 to 4.  On return the range may be overwritten, until a snapshot is created."""
         clusters = self._geometry.touched(offset, length)
         await self._copier.preserve(clusters.start, clusters.stop)
+        # What lies between the end and a write beyond it becomes zeros of the image.
+        start = min(offset, self.size)
+        await self._record(start, offset + length - start)
         if await self._frozen_reads.wait_clear(clusters.start, clusters.stop):
             self.counters.frozen_waits += 1
+
+    async def _record(self, offset: int, length: int) -> None:
+        """Step 3.  Waits only for a bitmap that has to grow."""
+        clusters = self._geometry.touched(offset, length)
+        if not self.tracker.bitmaps.mark(clusters.start, clusters.stop):
+            await self.tracker.record(clusters.start, clusters.stop)
 
     def _extended(self, size: int) -> None:
         if size > self.size:
@@ -281,12 +307,15 @@ class Engine:
         size = self._image.size()
         if size > self.size:
             log.warning("the image grew from %d to %d bytes from outside", self.size, size)
+            before = self._geometry
             self._extended(size)
+            self.tracker.grew(before, self._geometry)
         elif size < self.size and self.unhealthy is None:
             self.unhealthy = (
                 f"the image was cut from {self.size} to {size} bytes from outside; "
                 "data that snapshots need is gone"
             )
+            self.tracker.shrank()
             log.error("%s", self.unhealthy)
 
     # Snapshots
@@ -308,8 +337,13 @@ class Engine:
                 return layer
         raise SnapshotNotFound(f"there is no snapshot {name!r}")
 
-    async def create_snapshot(self, name: str, *, policy: Policy | None = None) -> Layer:
+    async def create_snapshot(
+        self, name: str, *, policy: Policy | None = None, selection: Selection | None = None
+    ) -> Layer:
         """The image as it is now, as a snapshot; copies nothing.
+
+        With a `selection` it gives access to some clusters only, and dirty
+        bitmaps are cleared or begun in the same instant.
 
         Every write that returned before the call is in it, none that starts
         after the return is.  Writes in flight are waited for, new ones wait
@@ -317,31 +351,38 @@ class Engine:
         instant with the new layer as a nameless one, since older snapshots
         may find old data in its temp image from then on; and with its name at
         the end.  Raises InvalidName, SnapshotExists, StateError (the image was
-        cut from outside), OSError; then nothing is left behind.
+        cut from outside), BitmapUnusable, what `Tracker.check` does, OSError;
+        then nothing is left behind.
         """
         check_name(name)
+        selection = selection or Selection()
         async with self._transitions:
             self._check_new(name)
-            if self.read_only:
-                raise ReadOnly("the mount is read-only")
+            self.tracker.check(selection)
+            self.tracker.selected(selection)  # fail early
             if self.barrier is not None:
                 await self.barrier()
             layer = await self._make_layer()
             try:
-                await self._keeper.save(layer)
-                async with self._gate.closed():
-                    self._notice_size()
-                    if self.unhealthy is not None:
-                        raise StateError(self.unhealthy)
-                    if layer.geometry.size != self.size:  # a write extended the image meanwhile
-                        self._keeper.leave(layer)
-                        layer = await self._make_layer()
-                        await self._keeper.save(layer)
-                    layer.name, layer.policy = name, policy
-                    layer.created_ns = time.time_ns()
-                    layer.blocks = self._image.blocks()
-                    self._stack.append(layer)
-                await self._keeper.save()
+                async with self.tracker.switching(selection) as switch:
+                    await self._keeper.save(layer)
+                    async with self._gate.closed():
+                        self._notice_size()
+                        if self.unhealthy is not None:
+                            raise StateError(self.unhealthy)
+                        if layer.geometry.size != self.size:  # a write extended the image meanwhile
+                            self._keeper.leave(layer)
+                            layer = await self._make_layer()
+                            await self._keeper.save(layer)
+                        bits = self.tracker.selected(selection)
+                        await self.tracker.begin(switch)
+                        if bits is not None:
+                            layer.restrict(bits, selection.bitmap)
+                        layer.name, layer.policy = name, policy
+                        layer.created_ns = time.time_ns()
+                        layer.blocks = self._image.blocks()
+                        self._stack.append(layer)
+                    await self._keeper.save()
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._keeper.discard_new(layer)
@@ -354,10 +395,14 @@ class Engine:
         if any(layer.name == name for layer in self._stack):
             raise SnapshotExists(f"there is a snapshot {name!r} already")
 
+    def _take_id(self) -> int:
+        """An id that no layer and no bitmap has had."""
+        self._next_id += 1
+        return self._next_id - 1
+
     async def _make_layer(self) -> Layer:
         geometry = self._geometry
-        layer_id = self._next_id
-        self._next_id += 1
+        layer_id = self._take_id()
         parts = await self._store.create(layer_id, geometry)
         parts.access.set(0, geometry.clusters)
         return Layer(
@@ -461,6 +506,13 @@ class Engine:
         """
         size = self.size if layer is None else layer.geometry.size
         return self._reader.map(layer, offset, min(size, offset + length))
+
+    async def map_page(
+        self, layer: Layer | None, offset: int, limit: int
+    ) -> tuple[list[Extent], int | None]:
+        """Up to `limit` extents as `map` has them, and where the next one begins, or None."""
+        size = self.size if layer is None else layer.geometry.size
+        return await self._reader.page(layer, offset, size, limit)
 
 
 def _steps(offset: int, end: int) -> Iterator[tuple[int, int]]:

@@ -233,6 +233,7 @@ class Daemon:
                     store,
                     nursery,
                     layers=store.layers,
+                    bitmaps=store.dirty,
                     next_id=store.next_id,
                     settings=self._settings(store),
                     read_only=options.read_only,
@@ -242,8 +243,9 @@ class Daemon:
             in_order = True
         finally:
             layers = store.layers if engine is None else engine.layers
+            bitmaps = store.dirty if engine is None else list(engine.tracker.bitmaps)
             with trio.CancelScope(shield=True):
-                await store.close(layers, clean=in_order, unused=not self._served)
+                await store.close(layers, bitmaps, clean=in_order, unused=not self._served)
 
     def _settings(self, store: Store) -> Settings:
         options = self._config.options

@@ -54,12 +54,20 @@ class SnapshotNotFound(NotFound):
     """No snapshot has that name."""
 
 
+class BitmapNotFound(NotFound):
+    """No dirty bitmap has that name."""
+
+
 class NotMounted(NotFound):
     """No snapfs mount, or no live daemon, at that place."""
 
 
 class SnapshotExists(SnapfsError):
     """A snapshot of that name is there already."""
+
+
+class BitmapExists(SnapfsError):
+    """A dirty bitmap of that name is there already."""
 
 
 class AccessDenied(SnapfsError):

@@ -3,6 +3,8 @@
     /active              inode 2, the live image
     /snapshots/          inode 3
     /snapshots/NAME      inode 4096 + the layer's id, stable over remounts
+    /bitmaps/            inode 5 (bitmapfs.py)
+    /bitmaps/NAME        inode 2**40 + the bitmap's id, which clearing changes
 
 The only importer of pyfuse3, which must come after `requestfilter.load`.  An
 exception that is not a FUSEError would end the mount, so `handler` stands
@@ -26,13 +28,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
-from attrs import define, frozen
+from attrs import frozen
 
-from . import errors, requestfilter
+from . import bitmapfs, errors, requestfilter
 from .cbw import Engine
+from .filterfs import FilterRequests, Handle
 from .image import Buffer
-from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
-from .pagecache import PAGE, PageCache
+from .pagecache import PageCache
 from .snapshot import Layer
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 ROOT = pyfuse3.ROOT_INODE
 ACTIVE = 2
 SNAPSHOTS = 3
+BITMAPS = bitmapfs.DIRECTORY
 FIRST_SNAPSHOT = 4096
 
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
@@ -90,16 +93,6 @@ class Ownership:
     umask: int = 0
 
 
-@define(eq=False)
-class Handle:
-    """An open file.  `layer` None: `active`."""
-
-    inode: int
-    layer: Layer | None
-    own: bool  # opened by the daemon itself
-    creator: int | None = None  # the thread whose open(O_CREAT) made the snapshot
-
-
 class SnapshotFS(pyfuse3.Operations):
     """The tree of one mount, over an engine.
 
@@ -127,18 +120,20 @@ class SnapshotFS(pyfuse3.Operations):
         self._engine = engine
         self._image_fd = image_fd
         self._page_cache = page_cache
-        self._nursery = nursery
         self._state_dir = state_dir
         self._ownership = ownership or Ownership()
+        self._bitmaps = bitmapfs.BitmapTree(engine)
         self._handles: dict[int, Handle] = {}  # task-atomic
         self._numbers = itertools.count(1)
         engine.barrier = functools.partial(page_cache.write_back, ACTIVE, "active")
-        requestfilter.set_handlers(fallocate=self._on_fallocate, lseek=self._on_lseek)
+        self._filtered = FilterRequests(engine, page_cache, nursery, self._handles, self.errno_of)
 
     # Errors
 
     def errno_of(self, error: Exception, what: str) -> int:
         """The errno that tells a caller of an exception; unexpected ones are logged."""
+        if isinstance(error, pyfuse3.FUSEError):
+            return int(error.errno)
         if isinstance(error, errors.SnapfsError):
             return next(number for kind, number in ERRNOS if isinstance(error, kind))
         if isinstance(error, OSError) and error.errno:
@@ -185,15 +180,18 @@ class SnapshotFS(pyfuse3.Operations):
         entry.st_atime_ns = status.st_atime_ns
         entry.st_mtime_ns = status.st_mtime_ns
         entry.st_ctime_ns = status.st_ctime_ns
-        if inode in (ROOT, SNAPSHOTS):
+        if inode in (ROOT, SNAPSHOTS, BITMAPS):
             # Who may read the image may look around; only its owner changes anything.
             mode = stat.S_IFDIR | 0o700 | (mode & 0o044) | (mode & 0o044) >> 2
-            entry.st_nlink = 3 if inode == ROOT else 2
+            entry.st_nlink = 4 if inode == ROOT else 2
         elif inode == ACTIVE:
             mode |= stat.S_IFREG
             entry.st_size = self._engine.size
             entry.st_blocks = status.st_blocks
             entry.entry_timeout = 300
+        elif bitmapfs.is_bitmap(inode):
+            self._bitmaps.find(inode)
+            mode = self._bitmaps.mode(mode)  # the size is 0, as in /proc: nobody knows it yet
         else:
             layer = self._layer(inode)
             mode = stat.S_IFREG | (mode & 0o644)
@@ -219,6 +217,8 @@ class SnapshotFS(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if inode == ACTIVE:
             await self._change_active(attr, fields)
+        elif bitmapfs.is_bitmap(inode):
+            raise errors.NotPermitted("bitmaps are changed by snapfs bitmap only")
         elif inode < FIRST_SNAPSHOT:
             raise errors.NotPermitted("the directories of the mount are fixed")
         elif fields.update_size:
@@ -287,6 +287,10 @@ class SnapshotFS(pyfuse3.Operations):
             return self._attributes(ACTIVE)
         if parent_inode == ROOT and name == b"snapshots":
             return self._attributes(SNAPSHOTS)
+        if parent_inode == ROOT and name == b"bitmaps":
+            return self._attributes(BITMAPS)
+        if parent_inode == BITMAPS:
+            return self._attributes(self._bitmaps.lookup(_text(name)))
         if parent_inode == SNAPSHOTS:
             return self._attributes(FIRST_SNAPSHOT + self._engine.find(_text(name)).id)
         raise pyfuse3.FUSEError(errno.ENOENT)
@@ -297,17 +301,19 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        if inode not in (ROOT, SNAPSHOTS):
+        if inode not in (ROOT, SNAPSHOTS, BITMAPS):
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         return inode
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        entries = [(ACTIVE, "active"), (SNAPSHOTS, "snapshots")]
+        entries = [(ACTIVE, "active"), (SNAPSHOTS, "snapshots"), (BITMAPS, "bitmaps")]
         if fh == SNAPSHOTS:
             entries = [
                 (FIRST_SNAPSHOT + layer.id, layer.name or "") for layer in self._engine.snapshots
             ]
+        elif fh == BITMAPS:
+            entries = self._bitmaps.entries()
         for inode, name in entries:
             if inode > start_id and not pyfuse3.readdir_reply(
                 token, name.encode(), self._attributes(inode), inode
@@ -320,9 +326,12 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if parent_inode != SNAPSHOTS:
-            raise errors.NotPermitted("only snapshots can be removed")
+        if parent_inode not in (SNAPSHOTS, BITMAPS):
+            raise errors.NotPermitted("only snapshots and bitmaps can be removed")
         self._check_owner(ctx)
+        if parent_inode == BITMAPS:
+            await self._bitmaps.remove(_text(name))
+            return
         await self._engine.delete_snapshot(_text(name))
 
     @handler
@@ -356,6 +365,11 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if bitmapfs.is_bitmap(inode):
+            content = await self._bitmaps.open(inode, flags)
+            number = self._new_handle(inode, None, ctx.pid)
+            self._handles[number].content = content
+            return pyfuse3.FileInfo(fh=number, direct_io=True)
         layer = None if inode == ACTIVE else self._layer(inode)
         if layer is not None:
             if flags & os.O_TRUNC:
@@ -399,7 +413,7 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._handles[fh]
-        if handle.layer is None and not handle.own:
+        if handle.inode == ACTIVE and not handle.own:
             await self._engine.flush()
 
     @handler
@@ -408,6 +422,8 @@ class SnapshotFS(pyfuse3.Operations):
         # a short read of pages for the end of the file, and cp would stop there.
         partial = requestfilter.direct_read()
         handle = self._handles[fh]
+        if handle.content is not None:
+            return handle.content[off : off + size]
         if handle.layer is None:
             return await self._engine.read(off, size)
         if self._page_cache.is_quarantined(handle.inode, off, size):
@@ -416,108 +432,16 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        if self._handles[fh].layer is not None:
-            raise errors.ReadOnly("snapshots are read-only")
+        if self._handles[fh].inode != ACTIVE:
+            raise errors.ReadOnly("only active can be written")
         return await self._engine.write(off, buf)
-
-    # Requests that the filter hands over
-
-    def _on_fallocate(
-        self, request: int, inode: int, fh: int, mode: int, offset: int, length: int
-    ) -> None:
-        self._nursery.start_soon(self._fallocate, request, fh, mode, offset, length)
-
-    async def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
-        reply = _Reply(request)
-        try:
-            handle = self._handles[fh]
-            if handle.layer is None:
-                await self._fallocate_active(mode, offset, length)
-            else:
-                await self._discard(handle, handle.layer, mode, offset, length, reply)
-            reply.error(0)
-        except Exception as error:
-            number = error.errno if isinstance(error, pyfuse3.FUSEError) else None
-            reply.error(number or self.errno_of(error, "fallocate"))
-        finally:
-            reply.error(errno.EINTR)  # cancelled
-
-    async def _fallocate_active(self, mode: int, offset: int, length: int) -> None:
-        keep_size = bool(mode & FALLOC_FL_KEEP_SIZE)
-        match mode & ~FALLOC_FL_KEEP_SIZE:
-            case 0:
-                await self._engine.allocate(offset, length, keep_size)
-            case int(kind) if kind == FALLOC_FL_ZERO_RANGE:
-                await self._engine.zero(offset, length, keep_size)
-            case int(kind) if kind == FALLOC_FL_PUNCH_HOLE and keep_size:
-                await self._engine.punch(offset, length)
-            case _:
-                raise errors.NotSupported(f"fallocate mode {mode:#x} is not supported")
-
-    async def _discard(
-        self,
-        handle: Handle,
-        layer: Layer,
-        mode: int,
-        offset: int,
-        length: int,
-        reply: _Reply,
-    ) -> None:
-        if mode != FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE:
-            raise errors.NotSupported(f"fallocate mode {mode:#x} of a snapshot is not supported")
-        name = None if layer.name is None else f"snapshots/{layer.name}"
-        async with self._page_cache.punched(
-            handle.inode, name, offset, offset + length, layer.geometry.size
-        ):
-            try:
-                await self._withdraw(handle.inode, layer, offset, length)
-                reply.error(0)  # then the kernel drops the pages of the range itself
-            except Exception as error:
-                reply.error(self.errno_of(error, "discard"))
-            finally:
-                reply.error(errno.EINTR)  # cancelled; the block must not end without a reply
-
-    async def _withdraw(self, inode: int, layer: Layer, offset: int, length: int) -> None:
-        """Discard.  When the request succeeds the kernel drops the pages of its range.
-
-        It keeps a page that the range covers only in part, as at an end that is
-        no multiple of the page size, and all of them when the request fails.
-        """
-        clusters = layer.geometry.covered(offset, length)
-        if not clusters:
-            return
-        start, count = layer.geometry.span(clusters.start, clusters.stop)
-        try:
-            await self._engine.discard(layer, offset, length)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._page_cache.drop(inode, start, max(count, 1))
-            raise
-        if count and (start + count) % PAGE:
-            await self._page_cache.drop(inode, start + count - 1, 1)
-
-    def _on_lseek(self, request: int, inode: int, fh: int, offset: int, whence: int) -> None:
-        self._nursery.start_soon(self._lseek, request, fh, offset, whence)
-
-    async def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
-        reply = _Reply(request)
-        try:
-            layer = self._handles[fh].layer
-            if layer is None:
-                reply.offset(await self._engine.seek(offset, whence))
-            else:
-                reply.offset(await self._engine.seek_snapshot(layer, offset, whence))
-        except Exception as error:
-            reply.error(self.errno_of(error, "lseek"))
-        finally:
-            reply.error(errno.EINTR)  # cancelled
 
     # Extended attributes
 
     def _xattrs(self, inode: int) -> dict[bytes, bytes]:
         if inode == ROOT:
             return {b"user.snapfs.state": os.fsencode(self._state_dir)}
-        if inode < FIRST_SNAPSHOT:
+        if inode < FIRST_SNAPSHOT or bitmapfs.is_bitmap(inode):
             return {}
         layer = self._layer(inode)
         state = layer.state if layer.reason is None else f"{layer.state}: {layer.reason}"
@@ -547,27 +471,6 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         raise errors.NotSupported("extended attributes cannot be removed")
-
-
-@define
-class _Reply:
-    """The answer to a request of the filter: the first one counts."""
-
-    request: int
-    sent: bool = False
-
-    def error(self, number: int) -> None:
-        """Answer with an errno, 0 for success, unless there was an answer."""
-        if not self.sent:
-            self.sent = True
-            if requestfilter.attached():  # else the session has ended: nobody waits
-                requestfilter.reply_error(self.request, number)
-
-    def offset(self, offset: int) -> None:
-        """Answer an lseek."""
-        self.sent = True
-        if requestfilter.attached():
-            requestfilter.reply_offset(self.request, offset)
 
 
 def _text(name: bytes) -> str:

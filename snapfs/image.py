@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import trio
@@ -64,6 +64,15 @@ class Image(Protocol):
 
         At most `limit` (>= 1) pairs; the second value is the offset up to
         which they are complete, the end of the range or that of the last pair.
+        """
+
+    async def data_inside(
+        self, ranges: Sequence[tuple[int, int]], limit: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        """`data_extents` of several ascending (start, stop) ranges at once.
+
+        No pair spans two ranges.  The second value is the offset up to which
+        the pairs are complete, the end of the last range or that of the last pair.
         """
 
     async def copy_to(
@@ -132,15 +141,29 @@ def _seek_data(fd: int, offset: int) -> int | None:
         raise
 
 
-def _data_extents(fd: int, offset: int, end: int, limit: int) -> tuple[list[tuple[int, int]], int]:
+def _data_inside(
+    fd: int, ranges: Sequence[tuple[int, int]], limit: int
+) -> tuple[list[tuple[int, int]], int]:
     extents: list[tuple[int, int]] = []
-    while offset < end and len(extents) < limit:
-        start = _seek_data(fd, offset)
-        if start is None or start >= end:
-            return extents, end
-        offset = min(end, os.lseek(fd, start, os.SEEK_HOLE))
-        extents.append((start, offset))
-    return extents, offset
+    data, hole = -1, -1  # the piece of data found last: [data, hole)
+    position = 0
+    for offset, end in ranges:
+        position = offset
+        while position < end:
+            if len(extents) == limit:
+                return extents, position
+            if position >= hole:
+                found = _seek_data(fd, position)
+                if found is None:
+                    data = hole = sys.maxsize
+                else:
+                    data, hole = found, os.lseek(fd, found, os.SEEK_HOLE)
+            if data >= end:
+                position = end
+            else:
+                start, position = max(position, data), min(end, hole)
+                extents.append((start, position))
+    return extents, position
 
 
 class FileImage:
@@ -199,7 +222,7 @@ class FileImage:
 
     def punch_data(self, offset: int, length: int) -> None:
         """Punch out what data there is in the range.  Blocks."""
-        for start, stop in _data_extents(self.fd, offset, offset + length, sys.maxsize)[0]:
+        for start, stop in _data_inside(self.fd, [(offset, offset + length)], sys.maxsize)[0]:
             _punch(self.fd, start, stop - start)
 
     async def zero(self, offset: int, length: int) -> None:
@@ -218,7 +241,12 @@ class FileImage:
     async def data_extents(
         self, offset: int, length: int, limit: int
     ) -> tuple[list[tuple[int, int]], int]:
-        return await self._offload(_data_extents, self.fd, offset, offset + length, limit)
+        return await self.data_inside([(offset, offset + length)], limit)
+
+    async def data_inside(
+        self, ranges: Sequence[tuple[int, int]], limit: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        return await self._offload(_data_inside, self.fd, ranges, limit)
 
     async def copy_to(
         self, target: Image, offset: int, length: int, cluster_size: int, budget: int

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from .copier import Copier
+from .dirty import DirtyBitmaps
 from .geometry import Geometry
 from .layers import Dropped, LayerStack
 from .snapshot import Layer, LayerStore
@@ -33,12 +34,14 @@ class LayerKeeper:
     def __init__(
         self,
         stack: LayerStack,
+        bitmaps: DirtyBitmaps,
         store: LayerStore,
         geometry: Callable[[], Geometry],
         start: Callable[..., None],
         patience: float,
     ) -> None:
         self._stack = stack
+        self._bitmaps = bitmaps
         self._store = store
         self._geometry = geometry
         self._start = start
@@ -52,10 +55,10 @@ class LayerKeeper:
     # The list
 
     async def save(self, *coming: Layer) -> None:
-        """Record the list of layers; the files of those that have left it can go then."""
+        """Record the layers and bitmaps; the files of layers that have left can go then."""
         leaving = list(self.leaving)
         records = [layer.record() for layer in (*self._stack, *coming)]
-        await self._store.save(records, self._geometry())
+        await self._store.save(records, self._geometry(), self._bitmaps.records())
         for layer in leaving:
             self.leaving.remove(layer)
             self.copier.unpin(layer)

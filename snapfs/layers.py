@@ -128,6 +128,15 @@ class LayerStack:
         below = self._layers[self._layers.index(layer) :]
         return self._search(below, 0, first, stop)
 
+    def copied(self, layer: Layer, first: int, stop: int) -> bitarray:
+        """Clusters of [first, stop) that a snapshot finds in some temp image, access aside."""
+        result = zeros(stop - first, endian="little")
+        for each in self._layers[self._layers.index(layer) :]:
+            end = min(stop, len(each.done))
+            if first < end:
+                result[: end - first] |= each.done.slice(first, end)
+        return result
+
     def _search(
         self, layers: list[Layer], depth: int, first: int, stop: int
     ) -> Iterator[tuple[int, int, Source]]:

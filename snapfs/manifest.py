@@ -15,11 +15,12 @@ from attrs import evolve, field, frozen
 from attrs.validators import ge
 from cattrs.gen import make_dict_structure_fn
 
+from .dirty import BitmapRecord
 from .errors import InvalidName, StateError
 from .geometry import Geometry
 from .snapshot import LayerRecord, check_name
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 16 << 20  # a manifest of this size has some 50,000 snapshots
 
 
@@ -69,7 +70,10 @@ class ImageStamp:
 
 @frozen
 class Manifest:
-    """`layers` oldest first.  `clean`: closed in order, and everything flushed."""
+    """`layers` oldest first.  `clean`: closed in order, and everything flushed.
+
+    Layers and bitmaps share one sequence of ids.
+    """
 
     version: int
     cluster_size: int
@@ -78,6 +82,7 @@ class Manifest:
     clean: bool
     next_id: int = field(validator=ge(1))
     layers: tuple[LayerRecord, ...] = ()
+    bitmaps: tuple[BitmapRecord, ...] = ()
 
     def dumps(self) -> bytes:
         """The manifest as it is stored."""
@@ -116,9 +121,24 @@ class Manifest:
             if min(layer.size, layer.lost, layer.granted, layer.blocks) < 0:
                 raise ValueError(f"snapshot {layer.id} has a negative number")
 
-    def with_layers(self, layers: tuple[LayerRecord, ...], next_id: int) -> Manifest:
-        """The same state directory with other layers."""
-        return evolve(self, layers=layers, next_id=next_id)
+        self._check_bitmaps(set(ids))
+
+    def _check_bitmaps(self, taken: set[int]) -> None:
+        for bitmap in self.bitmaps:
+            check_name(bitmap.name)
+            if bitmap.id in taken or not 0 < bitmap.id < self.next_id:
+                raise ValueError(f"bitmap {bitmap.name!r} has the id {bitmap.id}")
+            taken.add(bitmap.id)
+        if len({bitmap.name for bitmap in self.bitmaps}) != len(self.bitmaps):
+            raise ValueError("two bitmaps have one name")
+
+    def with_lists(
+        self, layers: tuple[LayerRecord, ...], bitmaps: tuple[BitmapRecord, ...]
+    ) -> Manifest:
+        """The same state directory with other layers and bitmaps."""
+        newest = max([*(layer.id for layer in layers), *(each.id for each in bitmaps)], default=0)
+        next_id = max(self.next_id, newest + 1)
+        return evolve(self, layers=layers, bitmaps=bitmaps, next_id=next_id)
 
 
 def _reasons(error: Exception) -> list[str]:
@@ -137,5 +157,5 @@ def _strict(value: Any, kind: type) -> Any:
 _converter = cattrs.Converter(forbid_extra_keys=True)
 for _kind in (int, str, bool):
     _converter.register_structure_hook(_kind, _strict)
-for _class in (ImageStamp, LayerRecord, Manifest):
+for _class in (ImageStamp, LayerRecord, BitmapRecord, Manifest):
     _converter.register_structure_hook(_class, make_dict_structure_fn(_class, _converter))

@@ -8,6 +8,8 @@ from typing import Any
 from attrs import asdict
 
 from .cbw import Engine
+from .dirty import DirtyBitmap
+from .geometry import Geometry
 from .snapshot import Layer
 from .views import Extent
 
@@ -41,6 +43,21 @@ def describe_snapshot(layer: Layer) -> dict[str, Any]:
     }
 
 
+def describe_bitmap(bitmap: DirtyBitmap, geometry: Geometry) -> dict[str, Any]:
+    """One dirty bitmap, in the keys of QMP; `granularity` and `count` are bytes."""
+    consistent = bitmap.parts is not None
+    return {
+        "name": bitmap.name,
+        "granularity": geometry.cluster_size,
+        "count": bitmap.count(geometry.clusters) * geometry.cluster_size,
+        "recording": consistent,
+        "busy": bitmap.busy,
+        "persistent": True,
+        "inconsistent": not consistent,
+        "reason": bitmap.reason,
+    }
+
+
 def describe_extent(extent: Extent) -> dict[str, Any]:
     """One extent, in the keys of `qemu-img map` and ours."""
     return {
@@ -52,7 +69,7 @@ def describe_extent(extent: Extent) -> dict[str, Any]:
         "data": extent.data,
         "offset": extent.start,
         "accessible": extent.accessible,
-        "dirty": False,
+        "dirty": extent.dirty,
         "source": extent.source,
     }
 
@@ -63,7 +80,7 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
     return {
         "image": {"size": engine.size, "cluster_size": engine.geometry.cluster_size},
         "snapshots": [describe_snapshot(layer) for layer in engine.snapshots],
-        "bitmaps": [],
+        "bitmaps": [describe_bitmap(each, engine.geometry) for each in engine.tracker.bitmaps],
         "temp": {
             "used_bytes": space.used,
             "limit_bytes": space.limit,

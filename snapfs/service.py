@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
 from typing import Any
 
 from . import errors
+from .bitmapservice import BitmapCommands, flag, optional
 from .cbw import Engine
 from .control import number, text
 from .report import describe_engine, describe_extent, describe_snapshot
+from .views import marked
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +28,20 @@ class Commands:
         self._engine = engine
         self._image = image
         self._mountpoint = mountpoint
+        self._bitmaps = BitmapCommands(engine)
         self._trouble = trouble  # why the FUSE face is not healthy, if it is not
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
         """The commands by name."""
         names = ("create", "delete", "rename", "list", "show", "status", "map", "runs", "limit")
-        return {name: getattr(self, name) for name in names}
+        return {**self._bitmaps.table(), **{name: getattr(self, name) for name in names}}
 
     async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Create a snapshot."""
-        layer = await self._engine.create_snapshot(text(request, "name"))
+        name = text(request, "name")
+        selection = self._bitmaps.selection(request)
+        layer = await self._engine.create_snapshot(name, selection=selection)
+        self._bitmaps.unstage(request)
         return describe_snapshot(layer)
 
     async def delete(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,22 +83,25 @@ class Commands:
         return status
 
     async def map(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Some extents of a file from `offset` on, and where the next page begins, or null."""
+        """Some extents of a file from `offset` on, and where the next page begins, or null.
+
+        `dirty` tells of the bitmap named by `bitmap`, else of any.  With `rows`
+        an extent is [start, length, data, accessible, source, dirty].
+        """
         offset = number(request, "offset", 0)
+        rows = flag(request, "rows")
         layer = self._find(text(request, "file"))
-        found: list[dict[str, Any]] = []
+        dirty = self._bitmaps.dirty(optional(request, "bitmap"))
         if layer is not None:
             self._engine.open_snapshot(layer)
         try:
-            async with aclosing(self._engine.map(layer, offset)) as extents:
-                async for extent in extents:
-                    if len(found) == MAP_PAGE:
-                        return {"extents": found, "next": extent.start}
-                    found.append(describe_extent(extent))
+            found, following = await self._engine.map_page(layer, offset, MAP_PAGE)
         finally:
             if layer is not None:
                 await self._engine.close_snapshot(layer)
-        return {"extents": found, "next": None}
+        cut = marked(found, dirty, self._engine.geometry)
+        extents = list(cut) if rows else [describe_extent(each) for each in cut]
+        return {"extents": extents, "next": following}
 
     async def runs(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Some runs of accessible clusters inside a range, and where to go on, or null.

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from attrs import define, field, frozen
+from bitarray import bitarray
 
 from .bitmap import Bitmap
+from .dirty import BitmapRecord, BitmapStore
 from .errors import InvalidName
 from .geometry import Geometry
 from .image import Image
@@ -27,13 +29,13 @@ MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 
 
 def check_name(name: str) -> str:
-    """Return `name` if it can be a snapshot's file name, else raise InvalidName."""
+    """Return `name` if it can be a snapshot's or bitmap's file name, else raise InvalidName."""
     if name in ("", ".", ".."):
-        raise InvalidName(f"{name!r} cannot be the name of a snapshot")
+        raise InvalidName(f"{name!r} cannot be the name of a snapshot or bitmap")
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
-        raise InvalidName("the name of a snapshot must be valid UTF-8") from None
+        raise InvalidName("the name must be valid UTF-8") from None
     if size > MAX_NAME_BYTES:
         raise InvalidName(f"the name has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
     if "/" in name or any(unicodedata.category(letter) == "Cc" for letter in name):
@@ -158,6 +160,13 @@ class Layer:
         self.access.clear(first, stop)
         self._accessible = None
 
+    def restrict(self, bits: bitarray, bitmap: str | None) -> None:
+        """Give access to these clusters only, before anybody has any; `bitmap` named them."""
+        self.access.assign(0, bits)
+        self._accessible = None
+        self.granted = self.accessible
+        self.bitmap = bitmap
+
     def is_empty(self) -> bool:
         """Does the temp image hold nothing that a snapshot finds there?"""
         return not self.done.any(0, len(self.done))
@@ -188,14 +197,23 @@ class Layer:
 class LayerStore(Protocol):
     """Where layers are kept: the state directory, or memory in tests."""
 
+    @property
+    def bitmaps(self) -> BitmapStore:
+        """Where dirty bitmaps are kept."""
+
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
         """Make the files of a layer: all bits clear, an empty temp image of that size.
 
         On failure (OSError) nothing is left behind.
         """
 
-    async def save(self, records: Sequence[LayerRecord], geometry: Geometry) -> None:
-        """Replace the list of layers (oldest first), atomically and durably.
+    async def save(
+        self,
+        records: Sequence[LayerRecord],
+        geometry: Geometry,
+        bitmaps: Sequence[BitmapRecord] = (),
+    ) -> None:
+        """Replace the lists of layers (oldest first) and bitmaps, atomically and durably.
 
         `geometry` is that of the image now.  After a crash either the old or
         the new list is found.

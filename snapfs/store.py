@@ -9,6 +9,7 @@
         snapshots/ID/access     mapped bitmap
         snapshots/ID/done       mapped bitmap
         snapshots/ID/temp       temp image
+        bitmaps/ID              mapped dirty bitmap (dirtyfiles.py)
 
 What happens when the daemon dies (the page cache survives it, so every write
 that returned is there), and what the next mount does:
@@ -25,10 +26,16 @@ that returned is there), and what the next mount does:
     delete, after save  a nameless layer                 drops what nobody needs
     delete, at the end  files of an id not in the list   removes them
     replacing manifest  manifest.json.new                overwrites it later
+    bitmap, before save the bitmaps as they were, and    keeps them: with all bits;
+                        files of ids not in the list     removes those
+    bitmap, after save  the new bitmaps, and the files   keeps them, removes those
+                        of those that they replaced
+    write, bits set     dirty bits, image not written    keeps them: some too many
     close, before save  clean=false, same boot           as after a death
 
 After an unclean reboot (another boot id) nothing mapped is trusted: snapshots
-are lost.  So are those that need the image when somebody else wrote it.
+are lost.  So are those that need the image when somebody else wrote it.  Dirty
+bitmaps are inconsistent in both cases.
 """
 
 from __future__ import annotations
@@ -44,6 +51,8 @@ from attrs import evolve
 
 from . import statefiles
 from .activity import Activity
+from .dirty import BitmapRecord, DirtyBitmap
+from .dirtyfiles import DirtyFiles
 from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage
@@ -104,6 +113,8 @@ class Store:
         self.directory = directory
         self.image = image
         self.layers: list[Layer] = []
+        self.dirty: list[DirtyBitmap] = []  # recovered, for the engine to take over
+        self.bitmaps: DirtyFiles
         self.notices: list[str] = []
         self._fd = directory_fd
         self._snapshots_fd = -1
@@ -113,6 +124,7 @@ class Store:
         self._activity: Activity
         self._read_only = False
         self._made = False
+        self._opened_bitmaps = False
 
     @classmethod
     async def open(
@@ -182,6 +194,8 @@ class Store:
         except FileExistsError:
             pass
         self._snapshots_fd = statefiles.open_directory("snapshots", parent=self._fd)
+        self.bitmaps = DirtyFiles.open(self._fd, self._limiter)
+        self._opened_bitmaps = True
         statefiles.remove(self._fd, CONTROL_SOCKET)
         stamp = ImageStamp.of(path, image_fd)
         known = self._read_manifest()
@@ -190,9 +204,9 @@ class Store:
             size = DEFAULT_CLUSTER_SIZE if cluster_size is None else cluster_size
             known = Manifest(VERSION, size, stamp, boot_id(), True, 1)
         elif cluster_size not in (None, known.cluster_size):
-            if known.layers:
+            if known.layers or known.bitmaps:
                 raise UsageError(
-                    f"the snapshots in {self.directory} have a cluster size of "
+                    f"the snapshots and bitmaps in {self.directory} have a cluster size of "
                     f"{known.cluster_size}; delete them to change it to {cluster_size}"
                 )
             known = evolve(known, cluster_size=cluster_size)
@@ -227,7 +241,9 @@ class Store:
         for record in known.layers:
             self.layers.append(self._load(record, known.cluster_size))
         stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
-        self._mark_lost(known, stamp, stack)
+        reason, rebooted = self._distrust(known, stamp)
+        if reason is not None:
+            self._mark_lost(stack, reason, rebooted)
         for layer in self.layers:
             if not layer.live:
                 layer.withdraw(0, layer.geometry.clusters)
@@ -239,6 +255,9 @@ class Store:
                 self._remove_layer(layer.id)
             else:
                 self._punch_undone(layer)
+        clusters = Geometry(stamp.size, known.cluster_size).clusters
+        self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, reason)
+        self.notices += notices
 
     def _load(self, record: LayerRecord, cluster_size: int) -> Layer:
         geometry = Geometry(record.size, cluster_size)
@@ -268,20 +287,19 @@ class Store:
             raise InUse("a temp image in the state directory is in use by another process")
         return FileImage(fd, limiter=self._limiter)
 
-    def _mark_lost(self, known: Manifest, stamp: ImageStamp, stack: LayerStack) -> None:
-        if not known.layers:
-            return
-        rebooted = not known.clean and known.boot_id != boot_id()
-        if rebooted:
-            reason: str | None = "the machine went down without unmounting"
-        elif known.clean:
+    def _distrust(self, known: Manifest, stamp: ImageStamp) -> tuple[str | None, bool]:
+        """Why what is mapped does not tell of the image as it is, if so; and after a reboot?"""
+        if not known.layers and not known.bitmaps:
+            return None, False
+        if not known.clean and known.boot_id != boot_id():
+            return "the machine went down without unmounting", True
+        if known.clean:
             change = stamp.change_since(known.image)
-            reason = change and f"the image was changed while it was not mounted: {change}"
         else:
             change = self._activity.change_since(known.image, stamp)
-            reason = change and f"the image was changed while it was not mounted: {change}"
-        if reason is None:
-            return
+        return change and f"the image was changed while it was not mounted: {change}", False
+
+    def _mark_lost(self, stack: LayerStack, reason: str, rebooted: bool) -> None:
         need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
         for layer in self.layers:
             if layer.live and (rebooted or layer.id in need_image):
@@ -312,7 +330,7 @@ class Store:
 
     @property
     def next_id(self) -> int:
-        """The first id that no layer has had."""
+        """The first id that no layer or bitmap has had."""
         return self._manifest.next_id
 
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
@@ -337,12 +355,13 @@ class Store:
             self._remove_layer(layer_id)
             raise
 
-    async def save(self, records: Sequence[LayerRecord], geometry: Geometry) -> None:
-        newest = max((record.id for record in records), default=0)
-        manifest = self._manifest.with_layers(
-            tuple(records), max(self._manifest.next_id, newest + 1)
-        )
-        self._manifest = manifest
+    async def save(
+        self,
+        records: Sequence[LayerRecord],
+        geometry: Geometry,
+        bitmaps: Sequence[BitmapRecord] = (),
+    ) -> None:
+        self._manifest = self._manifest.with_lists(tuple(records), tuple(bitmaps))
         await trio.to_thread.run_sync(self._write_manifest, limiter=self._limiter)
 
     def _write_manifest(self) -> None:
@@ -377,23 +396,30 @@ class Store:
     # The end
 
     async def close(
-        self, layers: Sequence[Layer], *, clean: bool = True, unused: bool = False
+        self,
+        layers: Sequence[Layer],
+        bitmaps: Sequence[DirtyBitmap],
+        *,
+        clean: bool = True,
+        unused: bool = False,
     ) -> None:
         """Make everything durable, mark it clean, and let go of it.
 
-        `layers`: those of the engine, which must be idle.  `clean` False: it
+        `layers`, `bitmaps`: those of the engine, which must be idle.  `clean` False: it
         ended by a bug, so the next mount looks as after a crash.  `unused`: the
         mount failed, so a directory that was made for it is removed.  Raises
         OSError if something could not be made durable; then it is not marked
         clean, but let go of all the same.
         """
-        await trio.to_thread.run_sync(self._close, list(layers), clean, limiter=self._limiter)
+        await trio.to_thread.run_sync(
+            self._close, list(layers), list(bitmaps), clean, limiter=self._limiter
+        )
         if unused and self._made:
             await trio.to_thread.run_sync(
                 statefiles.remove_tree, self.directory, limiter=self._limiter
             )
 
-    def _close(self, layers: list[Layer], clean: bool) -> None:
+    def _close(self, layers: list[Layer], bitmaps: list[DirtyBitmap], clean: bool) -> None:
         try:
             if not self._read_only:
                 os.fdatasync(self.image.fd)
@@ -404,12 +430,14 @@ class Store:
                         statefiles.sync_file(fd, name)
                 finally:
                     os.close(fd)
+            self.bitmaps.sync(bitmaps)
             if clean:
                 self._manifest = evolve(
                     self._manifest,
                     image=ImageStamp.of(self._manifest.image.path, self.image.fd),
                     clean=True,
                     layers=tuple(layer.record() for layer in layers),
+                    bitmaps=tuple(BitmapRecord(each.id, each.name) for each in bitmaps),
                 )
                 self._write_manifest()
         finally:
@@ -419,6 +447,8 @@ class Store:
             self.image.close()
 
     def _release(self) -> None:
+        if self._opened_bitmaps:
+            self.bitmaps.close()
         for fd in (self._snapshots_fd, self._lock_fd, self._fd):
             if fd >= 0:
                 os.close(fd)

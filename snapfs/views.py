@@ -7,15 +7,20 @@ so that a copying program fails there instead of storing zeros.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal, NamedTuple
 
-from attrs import evolve, frozen
+from attrs import frozen
+from bitarray import bitarray
 
+from . import bitmap
 from .errors import AccessDenied, SnapshotLost
+from .geometry import Geometry
 from .image import Buffer, Image
 from .layers import LayerStack, Source
 from .reqlist import Request, RequestList, entered
@@ -25,18 +30,22 @@ log = logging.getLogger(__name__)
 
 SourceName = Literal["active", "temp", "none"]
 
-BATCH = 4096  # extents that one look into a file returns at most
+BATCH = 4096  # extents that are looked up at a time
+LEAST = 64  # and at least, where some are known already
 
 
-@frozen
-class Extent:
-    """Bytes [start, start+length) of one kind.  `data`: False for a hole that reads as zeros."""
+class Extent(NamedTuple):
+    """Bytes [start, start+length) of one kind.  `data`: False for a hole that reads as zeros.
+
+    `dirty`: in a dirty bitmap that was asked for.
+    """
 
     start: int
     length: int
     data: bool
     accessible: bool
     source: SourceName
+    dirty: bool = False
 
     @property
     def stop(self) -> int:
@@ -44,16 +53,52 @@ class Extent:
         return self.start + self.length
 
 
-def _split(start: int, end: int, data: list[tuple[int, int]], source: SourceName) -> list[Extent]:
+@frozen
+class _Piece:
+    """Bytes [start, stop) of a snapshot that one file holds; `closed`: not accessible."""
+
+    start: int
+    stop: int
+    holder: Source
+    closed: bool = False
+
+
+def _split(
+    start: int, end: int, data: Iterable[tuple[int, int]], source: SourceName
+) -> Iterator[Extent]:
     """Extents that cover [start, end): `data` pairs and the holes between them."""
-    extents: list[Extent] = []
-    for first, stop in [*data, (end, end)]:
+    for first, stop in data:
         if start < first:
-            extents.append(Extent(start, first - start, False, True, source))
+            yield Extent(start, first - start, False, True, source)
         if first < stop:
-            extents.append(Extent(first, stop - first, True, True, source))
+            yield Extent(first, stop - first, True, True, source)
         start = stop
-    return extents
+    if start < end:
+        yield Extent(start, end - start, False, True, source)
+
+
+def marked(extents: Iterable[Extent], bits: bitarray, geometry: Geometry) -> Iterator[Extent]:
+    """The extents, cut where `bits`, one for each cluster from 0 on, change; with `dirty` set.
+
+    Clusters beyond the bits are not dirty.
+    """
+    if not bits.any():
+        yield from extents
+        return
+    for extent in extents:
+        clusters = geometry.touched(extent.start, extent.length)
+        position = extent.start
+        for first, stop in bitmap.runs(bits, clusters.start, min(clusters.stop, len(bits))):
+            start = max(position, first * geometry.cluster_size)
+            end = min(extent.stop, stop * geometry.cluster_size)
+            if position < start:
+                yield extent._replace(start=position, length=start - position)
+            yield extent._replace(start=start, length=end - start, dirty=True)
+            position = end
+        if position == extent.start:
+            yield extent
+        elif position < extent.stop:
+            yield extent._replace(start=position, length=extent.stop - position)
 
 
 class SnapshotReader:
@@ -146,11 +191,87 @@ class SnapshotReader:
     ) -> list[Extent]:
         """Some extents from `offset` on, at least one, contiguous, none beyond `end`.
 
-        `layer` None is the image.  Neighbours may be of one kind.
+        `layer` None is the image.  Neighbours may be of one kind.  About `limit`
+        extents: that many at most if data and holes take turns.
         """
         if layer is None:
-            data, known = await self._image.data_extents(offset, end - offset, limit)
-            return _split(offset, known, data, "active")
+            data, known = await self._image.data_extents(offset, end - offset, limit // 2 + 1)
+            return list(_split(offset, known, data, "active"))
+        clusters = layer.geometry.touched(offset, end - offset)
+        pieces = self._pieces(layer, offset, end, limit // 2 + 1)
+        stop = layer.geometry.touched(pieces[-1].stop - 1, 1).stop
+        before = self._answers(layer, clusters.start, stop)
+        found = await self._look_inside(pieces, limit // 2 + 1)
+        now = self._answers(layer, clusters.start, stop)
+        # Where a cluster was copied or discarded meanwhile the image may have
+        # changed before we looked; elsewhere nobody could write it.
+        wrong = [changed for changed in map(_first_change, before, now) if changed is not None]
+        edge = (clusters.start + min(wrong)) * layer.geometry.cluster_size if wrong else end
+        if edge <= offset:
+            return await self._look_frozen(layer, offset, end, limit)
+        return [
+            extent if extent.stop <= edge else extent._replace(length=edge - extent.start)
+            for extent in found
+            if extent.start < edge
+        ]
+
+    def _answers(self, layer: Layer, first: int, stop: int) -> tuple[bitarray, bitarray]:
+        """What decides where clusters are found; no more than this can change."""
+        return layer.access.slice(first, stop), self._stack.copied(layer, first, stop)
+
+    def _pieces(self, layer: Layer, offset: int, end: int, limit: int) -> list[_Piece]:
+        """Up to `limit` pieces from `offset` on, at least one."""
+        clusters = layer.geometry.touched(offset, end - offset)
+        pieces: list[_Piece] = []
+        start, first = offset, clusters.start
+        while first < clusters.stop and len(pieces) < limit:
+            open_ = layer.access.get(first)
+            stop = next(layer.access.runs(first, clusters.stop, open_))[1]
+            sources: Iterable[tuple[int, int, Source]] = [(first, stop, None)]
+            if open_:
+                sources = self._stack.sources(layer, first, stop)
+            for _, stop_, holder in itertools.islice(sources, limit - len(pieces)):
+                edge = min(end, layer.geometry.end_of(stop_))
+                pieces.append(_Piece(start, edge, holder, not open_))
+                start, first = edge, stop_
+        return pieces
+
+    async def _look_inside(self, pieces: list[_Piece], limit: int) -> list[Extent]:
+        """Extents of the pieces, one trip for each file that holds some; maybe not of all."""
+        ranges: dict[Source, list[tuple[int, int]]] = {}
+        for piece in pieces:
+            if not piece.closed:
+                ranges.setdefault(piece.holder, []).append((piece.start, piece.stop))
+        data: dict[Source, deque[tuple[int, int]]] = {}
+        known = pieces[-1].stop
+        with ExitStack() as stack:
+            for holder in ranges:
+                if holder is not None:
+                    stack.enter_context(self._using(holder, 0, 0))
+            for holder, wanted in ranges.items():
+                file = self._image if holder is None else holder.temp
+                pairs, upto = await file.data_inside(wanted, limit)
+                data[holder] = deque(pairs)
+                if upto < wanted[-1][1]:
+                    known = min(known, upto)
+        extents: list[Extent] = []
+        for piece in pieces:
+            stop = min(piece.stop, known)
+            if piece.start >= stop:
+                break
+            if piece.closed:
+                extents.append(Extent(piece.start, stop - piece.start, True, False, "none"))
+                continue
+            rest, inside = data[piece.holder], []
+            while rest and rest[0][0] < stop:
+                first, last = rest.popleft()
+                inside.append((first, min(last, stop)))
+            source: SourceName = "active" if piece.holder is None else "temp"
+            extents.extend(_split(piece.start, stop, inside, source))
+        return extents
+
+    async def _look_frozen(self, layer: Layer, offset: int, end: int, limit: int) -> list[Extent]:
+        """`look` at the first run only, while writes to it wait: it cannot fail again and again."""
         geometry = layer.geometry
         clusters = geometry.touched(offset, end - offset)
         accessible = layer.access.get(clusters.start)
@@ -164,7 +285,7 @@ class SnapshotReader:
             data, known = await file.data_extents(offset, edge - offset, limit)
         if not layer.access.all(start, stop):  # discarded meanwhile
             return await self.look(layer, offset, end, limit)
-        return _split(offset, known, data, "active" if holder is None else "temp")
+        return list(_split(offset, known, data, "active" if holder is None else "temp"))
 
     async def seek(self, layer: Layer | None, offset: int, size: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; OSError ENXIO, EINVAL as there."""
@@ -173,27 +294,49 @@ class SnapshotReader:
         if not 0 <= offset < size:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         wanted = whence == os.SEEK_DATA
+        limit = 1
         while offset < size:
-            for extent in await self.look(layer, offset, size, limit=1):
+            for extent in await self.look(layer, offset, size, limit):
                 if extent.data == wanted:
                     return extent.start
                 offset = extent.stop
+            limit = min(BATCH, 8 * limit)
         if wanted:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         return size
 
-    async def map(self, layer: Layer | None, offset: int, end: int) -> AsyncGenerator[Extent, None]:
-        """Extents that cover [offset, end): ascending, maximal, not overlapping."""
-        last: Extent | None = None
+    async def page(
+        self, layer: Layer | None, offset: int, end: int, limit: int
+    ) -> tuple[list[Extent], int | None]:
+        """Up to `limit` extents of [offset, end), and where the next one begins, or None.
+
+        Ascending, maximal, not overlapping.
+        """
+        found: list[Extent] = []
         while offset < end:
-            for extent in await self.look(layer, offset, end):
-                offset = extent.stop
-                if last is None:
-                    last = extent
-                elif evolve(extent, start=last.start, length=last.length) == last:
-                    last = evolve(last, length=last.length + extent.length)
+            missing = limit + 2 - len(found)
+            for extent in await self.look(layer, offset, end, max(missing, LEAST)):
+                if found and extent[2:] == found[-1][2:]:
+                    last = found[-1]
+                    found[-1] = last._replace(length=last.length + extent.length)
                 else:
-                    yield last
-                    last = extent
-        if last is not None:
-            yield last
+                    found.append(extent)
+            offset = found[-1].stop
+            if len(found) > limit:
+                return found[:limit], found[limit].start
+        return found, None
+
+    async def map(self, layer: Layer | None, offset: int, end: int) -> AsyncGenerator[Extent, None]:
+        """All extents of [offset, end), as `page` has them."""
+        following: int | None = offset
+        while following is not None:
+            found, following = await self.page(layer, following, end, BATCH)
+            for extent in found:
+                yield extent
+
+
+def _first_change(before: bitarray, now: bitarray) -> int | None:
+    """The first bit in which two bitmaps of one length differ."""
+    if before == now:
+        return None
+    return (before ^ now).find(1)

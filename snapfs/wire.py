@@ -11,6 +11,7 @@ from . import errors, mountinfo
 
 VERSION = 1
 MAX_LINE = 64 << 10  # bytes of a request; an answer may be longer
+BUFFER = 1 << 20  # bytes of an answer that are read at once
 SOCKET_NAME = "control.sock"
 XATTR_STATE = "user.snapfs.state"
 
@@ -47,7 +48,7 @@ class Client:
             raise errors.NotMounted(
                 f"the daemon of {self.mount.mountpoint} does not answer: {error.strerror}"
             ) from None
-        self._answers = self._socket.makefile("rb")
+        self._answers = self._socket.makefile("rb", BUFFER)
 
     def _state_directory(self) -> bytes:
         where = self.mount.mountpoint

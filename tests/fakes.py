@@ -20,6 +20,7 @@ from attrs import define, field, frozen
 from snapfs.bitmap import Bitmap
 from snapfs.cbw import Engine
 from snapfs.copier import Settings
+from snapfs.dirty import BitmapRecord, DirtyBitmap, DirtyParts
 from snapfs.geometry import Geometry
 from snapfs.image import Buffer
 from snapfs.snapshot import Layer, LayerParts, LayerRecord
@@ -279,6 +280,17 @@ class MemoryImage:
             extents.append((start, position))
         return extents, (position if position < end else offset + length)
 
+    async def data_inside(
+        self, ranges: Sequence[tuple[int, int]], limit: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        found: list[tuple[int, int]] = []
+        for start, stop in ranges:
+            pairs, known = await self.data_extents(start, stop - start, limit - len(found))
+            found += pairs
+            if known < stop or (len(found) == limit and (start, stop) != ranges[-1]):
+                return found, known
+        return found, ranges[-1][1]
+
     async def copy_to(
         self, target: MemoryImage, offset: int, length: int, cluster_size: int, budget: int
     ) -> int:
@@ -313,13 +325,75 @@ class MemoryImage:
         self.pages.clear()
 
 
+@define(eq=False)
+class MemoryBits:
+    """The file of a dirty bitmap in memory."""
+
+    bits: Bitmap
+    reason: str | None = None
+
+    def spoil(self, reason: str) -> None:
+        self.reason = reason
+
+    def parts(self) -> DirtyParts:
+        return DirtyParts(self.bits, self.bits, self.spoil)
+
+
+class MemoryBitmaps:
+    """A `BitmapStore` in memory; its files have room in steps of `room` clusters."""
+
+    room = 4
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self.files: dict[int, MemoryBits] = {}
+
+    def _rounded(self, clusters: int) -> int:
+        return -(-clusters // self.room) * self.room
+
+    async def make(self, bitmap_id: int, clusters: int) -> DirtyParts:
+        await self._store._enter("make", bitmap_id)
+        assert bitmap_id not in self.files, "an id is never used again"
+        self.files[bitmap_id] = MemoryBits(Bitmap(self._rounded(clusters)))
+        return self.files[bitmap_id].parts()
+
+    async def grow(self, bitmap_id: int, clusters: int) -> DirtyParts:
+        await self._store._enter("grow", bitmap_id)
+        if bitmap_id not in self.files:
+            raise os_error(errno.ENOENT)
+        file = self.files[bitmap_id]
+        file.bits.grow(self._rounded(clusters))
+        return file.parts()
+
+    async def remove(self, bitmap_id: int) -> None:
+        listed = self._store.bitmap_records
+        assert all(record.id != bitmap_id for record in listed), "still in the list"
+        await self._store._enter("unmake", bitmap_id)
+        self.files.pop(bitmap_id, None)
+
+    def recover(self) -> list[DirtyBitmap]:
+        """The bitmaps that a next mount would start with; the bits are copies."""
+        found = []
+        for record in self._store.bitmap_records:
+            file = self.files[record.id]
+            parts = MemoryBits(_twin(file.bits)).parts() if file.reason is None else None
+            found.append(DirtyBitmap(record.id, record.name, parts, file.reason))
+        return found
+
+
 class MemoryStore:
-    """A `LayerStore` in memory.  `faults` and `stalls` are by method: create, save, remove."""
+    """A `LayerStore` in memory.
+
+    `faults` and `stalls` are by method: create, save, remove, and make, grow,
+    unmake of bitmaps.
+    """
 
     def __init__(self, *, space: Space | None = None) -> None:
         self.space = space or Space()
         self.parts: dict[int, LayerParts] = {}
         self.saved: list[tuple[LayerRecord, ...]] = []
+        self.bitmap_records: tuple[BitmapRecord, ...] = ()
+        self.bitmaps = MemoryBitmaps(self)
         self.geometries: list[Geometry] = []
         self.removed: list[int] = []
         self.temps: list[MemoryImage] = []  # all there ever were
@@ -370,9 +444,15 @@ class MemoryStore:
         self.parts[layer_id] = parts
         return parts
 
-    async def save(self, records: Sequence[LayerRecord], geometry: Geometry) -> None:
+    async def save(
+        self,
+        records: Sequence[LayerRecord],
+        geometry: Geometry,
+        bitmaps: Sequence[BitmapRecord] = (),
+    ) -> None:
         await self._enter("save")
         self.saved.append(tuple(records))
+        self.bitmap_records = tuple(bitmaps)
         self.geometries.append(geometry)
 
     async def remove(self, layer_id: int) -> None:
@@ -409,14 +489,15 @@ class MemoryStore:
         return layers
 
 
-def _copied(parts: LayerParts) -> LayerParts:
-    def copy(bits: Bitmap) -> Bitmap:
-        twin = Bitmap(len(bits))
-        if len(bits):
-            twin.assign(0, bits.slice(0, len(bits)))
-        return twin
+def _twin(bits: Bitmap) -> Bitmap:
+    twin = Bitmap(len(bits))
+    if len(bits):
+        twin.assign(0, bits.slice(0, len(bits)))
+    return twin
 
-    return LayerParts(copy(parts.access), copy(parts.done), parts.temp)
+
+def _copied(parts: LayerParts) -> LayerParts:
+    return LayerParts(_twin(parts.access), _twin(parts.done), parts.temp)
 
 
 # The specification, written down naively
@@ -499,6 +580,7 @@ def check_quiet(engine: Engine, store: MemoryStore) -> None:
     kept = [*engine.layers, *engine._keeper.leaving]  # the latter until a list can be saved
     assert {layer.id for layer in kept} == set(store.parts)
     assert sum(not temp.closed for temp in store.temps) == len(kept)
+    assert {bitmap.id for bitmap in engine.tracker.bitmaps} == set(store.bitmaps.files)
     for layer in engine.layers:
         temp = store.temp(layer)
         assert temp.size() == layer.geometry.size

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,8 +11,9 @@ from .. import mountinfo
 from ..errors import ExitCode
 from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..wire import Client, RemoteError
+from . import bitmaps
 from .helpers import complain
-from .output import dump, human, print_table
+from .output import dump, human, print_pairs, print_table
 
 
 def mount(arguments: argparse.Namespace) -> int:
@@ -37,12 +35,12 @@ def umount(arguments: argparse.Namespace) -> int:
 
 
 def create(arguments: argparse.Namespace) -> int:
-    """snapfs create MOUNTPOINT [NAME]."""
+    """snapfs create MOUNTPOINT [NAME] [--bitmap B | --extents FILE]."""
     name = arguments.name
     if name is None:
         name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
     with Client(arguments.mountpoint) as client:
-        snapshot = client.call("create", name=name)
+        snapshot = client.call("create", name=name, **bitmaps.selection(client, arguments))
     if arguments.json:
         dump("create", {"snapshot": snapshot})
     else:
@@ -98,7 +96,7 @@ def show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         dump("show", answer)
     else:
-        _print_pairs(answer["snapshot"])
+        print_pairs(answer["snapshot"])
     return _state_status([answer["snapshot"]])
 
 
@@ -109,18 +107,20 @@ def status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         dump("status", answer)
     else:
-        _print_pairs({**answer, "snapshots": len(answer["snapshots"])})
+        _print_status(answer)
     if not answer["mount"]["healthy"]:
         return ExitCode.ERROR
     return _state_status(answer["snapshots"])
 
 
-def _print_pairs(values: dict[str, Any], prefix: str = "") -> None:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _print_pairs(value, f"{prefix}{key}.")
-        elif value not in (None, []):
-            print(f"{prefix}{key}: {value}")
+def _print_status(answer: dict[str, Any]) -> None:
+    names = [
+        each["name"] + (" (inconsistent)" if each["inconsistent"] else "")
+        for each in answer["bitmaps"]
+    ]
+    print_pairs(
+        {**answer, "snapshots": len(answer["snapshots"]), "bitmaps": ", ".join(names) or None}
+    )
 
 
 def trim(arguments: argparse.Namespace) -> int:
@@ -158,47 +158,3 @@ def limit(arguments: argparse.Namespace) -> int:
     if arguments.json:
         dump("limit", {"temp": answer})
     return ExitCode.OK
-
-
-def _extents(path: str) -> Iterator[dict[str, Any]]:
-    """The extents of a file, page by page."""
-    found, inside = mountinfo.split(path)
-    offset: int | None = 0
-    with Client(found.mountpoint) as client:
-        while offset is not None:
-            answer = client.call("map", file=inside, offset=offset)
-            yield from answer["extents"]
-            offset = answer["next"]
-
-
-def map_file(arguments: argparse.Namespace) -> int:
-    """snapfs map FILE."""
-    extents = _extents(arguments.file)
-    if arguments.totals:
-        totals = dict.fromkeys(("extents", "length", "data", "zero", "inaccessible", "temp"), 0)
-        for extent in extents:
-            totals["extents"] += 1
-            for key in ("length", _kind(extent), *(["temp"] if extent["source"] == "temp" else [])):
-                totals[key] += extent["length"]
-        if arguments.json:
-            dump("map", {"totals": totals})
-        else:
-            _print_pairs(totals)
-    elif arguments.json:
-        separator = "["
-        for extent in extents:
-            sys.stdout.write(separator + json.dumps(extent))
-            separator = ",\n"
-        print("]" if separator != "[" else "[]")
-    else:
-        print_table(
-            ("START", "LENGTH", "KIND", "SOURCE"),
-            ((each["start"], each["length"], _kind(each), each["source"]) for each in extents),
-        )
-    return ExitCode.OK
-
-
-def _kind(extent: dict[str, Any]) -> str:
-    if not extent["accessible"]:
-        return "inaccessible"
-    return "data" if extent["data"] else "zero"

@@ -32,3 +32,12 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
             for cell, width in zip(row, widths, strict=True)
         )
         print("  ".join(padded).rstrip())
+
+
+def print_pairs(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Print "key: value" lines, keys of what is nested joined by dots."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print_pairs(value, f"{prefix}{key}.")
+        elif value not in (None, []):
+            print(f"{prefix}{key}: {value}")

@@ -7,25 +7,12 @@ import argparse
 from .. import __version__
 from ..errors import UsageError
 from ..options import parse_size
-from . import backups, commands
+from . import backupparser, bitmaps, commands
 
 VERBS = (
-    "mount",
-    "umount",
-    "create",
-    "delete",
-    "list",
-    "show",
-    "status",
-    "trim",
-    "map",
-    "limit",
-    "copy",
-    "backup",
-    "restore",
-    "verify",
-    "prune",
-)
+    "mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "diff",
+    "bitmap", "limit", *backupparser.VERBS,
+)  # fmt: skip
 
 
 def _size(text: str) -> int:
@@ -60,6 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("create", help="take a snapshot")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("name", metavar="NAME", nargs="?", help="default: the time in UTC")
+    access = verb.add_mutually_exclusive_group()
+    access.add_argument("--bitmap", metavar="B", help="give access to its clusters only")
+    access.add_argument("--extents", metavar="FILE", help="give access to these only; - is stdin")
+    after = verb.add_mutually_exclusive_group()
+    after.add_argument("--clear-bitmap", action="store_true", help="empty B in that instant")
+    after.add_argument("--next", metavar="B2", help="begin a new bitmap in that instant")
     _add_json(verb)
     verb.set_defaults(run=commands.create)
 
@@ -97,9 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("map", help="list the extents of active or of a snapshot")
     verb.add_argument("file", metavar="FILE")
+    verb.add_argument("--bitmap", metavar="B", help="dirty is what this one says, not any")
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
     _add_json(verb)
-    verb.set_defaults(run=commands.map_file)
+    verb.set_defaults(run=bitmaps.map_file)
+
+    verb = verbs.add_parser("diff", help="list what differs between snapshots, or from now")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("a", metavar="A")
+    verb.add_argument("b", metavar="B", nargs="?", help="default: the image now")
+    verb.add_argument("--totals", action="store_true", help="sums instead of extents")
+    _add_json(verb)
+    verb.set_defaults(run=bitmaps.diff)
+
+    _add_bitmap(verbs.add_parser("bitmap", help="track what changes, in dirty bitmaps"))
 
     verb = verbs.add_parser("limit", help="bound the space of the temp images")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -107,78 +111,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(verb)
     verb.set_defaults(run=commands.limit)
 
-    _add_copies(verbs)
+    backupparser.add_to(verbs)
     return parser
 
 
-def _add_copies(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    verb = verbs.add_parser("copy", help="copy what may be read of a snapshot")
-    verb.add_argument("snapshot", metavar="SNAPSHOT", help="MOUNTPOINT/snapshots/NAME")
-    verb.add_argument("dest", metavar="DEST", help="a file, or a block device")
-    verb.add_argument("--format", choices=("raw", "qcow2"), default="raw", help="of DEST")
-    verb.add_argument("--backing", metavar="PREVIOUS", help="the image below a qcow2 DEST")
-    verb.add_argument("--discard", action="store_true", help="give up what is safe at DEST")
-    verb.add_argument("--force", action="store_true", help="overwrite; do not check for room")
-    verb.add_argument(
-        "--allow-missing", action="store_true", help="a new DEST need not be the whole image"
-    )
-    _add_rate(verb)
-    verb.set_defaults(run=backups.copy)
-
-    verb = verbs.add_parser("backup", help="add a point to a backup directory")
-    verb.add_argument("where", metavar="MOUNTPOINT", help="or, with --init, DIR")
-    verb.add_argument("directory", metavar="DIR", nargs="?")
-    verb.add_argument("--init", action="store_true", help="make DIR a backup directory")
-    verb.add_argument("--full", action="store_true", help="copy everything")
-    verb.add_argument("--force", action="store_true", help="do not check for room")
-    _add_rate(verb)
-    verb.set_defaults(run=backups.backup)
-
-    verb = verbs.add_parser("restore", help="rebuild a point of a backup")
-    verb.add_argument("directory", metavar="DIR")
-    verb.add_argument("dest", metavar="DEST", help="a new file; a block device takes --force")
-    verb.add_argument("--at", metavar="POINT", help="number, name or time; default: the newest")
-    verb.add_argument("--force", action="store_true", help="overwrite; do not check for room")
-    _add_progress(verb)
-    verb.set_defaults(run=backups.restore)
-
-    verb = verbs.add_parser("verify", help="prove the checksums of a backup")
-    verb.add_argument("directory", metavar="DIR")
-    verb.add_argument("--at", metavar="POINT", help="only what this point takes")
-    _add_progress(verb)
-    verb.set_defaults(run=backups.verify)
-
-    verb = verbs.add_parser("prune", help="fold old points of a backup into the next ones")
-    verb.add_argument("directory", metavar="DIR")
-    verb.add_argument("--keep-last", type=_count, default=0, metavar="N", help="the newest")
-    verb.add_argument("--keep-daily", type=_count, default=0, metavar="N", help="one a day")
-    verb.add_argument("--keep-weekly", type=_count, default=0, metavar="N", help="one a week")
-    verb.add_argument("--dry-run", action="store_true", help="say what would be dropped")
-    _add_json(verb)
-    verb.set_defaults(run=backups.prune)
-
-
-def _add_rate(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--bwlimit", type=_rate, metavar="BYTES", help="bytes a second at most")
-    _add_progress(verb)
-
-
-def _add_progress(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--progress", type=int, metavar="FD", help="write lines N/100 there")
-    _add_json(verb)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return int(text)
-
-
-def _rate(text: str) -> int:
-    size = _size(text)
-    if not size:
-        raise argparse.ArgumentTypeError("a rate of 0 never ends; leave the option out")
-    return size
+def _add_bitmap(verb: argparse.ArgumentParser) -> None:
+    actions = verb.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, words, text in (
+        ("add", ("NAME",), "make a bitmap, which records from now on"),
+        ("list", (), "list the bitmaps"),
+        ("clear", ("NAME",), "empty a bitmap, or begin an inconsistent one again"),
+        ("merge", ("SOURCE", "TARGET"), "add the clusters of one to another"),
+        ("remove", ("NAME",), "remove a bitmap"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("mountpoint", metavar="MOUNTPOINT")
+        for word in words:
+            action.add_argument(word.lower(), metavar=word)
+        _add_json(action)
+        action.set_defaults(run=bitmaps.bitmap, action=name, words=[word.lower() for word in words])
 
 
 def _limit(text: str) -> int | None:

@@ -12,13 +12,18 @@ The model knows of each change of `active` under way what the bytes were and
 what they will be.  Changes under way together do not overlap in bytes (in
 clusters they do), so the outcome does not depend on their order.  A snapshot
 made beside such changes must have each of them as a whole or not at all.
+
+Of a dirty bitmap the model knows what the image was at the instant when it
+began, and which changes were under way since: each cluster that differs from
+then is in the bitmap, and nothing is that no change touched.  The same holds of
+what the next mount would find, were the daemon killed now.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -41,7 +46,15 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from snapfs.errors import AccessDenied, SnapshotExists, SnapshotNotFound
+from snapfs.dirty import DirtyBitmap, Selection, clusters_of
+from snapfs.errors import (
+    AccessDenied,
+    BitmapNotFound,
+    BitmapUnusable,
+    InvalidRange,
+    SnapshotExists,
+    SnapshotNotFound,
+)
 from snapfs.report import describe_snapshot
 from snapfs.snapshot import Layer, Policy
 
@@ -93,6 +106,20 @@ class Read:
 @frozen
 class Create:
     policy: Policy | None
+    delay: int
+    access: str = "all"  # or bitmap, extents
+    after: str = "nothing"  # or clear, next
+    which: int = 0  # the bitmap
+    clusters: frozenset[int] = frozenset()  # the extents
+
+
+@frozen
+class Track:
+    """Something done to dirty bitmaps."""
+
+    kind: str  # add, clear, merge, remove
+    which: int
+    to: int
     delay: int
 
 
@@ -230,7 +257,18 @@ clears = st.builds(
     delays,
 )
 reads = st.builds(Read, whiches, offsets, lengths, st.booleans(), delays)
-creates = st.builds(Create, policies, delays)
+creates = st.builds(
+    Create,
+    policies,
+    delays,
+    st.sampled_from(("all", "all", "bitmap", "bitmap", "extents")),
+    st.sampled_from(("nothing", "clear", "next")),
+    whiches,
+    st.frozensets(st.integers(0, 12)),
+)
+tracks = st.builds(
+    Track, st.sampled_from(("add", "add", "clear", "merge", "remove")), whiches, whiches, delays
+)
 deletes = st.builds(Delete, whiches, delays)
 discards = st.builds(Discard, whiches, offsets, lengths, delays)
 others = st.one_of(
@@ -259,6 +297,8 @@ places = st.sampled_from(
         ("store", "save"),
         ("store", "save"),
         ("store", "remove"),
+        ("store", "make"),
+        ("store", "grow"),
     )
 )
 faulty = st.sampled_from(
@@ -274,6 +314,8 @@ faulty = st.sampled_from(
         ("image", "extents"),
         ("store", "create"),
         ("store", "save"),
+        ("store", "make"),
+        ("store", "grow"),
     )
 )
 holds = st.builds(
@@ -294,7 +336,7 @@ breaks = st.builds(
     st.sampled_from((errno.EIO, errno.ENOSPC)),
     st.sampled_from((0, 0, 1, 3000)),
 )
-operations = st.one_of(writes, discards, reads, creates, deletes, others, writes, clears)
+operations = st.one_of(writes, discards, reads, creates, tracks, deletes, others, writes, clears)
 troubles = st.one_of(
     holds,
     st.builds(Release, whiches),
@@ -360,6 +402,15 @@ class Wanted:
         return lambda: was_alone and self.begun == begun
 
 
+@define(eq=False)
+class Interval:
+    """A dirty bitmap as it must be, from the instant when it began."""
+
+    base: bytes  # the image then
+    changes: list[Change]  # under way then or begun since
+    merged: set[int] = field(factory=set)  # clusters that came from other bitmaps
+
+
 class World:
     """The engine, the model, and what is going on."""
 
@@ -393,6 +444,29 @@ class World:
         self.image.on_fault = self.note_fault
         self.store.prepare = self.prepare_temp
         self.executed = 0
+        self.intervals: dict[int, Interval] = {}  # by the bitmap's id
+        self.moments: dict[int, tuple[bytes, dict[str, set[int]]]] = {}  # by the layer's id
+        self.engine.tracker.bitmaps.changed = self.note_bitmaps
+        self.append = self.engine._stack.append
+        self.engine._stack.append = self.note_instant  # type: ignore[method-assign]
+
+    def note_bitmaps(self) -> None:
+        """A bitmap begins: no write is under way in the engine at this instant."""
+        for bitmap in self.engine.tracker.bitmaps:
+            if bitmap.id not in self.intervals:
+                self.intervals[bitmap.id] = Interval(bytes(self.image.data), list(self.changes))
+
+    def note_instant(self, layer: Layer) -> None:
+        self.moments[layer.id] = bytes(self.image.data), self.dirty_now()
+        self.append(layer)
+
+    def dirty_now(self) -> dict[str, set[int]]:
+        """What each bitmap has, those included that are being replaced in this instant."""
+        return {
+            bitmap.name: bits_of(bitmap)
+            for bitmap in reversed(self.engine.tracker.bitmaps._bitmaps)
+            if bitmap.parts is not None
+        }
 
     # Running
 
@@ -460,6 +534,8 @@ class World:
             case Create():
                 if len(self.wanted) < 5:
                     self.start(partial(self.create, step), step.delay)
+            case Track():
+                self.start(partial(self.track, step), step.delay)
             case Delete():
                 self.start(partial(self.delete, step), step.delay)
             case Rename():
@@ -616,6 +692,8 @@ class World:
         clusters = touched_clusters(start, stop - start)
         change = Change(start, stop, old, new, size, clusters, self.tick)
         self.changes.append(change)
+        for interval in self.intervals.values():
+            interval.changes.append(change)
         for made in self.creations:
             made.append(change)
         self.start(partial(self.carry_out, change, call), delay)
@@ -735,10 +813,14 @@ class World:
         base = bytes(self.active)
         self.creations.append(beside)
         self.tick += 1
+        selection = self.selection(step, f"n{self.names}")
         try:
-            layer = await self.engine.create_snapshot(name, policy=step.policy)
+            layer = await self.engine.create_snapshot(name, policy=step.policy, selection=selection)
         except OSError:
             assert self.store_faulty
+            return
+        except (BitmapUnusable, BitmapNotFound, InvalidRange):
+            event("a bitmap was unusable")
             return
         finally:
             self.forget(beside)
@@ -772,9 +854,78 @@ class World:
         for cluster in access:
             start, length = layer.geometry.span(cluster, cluster + 1)
             assert expected[start : start + length] == content[start : start + length]
-        wanted = Wanted(layer, name, bytes(content), set(range(layer.geometry.clusters)))
+        wanted = Wanted(layer, name, bytes(content), self.granted(layer, selection))
         self.wanted.append(wanted)
         self.observe(wanted)
+
+    def selection(self, step: Create, following: str) -> Selection:
+        names = [bitmap.name for bitmap in self.engine.tracker.bitmaps]
+        name = names[step.which % len(names)] if names and step.access == "bitmap" else None
+        extents = None
+        if step.access == "extents":
+            clusters = [each for each in step.clusters if each < self.engine.geometry.clusters]
+            ranges = [self.engine.geometry.span(each, each + 1) for each in clusters]
+            extents = clusters_of(self.engine.geometry, ranges)
+        return Selection(
+            name,
+            extents,
+            clear=step.after == "clear" and name is not None,
+            next=following if step.after == "next" else None,
+        )
+
+    def granted(self, layer: Layer, selection: Selection) -> set[int]:
+        """The clusters that a new snapshot must give access to, of the instant that it has."""
+        moment, dirty = self.moments[layer.id]
+        clusters = set(range(layer.geometry.clusters))
+        assert len(moment) == layer.geometry.size
+        assert (selection.bitmap, layer.geometry.clusters) == (layer.bitmap, len(clusters))
+        if selection.bitmap is not None:
+            clusters &= dirty[selection.bitmap]
+            event("a snapshot of a bitmap")
+        elif selection.extents is not None:
+            clusters &= {number for number, bit in enumerate(selection.extents) if bit}
+        assert len(clusters) == layer.granted
+        return clusters
+
+    async def track(self, step: Track) -> None:
+        tracker = self.engine.tracker
+        names = [bitmap.name for bitmap in tracker.bitmaps] or ["none"]
+        name, other = names[step.which % len(names)], names[step.to % len(names)]
+        self.names += 1
+        try:
+            match step.kind:
+                case "add" if len(names) < 4:
+                    await tracker.add(f"b{self.names}")
+                case "clear":
+                    await tracker.clear(name)
+                case "remove":
+                    await tracker.remove(name)
+                case "merge" if name != other:
+                    target = await tracker.merge(name, other)
+                    source = tracker.bitmaps.find(name)
+                    self.intervals[target.id].merged |= bits_of(source)
+        except OSError:
+            assert self.store_faulty
+        except (BitmapNotFound, BitmapUnusable):
+            event("a bitmap was unusable")
+
+    def check_bitmaps(self, bitmaps: Iterable[DirtyBitmap]) -> None:
+        """Each cluster that differs from the beginning is in, and none that nobody touched."""
+        now = bytes(self.image.data)
+        for bitmap in bitmaps:
+            if bitmap.parts is None:
+                assert self.store_faulty, "inconsistent without a reason"
+                event("a bitmap became inconsistent")
+                continue
+            interval = self.intervals[bitmap.id]
+            found = bits_of(bitmap)
+            for start in range(0, len(now), CLUSTER):
+                if now[start : start + CLUSTER] != interval.base[start : start + CLUSTER]:
+                    assert start // CLUSTER in found, f"{bitmap.name} lacks {start // CLUSTER}"
+            touched = set(interval.merged)
+            for change in interval.changes:
+                touched |= change.clusters
+            assert found <= touched, f"{bitmap.name} has clusters that nobody changed"
 
     async def delete(self, step: Delete) -> None:
         wanted = self.pick(step.which)
@@ -948,6 +1099,7 @@ class World:
     def check(self) -> None:
         """Everything that can be seen without waiting."""
         check_bitmaps(self.engine)
+        self.check_bitmaps(self.engine.tracker.bitmaps)
         assert [] == self.store.misuse() + self.image.misuse
         assert self.engine.unhealthy is None
         self.check_active()
@@ -966,6 +1118,7 @@ class World:
 
     def check_recovery(self) -> None:
         """Were the daemon killed now, the next mount would find the same in every snapshot."""
+        self.check_bitmaps(self.store.bitmaps.recover())
         layers = self.store.recover()
         for layer in layers:
             for wanted in self.wanted:
@@ -1038,12 +1191,21 @@ class World:
         await self.engine.create_snapshot("last")  # and thereby save the list
         for layer in self.engine.snapshots:
             await self.engine.delete_snapshot(layer.name or "")
+        for bitmap in list(self.engine.tracker.bitmaps):
+            await self.engine.tracker.remove(bitmap.name)
+        assert {} == self.store.bitmaps.files
         await wait_all_tasks_blocked()
         assert () == self.engine.layers
         assert {} == self.store.parts
         assert () == self.store.records
         assert 0 == self.store.space.used
         assert [] == self.store.misuse() + self.image.misuse
+
+
+def bits_of(bitmap: DirtyBitmap) -> set[int]:
+    assert bitmap.parts is not None
+    bits = bitmap.parts.bits
+    return {cluster for cluster in range(len(bits)) if bits.get(cluster)}
 
 
 async def run_steps(script: list[Step], size: int, policy: Policy, clock: MockClock) -> None:

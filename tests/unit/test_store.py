@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from snapfs.cbw import Engine
-from snapfs.errors import InUse, StateError, UsageError
+from snapfs.errors import BitmapUnusable, InUse, StateError, UsageError
 from snapfs.store import Store
 
 CLUSTER = 4096
@@ -38,7 +38,13 @@ async def opened(image: Path) -> Store:
 
 def engine_of(store: Store, nursery: trio.Nursery) -> Engine:
     return Engine(
-        store.image, store.geometry, store, nursery, layers=store.layers, next_id=store.next_id
+        store.image,
+        store.geometry,
+        store,
+        nursery,
+        layers=store.layers,
+        bitmaps=store.dirty,
+        next_id=store.next_id,
     )
 
 
@@ -50,7 +56,7 @@ async def session(image: Path, *steps: Callable[[Engine], object]) -> Store:
         for step in steps:
             await step(engine)  # type: ignore[misc]
         await trio.testing.wait_all_tasks_blocked()
-    await store.close(engine.layers)
+    await store.close(engine.layers, list(engine.tracker.bitmaps))
     return store
 
 
@@ -211,7 +217,7 @@ async def test_a_second_store_is_refused_and_changes_nothing(image, tmp_path):
     other.write_bytes(OLD)
     with pytest.raises(InUse, match="state directory"):
         await Store.open(str(other), state_dir=str(state_of(image)), limiter=LIMITER)
-    await store.close(())
+    await store.close((), ())
 
 
 async def test_another_cluster_size_needs_an_empty_directory(image):
@@ -221,14 +227,132 @@ async def test_another_cluster_size_needs_an_empty_directory(image):
     await session(image, delete("a"))
     store = await Store.open(str(image), cluster_size=8192, limiter=LIMITER)
     assert 8192 == store.geometry.cluster_size
-    await store.close(())
+    await store.close((), ())
 
 
 async def test_what_was_made_for_a_mount_that_failed_is_removed(image):
     store = await opened(image)
-    await store.close((), unused=True)
+    await store.close((), (), unused=True)
     assert not state_of(image).exists()
     await session(image, create("a"))
     store = await opened(image)
-    await store.close(store.layers, unused=True)
+    await store.close(store.layers, store.dirty, unused=True)
     assert state_of(image).exists()
+
+
+# Dirty bitmaps
+
+
+def add(name: str):
+    return lambda engine: engine.tracker.add(name)
+
+
+def dirty(engine: Engine, name: str) -> list[int]:
+    bits = engine.tracker.bitmaps.wanted(name, engine.geometry.clusters)
+    return [cluster for cluster, bit in enumerate(bits) if bit]
+
+
+def expect_dirty(name: str, *clusters: int):
+    async def step(engine: Engine) -> None:
+        assert list(clusters) == dirty(engine, name)
+
+    return step
+
+
+def expect_inconsistent(name: str, why: str):
+    async def step(engine: Engine) -> None:
+        with pytest.raises(BitmapUnusable, match=f"{why}.*a full copy is needed"):
+            dirty(engine, name)
+
+    return step
+
+
+async def test_bitmaps_come_back(image):
+    await session(image, add("b"), write(0, b"x"), write(3 * CLUSTER, b"y"))
+    await session(image, expect_dirty("b", 0, 3), write(SIZE + 200 * CLUSTER, b"z"))
+    await session(image, expect_dirty("b", 0, 3, *range(6, 207)))
+
+
+async def test_a_bitmap_grows_by_pages(image):
+    far = 4096 * 8 * CLUSTER  # the bits of one page
+    await session(image, add("b"), write(far, b"x"))
+    assert 3 * 4096 == (state_of(image) / "bitmaps" / "1").stat().st_size
+    await session(image, expect_dirty("b", *range(6, 4096 * 8 + 1)))
+
+
+async def test_cleared_and_removed_bitmaps_leave_no_files(image):
+    async def clear(engine: Engine) -> None:
+        await engine.tracker.clear("b")
+        await engine.tracker.remove("c")
+
+    await session(image, add("b"), add("c"), write(0, b"x"), clear)
+    assert ["3"] == os.listdir(state_of(image) / "bitmaps")
+    await session(image, expect_dirty("b"))
+
+
+async def test_an_image_changed_from_outside_makes_bitmaps_inconsistent(image):
+    await session(image, add("b"))
+    with open(image, "r+b") as file:
+        file.write(b"behind our back")
+    store = await session(image, expect_inconsistent("b", "changed while it was not mounted"))
+    assert "bitmap 'b' is inconsistent" in store.notices[0]
+    await session(image, expect_inconsistent("b", "changed"), lambda e: e.tracker.clear("b"))
+    await session(image, expect_dirty("b"), write(0, b"x"), expect_dirty("b", 0))
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, 4096)
+
+
+def scribble(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.write(b"garbage")
+
+
+def scribble_length(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(b"\xff\xff\xff\xff")
+
+
+@pytest.mark.parametrize("damage", [lose, shorten, scribble, scribble_length])
+async def test_a_damaged_bitmap_is_inconsistent_and_the_image_mounts(image, damage):
+    await session(image, add("b"), write(0, b"x"))
+    damage(state_of(image) / "bitmaps" / "1")
+    await session(image, expect_inconsistent("b", ""))
+
+
+async def test_a_bitmap_too_small_for_the_image_is_inconsistent(image):
+    await session(image, add("b"))
+    await session(image, write(4096 * 8 * CLUSTER, b"x"))
+    os.truncate(state_of(image) / "bitmaps" / "1", 2 * 4096)
+    await session(image, expect_inconsistent("b", "room for 32768 clusters.*32769"))
+
+
+async def test_leftovers_of_bitmaps_are_removed(image):
+    await session(image, add("b"))
+    (state_of(image) / "bitmaps" / "9").write_bytes(b"x")
+    store = await session(image, expect_dirty("b"))
+    assert ["removed what was left of bitmap number 9"] == store.notices
+
+
+async def test_the_cluster_size_stays_while_there_are_bitmaps(image):
+    await session(image, add("b"))
+    with pytest.raises(UsageError, match="bitmaps"):
+        await Store.open(str(image), cluster_size=2 * CLUSTER, limiter=LIMITER)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"id": 1', '"id": 7'), ('"name": "b"', '"name": "a/b"'), ('"name": "b"', '"name": 5')],
+)
+async def test_a_manifest_with_a_bad_bitmap_is_refused(image, old, new):
+    await session(image, add("b"))
+    path = state_of(image) / "manifest.json"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(StateError, match="damaged"):
+        await opened(image)

@@ -1,0 +1,181 @@
+"""The files of dirty bitmaps in the state directory: bitmaps/ID, mapped.
+
+A page of head, then one bit per cluster, as many as fill whole pages.  The
+head says whether the bits can be trusted, so that what is noted there survives
+the daemon as the bits do:
+
+    8 bytes  "snapdrt\\n"
+    4 bytes  length of the reason why it is inconsistent, 0: it is consistent
+    n bytes  that reason, UTF-8
+
+A file that is missing, or not of that form, makes its bitmap inconsistent; it
+never keeps an image from being mounted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+
+import trio
+
+from . import statefiles
+from .bitmap import Bitmap
+from .dirty import BitmapRecord, DirtyBitmap, DirtyParts
+from .errors import StateError
+
+log = logging.getLogger(__name__)
+
+HEAD_BYTES = 4096
+PAGE_BYTES = 4096
+MAX_REASON_BYTES = 1024
+_HEAD = struct.Struct("<8sI")
+_MAGIC = b"snapdrt\n"
+
+
+def file_bytes(clusters: int) -> int:
+    """Size of the file of a bitmap that must have room for that many clusters."""
+    bits_per_page = PAGE_BYTES * 8
+    return HEAD_BYTES + max(1, -(-clusters // bits_per_page)) * PAGE_BYTES
+
+
+def _parts(mapping: mmap.mmap) -> DirtyParts:
+    buffer = memoryview(mapping)[HEAD_BYTES:]
+    bits = Bitmap(buffer.nbytes * 8, buffer)
+
+    def spoil(reason: str) -> None:
+        text = reason.encode()[:MAX_REASON_BYTES] or b"?"
+        mapping[_HEAD.size : _HEAD.size + len(text)] = text
+        _HEAD.pack_into(mapping, 0, _MAGIC, len(text))
+
+    return DirtyParts(bits, buffer, spoil)
+
+
+class DirtyFiles:
+    """The directory bitmaps/; implements `BitmapStore`."""
+
+    def __init__(self, fd: int, limiter: trio.CapacityLimiter) -> None:
+        """`fd`: of the directory; owned from now on."""
+        self._fd = fd
+        self._limiter = limiter
+
+    @classmethod
+    def open(cls, parent: int, limiter: trio.CapacityLimiter) -> DirtyFiles:
+        """Open the directory, made if need be.  Blocks.  StateError, OSError."""
+        try:
+            os.mkdir("bitmaps", 0o700, dir_fd=parent)
+        except FileExistsError:
+            pass
+        return cls(statefiles.open_directory("bitmaps", parent=parent), limiter)
+
+    # Recovery
+
+    def recover(
+        self, records: Sequence[BitmapRecord], clusters: int, distrust: str | None
+    ) -> tuple[list[DirtyBitmap], list[str]]:
+        """The bitmaps of a saved list, and notices.  Blocks.
+
+        `clusters`: of the image now.  `distrust`: why none can be trusted.
+        """
+        notices: list[str] = []
+        listed = {str(record.id) for record in records}
+        for name in os.listdir(self._fd):
+            if name not in listed:
+                statefiles.remove_tree(name, parent=self._fd)
+                notices.append(f"removed what was left of bitmap number {name}")
+        found = []
+        for record in records:
+            bitmap = self._load(record, clusters)
+            if bitmap.parts is not None and distrust is not None:
+                bitmap.spoil(distrust)
+                notices.append(f"bitmap {bitmap.name!r} is inconsistent: {distrust}")
+            found.append(bitmap)
+        return found, notices
+
+    def _load(self, record: BitmapRecord, clusters: int) -> DirtyBitmap:
+        try:
+            fd = statefiles.open_file(self._fd, str(record.id))
+            try:
+                size = os.fstat(fd).st_size
+                if size < HEAD_BYTES + PAGE_BYTES or size % PAGE_BYTES:
+                    raise StateError(f"its file has {size} bytes")
+                mapping = statefiles.map_file(fd, size)
+            finally:
+                os.close(fd)
+        except (StateError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            log.error("bitmap %s cannot be read: %s", record.name, reason)
+            return DirtyBitmap(record.id, record.name, None, f"it cannot be read: {reason}")
+        magic, length = _HEAD.unpack_from(mapping)
+        if magic != _MAGIC or length > MAX_REASON_BYTES:
+            return DirtyBitmap(record.id, record.name, None, "its file is damaged")
+        if length:
+            reason = mapping[_HEAD.size : _HEAD.size + length].decode(errors="replace")
+            return DirtyBitmap(record.id, record.name, None, reason)
+        bitmap = DirtyBitmap(record.id, record.name, _parts(mapping))
+        if size < file_bytes(clusters):
+            bits = (size - HEAD_BYTES) * 8
+            bitmap.spoil(f"its file has room for {bits} clusters and the image has {clusters}")
+        return bitmap
+
+    # What the tracker calls
+
+    async def make(self, bitmap_id: int, clusters: int) -> DirtyParts:
+        return await trio.to_thread.run_sync(self._make, bitmap_id, clusters, limiter=self._limiter)
+
+    def _make(self, bitmap_id: int, clusters: int) -> DirtyParts:
+        name = str(bitmap_id)
+        try:
+            fd = statefiles.make_file(self._fd, name, 0)
+            try:
+                mapping = statefiles.map_file(fd, file_bytes(clusters))
+            finally:
+                os.close(fd)
+        except FileExistsError:
+            raise
+        except BaseException:
+            statefiles.remove(self._fd, name)
+            raise
+        _HEAD.pack_into(mapping, 0, _MAGIC, 0)
+        return _parts(mapping)
+
+    async def grow(self, bitmap_id: int, clusters: int) -> DirtyParts:
+        return await trio.to_thread.run_sync(self._grow, bitmap_id, clusters, limiter=self._limiter)
+
+    def _grow(self, bitmap_id: int, clusters: int) -> DirtyParts:
+        fd = statefiles.open_file(self._fd, str(bitmap_id))
+        try:
+            old = os.fstat(fd).st_size
+            size = max(old, file_bytes(clusters))
+            found = os.fstatvfs(fd)
+            if size - old > found.f_bavail * found.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before it fills the disk
+            try:
+                return _parts(statefiles.map_file(fd, size))
+            except BaseException:
+                os.ftruncate(fd, old)
+                raise
+        finally:
+            os.close(fd)
+
+    async def remove(self, bitmap_id: int) -> None:
+        await trio.to_thread.run_sync(
+            statefiles.remove, self._fd, str(bitmap_id), limiter=self._limiter
+        )
+
+    # The end
+
+    def sync(self, bitmaps: Sequence[DirtyBitmap]) -> None:
+        """Make all durable.  Blocks.  OSError."""
+        for bitmap in bitmaps:
+            if bitmap.parts is not None:
+                statefiles.sync_file(self._fd, str(bitmap.id))
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the directory."""
+        os.close(self._fd)
