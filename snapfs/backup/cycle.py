@@ -150,8 +150,10 @@ class _Run:
             if parent is not None:
                 bitmap = self._directory.chain.prefix + parent.token
                 try:
-                    client.call("create", name=label, bitmap=bitmap, next=label)
-                    return parent, None
+                    snapshot = client.call("create", name=label, bitmap=bitmap, next=label)
+                    if snapshot["size"]:
+                        return parent, None
+                    return None, "the image is empty"  # qcow2 cannot be shrunk to that
                 except RemoteError as error:
                     if error.exit_status != ExitCode.BITMAP_UNUSABLE:
                         raise

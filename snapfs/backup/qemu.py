@@ -46,10 +46,20 @@ def backing_name(path: str, of: str) -> str:
 
 
 def run(*arguments: str) -> str:
-    """Run qemu-img; returns its output, raises BackupError with its complaint."""
+    """Run qemu-img; returns its output, raises BackupError with its complaint.
+
+    It ends when we die, so that the next run does not find it at work; what it
+    makes is for its owner's eyes only.
+    """
     command = [find_program("qemu-img"), *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        umask=0o077,
+        preexec_fn=end_with_parent(signal.SIGTERM),
     )
     if done.returncode:
         reason = done.stderr.strip().removeprefix("qemu-img: ")
