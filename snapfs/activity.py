@@ -30,6 +30,8 @@ _MAGIC = b"snapfs1\n"
 FILE_BYTES = 4096
 BEAT_SECONDS = 0.5
 GRACE_NS = 2_000_000_000
+SYNC_SECONDS = 20  # between two durable signs of life, with durability=power
+POWER_GRACE_NS = 60_000_000_000
 
 
 class Activity:
@@ -83,6 +85,23 @@ class Activity:
             return "it was modified after the daemon had died"
         return None
 
+    def change_since_boot(self, known: ImageStamp, image: ImageStamp) -> str | None:
+        """`change_since` after a power cut, when only a durable sign of life is left.
+
+        Our own writes ended before this boot, and within `POWER_GRACE_NS` of
+        the sign.  What somebody else wrote before that is not noticed.
+        """
+        magic, _, _, _, _, _, alive = _LAYOUT.unpack_from(self._mapping)
+        if magic != _MAGIC:
+            raise StateError("activity in the state directory holds no record")
+        newest = image.mtime_ns
+        if image.is_where(known):
+            newest = max(newest, image.ctime_ns)
+        booted = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        if newest >= min(booted, alive + POWER_GRACE_NS):
+            return "it was modified after the power cut"
+        return None
+
     def started(self, size: int) -> None:
         """A change begins after which the image may have `size` bytes."""
         if not self._under_way:
@@ -98,10 +117,12 @@ class Activity:
         if not self._under_way:
             self._record()
 
-    def beat(self) -> None:
-        """Give a sign of life while changes are under way."""
+    def beat(self, always: bool = False) -> None:
+        """Give a sign of life while changes are under way, or `always`."""
         if self._under_way:
             self._write(0, 0)
+        elif always:
+            self._record()
 
     def _record(self) -> None:
         status = os.fstat(self._fd)

@@ -110,3 +110,63 @@ class Bitmap:
         """Let go of the buffer; the bitmap has no bits from then on."""
         self._bits = bitarray(endian="little")
         self._length = 0
+
+
+class SetThrough(Bitmap):
+    """Bits in memory; setting one sets it in `file` as well, clearing does not.
+
+    For bits that only ever become wanted less: one too many in the file is
+    found out later, one that is missing is not.  Takes over what `file` has.
+    """
+
+    def __init__(self, file: Bitmap) -> None:
+        super().__init__(len(file))
+        self._file = file
+        self._bits[:] = file._bits[: len(file)]
+
+    def set(self, first: int, stop: int) -> None:
+        super().set(first, stop)
+        self._file.set(first, stop)
+
+    def release(self) -> None:
+        super().release()
+        self._file.release()
+
+
+class ClearLater(Bitmap):
+    """Bits in memory; what was cleared reaches `file` by `cleared` and `apply` only.
+
+    Everything else goes through.  Takes over what `file` has.
+    """
+
+    def __init__(self, file: Bitmap) -> None:
+        super().__init__(len(file))
+        self._file = file
+        self._bits[:] = file._bits[: len(file)]
+        self._cleared: list[tuple[int, int]] = []
+
+    def set(self, first: int, stop: int) -> None:
+        super().set(first, stop)
+        self._file.set(first, stop)
+
+    def assign(self, first: int, bits: bitarray) -> None:
+        super().assign(first, bits)
+        self._file.assign(first, bits)
+
+    def clear(self, first: int, stop: int) -> None:
+        super().clear(first, stop)
+        self._cleared.append((first, stop))
+
+    def cleared(self) -> list[tuple[int, int]]:
+        """Ranges cleared since the last call, for `apply`."""
+        taken, self._cleared = self._cleared, []
+        return taken
+
+    def apply(self, ranges: list[tuple[int, int]]) -> None:
+        """Clear the ranges in the file."""
+        for first, stop in ranges:
+            self._file.clear(first, stop)
+
+    def release(self) -> None:
+        super().release()
+        self._file.release()

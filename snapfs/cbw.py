@@ -130,7 +130,6 @@ class Engine:
             self.counters,
             self.space,
             lambda layer: self._start(self._keeper.dispose, layer),
-            lambda layer: self._start(self._save_quietly),
         )
         self._keeper.copier = self._copier
         self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self._copier.unpin)
@@ -382,6 +381,7 @@ class Engine:
                         layer.created_ns = time.time_ns()
                         layer.blocks = self._image.blocks()
                         self._stack.append(layer)
+                    await self._make_durable(layer)
                     await self._keeper.save()
             except BaseException:
                 with trio.CancelScope(shield=True):
@@ -390,6 +390,12 @@ class Engine:
             layer.visible = True
             log.info("snapshot %s created", name)
             return layer
+
+    async def _make_durable(self, layer: Layer) -> None:
+        """What a new snapshot finds in the image must survive a power cut as its name will."""
+        if layer.commits is not None:
+            await self._image.flush()
+            await layer.commits.access.commit(self._nursery)
 
     def _check_new(self, name: str) -> None:
         if any(layer.name == name for layer in self._stack):
@@ -406,13 +412,9 @@ class Engine:
         parts = await self._store.create(layer_id, geometry)
         parts.access.set(0, geometry.clusters)
         return Layer(
-            layer_id, geometry, parts.access, parts.done, parts.temp,
-            granted=geometry.clusters, visible=False,
+            layer_id, geometry, parts.access, parts.done, parts.temp, parts.losses,
+            parts.commits, granted=geometry.clusters, visible=False,
         )  # fmt: skip
-
-    async def _save_quietly(self) -> None:
-        async with self._transitions:
-            await self._keeper.try_save()
 
     async def rename_snapshot(self, old: str, new: str) -> None:
         """Give a snapshot another name.  Raises SnapshotNotFound, SnapshotExists, InvalidName."""
@@ -484,6 +486,8 @@ class Engine:
         self.counters.discards += 1
         self.counters.discarded_bytes += layer.geometry.span(clusters.start, clusters.stop)[1]
         layer.withdraw(clusters.start, clusters.stop)
+        if layer.commits is not None:
+            self._copier.promises.make(layer.commits.access, clusters.start, clusters.stop)
         dropped = self._stack.settle(clusters.start, clusters.stop)
         await self._copier.punch(dropped)
 

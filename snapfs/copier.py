@@ -19,6 +19,7 @@ from attrs import define, field, frozen
 from attrs.validators import ge, in_, optional
 
 from . import bitmap
+from .durability import Promises
 from .image import Image
 from .layers import Dropped, LayerStack, Run, shifted
 from .reqlist import Request, RequestList
@@ -85,7 +86,6 @@ class Copier:
         counters: Counters,
         space: TempSpace,
         on_unpinned: Callable[[Layer], None],
-        on_lost: Callable[[Layer], None],
     ) -> None:
         self._image = image
         self._stack = stack
@@ -95,17 +95,18 @@ class Copier:
         self._counters = counters
         self._space = space
         self._on_unpinned = on_unpinned
-        self._on_lost = on_lost
         self._copies: RequestList[Copy] = RequestList()
+        self.promises = Promises(nursery)
         self._failing: int | None = None  # errno of the newest copy, if it failed
 
     async def preserve(self, first: int, stop: int) -> None:
-        """Return when no cluster of [first, stop) is pending.
+        """Return when no cluster of [first, stop) is pending, and that is durable if it must be.
 
         None can become pending again before a snapshot is created.  A copy
         that fails, or takes longer than the timeout, goes to the policy:
         either access to the clusters concerned is withdrawn, or OSError is
-        raised and nothing is lost.
+        raised and nothing is lost.  What cannot be made durable raises OSError
+        under either policy: the snapshots would be wrong after a power cut.
         """
         stop = min(stop, len(self._stack.pending))
         timeout = self._settings.cbw_timeout
@@ -124,6 +125,10 @@ class Copier:
             elif mine and copy.error is not None:
                 self._give_up(copy.first, copy.stop, copy.error)
             # Another's copy that failed left its clusters pending: we try ourselves.
+        with trio.move_on_at(deadline):
+            await self.promises.kept(first, stop)
+            return
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     def _start(self, first: int, stop: int) -> Copy:
         """Begin to copy pending clusters from `first` on; the copy may stop earlier."""
@@ -141,7 +146,7 @@ class Copier:
         layer = copy.layer
         try:
             started = trio.current_time()
-            failed = await self._transfer(copy)
+            failed = await self._harden(copy, await self._transfer(copy))
             self._counters.cbw_seconds += trio.current_time() - started
             await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die
@@ -172,6 +177,19 @@ class Copier:
         if not failed:
             copy.error = None
         self._note_failure(copy, failed)
+        return failed
+
+    async def _harden(self, copy: Copy, failed: list[Run]) -> list[Run]:
+        """Make copied data durable, if it must be; returns the clusters that failed."""
+        commits = copy.layer.commits
+        if commits is None:
+            return failed
+        try:
+            await commits.temp.commit(self._nursery)
+        except OSError as error:
+            copy.error = error
+            failed = [(copy.first, copy.stop)]
+            self._note_failure(copy, failed)
         return failed
 
     def _note_failure(self, copy: Copy, failed: list[Run]) -> None:
@@ -214,6 +232,8 @@ class Copier:
         bits = good.slice(0, len(good))
         for first, stop in shifted(bits, copy.first):
             copy.layer.done.set(first, stop)
+            if copy.layer.commits is not None:
+                self.promises.make(copy.layer.commits.done, first, stop)
         dropped = self._stack.settle(copy.first, copy.stop)
         return [*dropped, (copy.layer, shifted(~bits, copy.first))]
 
@@ -227,7 +247,8 @@ class Copier:
     async def punch(self, dropped: Sequence[Dropped]) -> None:
         """Free clusters of temp images, whose done bits are clear.
 
-        Tries all; raises OSError of the first failure.
+        That nobody wants them is made durable first.  Tries all; raises
+        OSError of the first failure.
         """
         failure: OSError | None = None
         for layer, runs in dropped:
@@ -237,6 +258,7 @@ class Copier:
             try:
                 for first, stop in self._merged(layer, runs):
                     try:
+                        await self.promises.kept(first, stop)
                         await layer.temp.punch(*layer.geometry.whole(first, stop))
                     except OSError as error:
                         failure = failure or error
@@ -285,18 +307,18 @@ class Copier:
         if any((layer.policy or default) == "break-guest-write" for layer, _ in needing):
             raise OSError(error.errno, error.strerror)
         for layer, bits in needing:
+            lost = bits.count()
+            level = logging.ERROR if layer.state == "ok" else logging.DEBUG
+            layer.lose(lost, f"copy-before-write failed: {error.strerror}", error.errno)
             for start, end in bitmap.runs(bits, 0, len(bits)):
                 layer.withdraw(first + start, first + end)
-            lost = bits.count()
-            layer.lost += lost
-            if layer.state == "ok":
-                reason = f"copy-before-write failed: {error.strerror}"
-                layer.degrade("incomplete", reason, error.errno)
-            log.error(
+                if layer.commits is not None:
+                    self.promises.make(layer.commits.access, first + start, first + end)
+            log.log(
+                level,
                 "snapshot %s is incomplete: %d clusters from offset %d on could not be kept: %s",
                 layer.name, lost, first * self._cluster_size, error.strerror,
             )  # fmt: skip
-            self._on_lost(layer)
         for copy in self._copies:
             if copy.overlaps(first, stop):
                 copy.voided.append((max(first, copy.first), min(stop, copy.stop)))

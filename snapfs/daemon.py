@@ -24,12 +24,13 @@ import trio
 from attrs import field, frozen
 
 from . import errors, linux, mountinfo, requestfilter
-from .activity import BEAT_SECONDS
+from .activity import BEAT_SECONDS, SYNC_SECONDS
 from .cbw import Engine
 from .control import ControlServer
 from .copier import Settings
 from .options import MountOptions
 from .outsider import Outsider
+from .sdnotify import notify
 from .service import Commands
 from .store import CONTROL_SOCKET, Store
 
@@ -219,6 +220,7 @@ class Daemon:
             state_dir=options.state,
             cluster_size=options.cluster_size,
             read_only=options.read_only,
+            durability=options.durability,  # type: ignore[arg-type]
             limiter=trio.CapacityLimiter(IO_THREADS),
         )
         for notice in store.notices:
@@ -294,11 +296,18 @@ class Daemon:
         try:
             if not requestfilter.attached():
                 raise errors.MountError("this build of pyfuse3 goes past the request filter")
-            commands = Commands(engine, self._config.image, self._config.root, lambda: fs.unhealthy)
+            commands = Commands(
+                engine,
+                self._config.image,
+                self._config.root,
+                options.durability,
+                lambda: fs.unhealthy,
+            )
             uids = frozenset({os.geteuid(), fs.owner()})
             server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
             async with trio.open_nursery() as serving:
                 serving.start_soon(_beat, store)
+                serving.start_soon(_beat_durably, store)
                 await serving.start(self._outsider.run)
                 await serving.start(server.serve)
                 await serving.start(self._watch_signals, engine, cache, where, pyfuse3.terminate)
@@ -317,6 +326,7 @@ class Daemon:
         self._served = True
         log.info("%s is mounted on %s", self._config.image, self._config.mountpoint)
         self._ready()
+        notify("READY=1\nSTATUS=serving " + self._config.image)
 
     async def _watch_signals(
         self,
@@ -375,8 +385,15 @@ async def _beat(store: Store) -> None:
         store.beat()
 
 
+async def _beat_durably(store: Store) -> None:
+    while True:
+        await trio.sleep(SYNC_SECONDS)
+        await store.beat_durably()
+
+
 def _end_soon() -> None:
     """From now on storage that does not answer does not keep the process alive."""
+    notify("STOPPING=1")
     signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(LAST_SECONDS)
 
@@ -391,6 +408,7 @@ def serve(config: Config, ready: Callable[[], None]) -> None:
     requestfilter.load()
     os.umask(0o077)
     linux.set_io_flusher()
+    linux.spare_from_oom()
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL
     outsider = Outsider.start(config.root)
     try:

@@ -176,6 +176,10 @@ class DirtyBitmaps:
             if bitmap.parts is not None and len(bitmap.parts.bits) < stop
         ]
 
+    def recording(self) -> list[DirtyBitmap]:
+        """All that record, those included that are coming or going."""
+        return [bitmap for bitmap in self._bitmaps if bitmap.parts is not None]
+
     def enlarge(self, bitmap: DirtyBitmap, parts: DirtyParts) -> None:
         """Take over parts with more room, that show the same bits."""
         if bitmap.parts is not None and bitmap in self._bitmaps:

@@ -21,6 +21,7 @@ import errno
 import functools
 import itertools
 import logging
+import math
 import os
 import stat
 from collections.abc import Callable, Coroutine
@@ -45,6 +46,7 @@ SNAPSHOTS = 3
 BITMAPS = bitmapfs.DIRECTORY
 FIRST_SNAPSHOT = 4096
 
+REPEAT_SECONDS = 60.0  # between two lines of the log about one kind of failure
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
 
 ERRNOS: tuple[tuple[type[errors.SnapfsError], int], ...] = (
@@ -117,6 +119,7 @@ class SnapshotFS(pyfuse3.Operations):
         super().__init__()
         self.enable_writeback_cache = writeback_cache
         self.unhealthy: str | None = None  # the first unexpected exception
+        self._logged: dict[tuple[str, int | None], float] = {}  # failures, and when
         self._engine = engine
         self._image_fd = image_fd
         self._page_cache = page_cache
@@ -138,12 +141,20 @@ class SnapshotFS(pyfuse3.Operations):
             return next(number for kind, number in ERRNOS if isinstance(error, kind))
         if isinstance(error, OSError) and error.errno:
             if error.errno in (errno.EIO, errno.ENOSPC):
-                log.error("%s: %s", what, error)
+                self._log_failure(what, error)
             return error.errno
         log.error("unexpected error in %s", what, exc_info=error)
         if self.unhealthy is None:
             self.unhealthy = f"unexpected error in {what}: {error!r}"
         return errno.EIO
+
+    def _log_failure(self, what: str, error: OSError) -> None:
+        """One line for a kind of failure in `REPEAT_SECONDS`; a full disk fails every request."""
+        now = trio.current_time()
+        repeated = now - self._logged.get((what, error.errno), -math.inf) < REPEAT_SECONDS
+        if not repeated:
+            self._logged[what, error.errno] = now
+        log.log(logging.DEBUG if repeated else logging.ERROR, "%s: %s", what, error)
 
     # Attributes
 

@@ -75,6 +75,7 @@ class LayerKeeper:
     def leave(self, layer: Layer) -> None:
         """Let go of a layer that is not in the stack, once a list without it is saved."""
         layer.removed = True
+        self.copier.promises.forget(layer.commits)
         layer.pins += 1
         self.leaving.append(layer)
 
@@ -117,6 +118,7 @@ class LayerKeeper:
             await self.copier.trash(dropped)
             for layer in gone:
                 try:
+                    await self.copier.promises.kept(0, self._stack.clusters)
                     await layer.temp.truncate(0)
                 except OSError as error:
                     log.warning("cannot free the temp image of a deleted snapshot: %s", error)
@@ -130,6 +132,7 @@ class LayerKeeper:
         layer.temp.close()
         layer.access.release()
         layer.done.release()
+        layer.losses = None
         try:
             await self._store.remove(layer.id)
         except OSError as error:  # the next mount removes them

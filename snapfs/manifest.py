@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, Literal
 
 import cattrs
 from attrs import evolve, field, frozen
@@ -19,6 +19,8 @@ from .dirty import BitmapRecord
 from .errors import InvalidName, StateError
 from .geometry import Geometry
 from .snapshot import LayerRecord, check_name
+
+Durability = Literal["process", "power"]
 
 VERSION = 2
 MAX_BYTES = 16 << 20  # a manifest of this size has some 50,000 snapshots
@@ -73,6 +75,7 @@ class Manifest:
     """`layers` oldest first.  `clean`: closed in order, and everything flushed.
 
     Layers and bitmaps share one sequence of ids.
+    `durability`: of the mount; with power the bitmaps are right after a power cut.
     """
 
     version: int
@@ -83,6 +86,7 @@ class Manifest:
     next_id: int = field(validator=ge(1))
     layers: tuple[LayerRecord, ...] = ()
     bitmaps: tuple[BitmapRecord, ...] = ()
+    durability: Durability = "process"
 
     def dumps(self) -> bytes:
         """The manifest as it is stored."""

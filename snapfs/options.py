@@ -75,6 +75,7 @@ class MountOptions:
     cluster_size: int | None = None
     on_cbw_error: str = "break-snapshot"
     cbw_timeout: float = 15.0
+    durability: str = "process"
     temp_limit: int | None = None
     temp_reserve: int | None = None  # None: see `Store.default_reserve`
     uid: int | None = None
@@ -129,6 +130,7 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
         _choice("on-cbw-error", ("break-snapshot", "break-guest-write")),
     ),
     "cbw-timeout": ("cbw_timeout", _seconds),
+    "durability": ("durability", _choice("durability", ("process", "power"))),
     "temp-limit": ("temp_limit", parse_size),
     "temp-reserve": ("temp_reserve", parse_size),
     "uid": ("uid", _number("uid", 10)),

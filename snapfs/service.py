@@ -23,12 +23,18 @@ class Commands:
     """What the control socket can be asked."""
 
     def __init__(
-        self, engine: Engine, image: str, mountpoint: str, trouble: Callable[[], str | None]
+        self,
+        engine: Engine,
+        image: str,
+        mountpoint: str,
+        durability: str,
+        trouble: Callable[[], str | None],
     ) -> None:
         self._engine = engine
         self._image = image
         self._mountpoint = mountpoint
         self._bitmaps = BitmapCommands(engine)
+        self._durability = durability
         self._trouble = trouble  # why the FUSE face is not healthy, if it is not
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
@@ -77,7 +83,7 @@ class Commands:
             "pid": os.getpid(),
             "healthy": reason is None,
             "reason": reason,
-            "durability": "process",
+            "durability": self._durability,
             "fastpath": False,
         }
         return status

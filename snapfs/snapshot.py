@@ -8,16 +8,18 @@ its temp image.
 
 from __future__ import annotations
 
+import struct
 import time
 import unicodedata
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from attrs import define, field, frozen
 from bitarray import bitarray
 
 from .bitmap import Bitmap
 from .dirty import BitmapRecord, BitmapStore
+from .durability import Commits
 from .errors import InvalidName
 from .geometry import Geometry
 from .image import Image
@@ -26,6 +28,9 @@ State = Literal["ok", "incomplete", "lost"]
 Policy = Literal["break-snapshot", "break-guest-write"]
 
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+
+_LOSSES = struct.Struct("<qqq232s")  # clusters lost, errno, since_ns, reason in UTF-8
+LOSSES_BYTES = _LOSSES.size
 
 
 def check_name(name: str) -> str:
@@ -68,11 +73,18 @@ class LayerRecord:
 
 @frozen
 class LayerParts:
-    """The files of a layer."""
+    """The files of a layer.
+
+    `losses`: a writable buffer of LOSSES_BYTES, which outlives the daemon as
+    the bitmaps do: a snapshot that lost clusters must not seem whole.
+    `commits`: None if they need not survive a power cut.
+    """
 
     access: Bitmap
     done: Bitmap
     temp: Image
+    losses: Any = field(factory=lambda: bytearray(LOSSES_BYTES))
+    commits: Commits | None = None
 
 
 @define(eq=False)
@@ -89,6 +101,8 @@ class Layer:
     access: Bitmap  # set: readers may read the cluster.  Bits are only ever cleared
     done: Bitmap  # set: the old data is in temp (a hole there: zeros)
     temp: Image
+    losses: Any  # see LayerParts
+    commits: Commits | None = None
     created_ns: int = 0
     granted: int = 0  # accessible clusters at creation
     blocks: int = 0  # st_blocks of the image at creation
@@ -112,12 +126,14 @@ class Layer:
     @classmethod
     def from_record(cls, record: LayerRecord, parts: LayerParts, cluster_size: int) -> Layer:
         """The layer as the state directory kept it."""
-        return cls(
+        layer = cls(
             id=record.id,
             geometry=Geometry(record.size, cluster_size),
             access=parts.access,
             done=parts.done,
             temp=parts.temp,
+            losses=parts.losses,
+            commits=parts.commits,
             created_ns=record.created_ns,
             granted=record.granted,
             blocks=record.blocks,
@@ -131,6 +147,14 @@ class Layer:
             since_ns=record.since_ns,
             live=record.name is not None,
         )
+        lost, number, since, reason = _LOSSES.unpack_from(parts.losses)
+        if lost > layer.lost:  # after the list was saved
+            layer.lost = lost
+            if layer.state == "ok":
+                text = reason.rstrip(b"\0").decode(errors="replace")
+                layer.degrade("incomplete", text, number or None)
+                layer.since_ns = since
+        return layer
 
     def record(self) -> LayerRecord:
         """What the state directory keeps."""
@@ -154,6 +178,16 @@ class Layer:
         """Note why the snapshot is incomplete or lost; `number`: the errno."""
         self.state, self.reason, self.errno = state, reason, number
         self.since_ns = time.time_ns()
+
+    def lose(self, clusters: int, reason: str, number: int | None) -> None:
+        """Note that clusters could not be kept; to be called before access to them goes."""
+        self.lost += clusters
+        if self.state == "ok":
+            self.degrade("incomplete", reason, number)
+        _LOSSES.pack_into(
+            self.losses, 0, self.lost, self.errno or 0, self.since_ns or 0,
+            (self.reason or "").encode()[:232],
+        )  # fmt: skip
 
     def withdraw(self, first: int, stop: int) -> None:
         """Clear access to [first, stop); readers get AccessDenied from now on."""

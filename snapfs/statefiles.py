@@ -14,7 +14,7 @@ import shutil
 import stat
 import struct
 
-from .bitmap import Bitmap, buffer_size
+from .bitmap import buffer_size
 from .errors import StateError
 
 FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
@@ -100,8 +100,8 @@ def map_file(fd: int, size: int) -> mmap.mmap:
     return mmap.mmap(fd, size)
 
 
-def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> Bitmap:
-    """The bitmap in a file of its own.  Raises StateError if the file has another size.
+def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> mmap.mmap:
+    """The file of a bitmap.  Raises StateError if the file has another size.
 
     Bits beyond the end must be clear; a file of an empty bitmap has one byte.
     """
@@ -120,7 +120,18 @@ def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> Bitmap:
         os.close(fd)
     if bits % 8 and mapping[size - 1] >> bits % 8:
         raise StateError(f"{name} has bits set beyond the end of the snapshot")
-    return Bitmap(bits, mapping)
+    return mapping
+
+
+def map_record(parent: int, name: str, size: int, *, create: bool) -> mmap.mmap:
+    """A file of `size` bytes, mapped.  Raises StateError if the file has another size."""
+    fd = open_file(parent, name, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0))
+    try:
+        if not create and os.fstat(fd).st_size != size:
+            raise StateError(f"{name} has {os.fstat(fd).st_size} bytes and must have {size}")
+        return map_file(fd, size)
+    finally:
+        os.close(fd)
 
 
 def replace_file(parent: int, name: str, data: bytes) -> None:

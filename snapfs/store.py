@@ -8,6 +8,7 @@
         control.sock            the control socket (control.py)
         snapshots/ID/access     mapped bitmap
         snapshots/ID/done       mapped bitmap
+        snapshots/ID/losses     mapped record of what could not be kept
         snapshots/ID/temp       temp image
         bitmaps/ID              mapped dirty bitmap (dirtyfiles.py)
 
@@ -21,6 +22,7 @@ that returned is there), and what the next mount does:
     copy, before done   temp data without a done bit     punches it out
     copy, after done    done bit, image not written      keeps it: same bytes
     write               image in part new, done set      keeps it
+    losing clusters     more lost than inaccessible  keeps both: incomplete
     discard             access clear, done still set     clears done, punches
     delete, before save the snapshot                     keeps it
     delete, after save  a nameless layer                 drops what nobody needs
@@ -33,9 +35,10 @@ that returned is there), and what the next mount does:
     write, bits set     dirty bits, image not written    keeps them: some too many
     close, before save  clean=false, same boot           as after a death
 
-After an unclean reboot (another boot id) nothing mapped is trusted: snapshots
-are lost.  So are those that need the image when somebody else wrote it.  Dirty
-bitmaps are inconsistent in both cases.
+After an unclean reboot (another boot id) nothing mapped is trusted unless it
+was made durable step by step (durability=power, durability.py): snapshots are
+lost.  So are those that need the image when somebody else wrote it.  Dirty
+bitmaps are inconsistent after any unclean reboot, and when somebody wrote it.
 """
 
 from __future__ import annotations
@@ -51,24 +54,34 @@ from attrs import evolve
 
 from . import statefiles
 from .activity import Activity
+from .bitmap import Bitmap
 from .dirty import BitmapRecord, DirtyBitmap
 from .dirtyfiles import DirtyFiles
 from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage
+from .layerfiles import LayerFiles
 from .layers import LayerStack
 from .locks import lock_exclusively, lock_image
-from .manifest import MAX_BYTES, VERSION, ImageStamp, Manifest
-from .snapshot import Layer, LayerParts, LayerRecord
+from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
+from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
+LAYER_FILES = ("temp", "done", "losses", "access")
+
+
+WENT_DOWN = "the machine went down without unmounting"
 
 
 def boot_id() -> str:
     """Identifies this boot of the kernel (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _rebooted(known: Manifest) -> bool:
+    return not known.clean and known.boot_id != boot_id()
 
 
 def open_image(path: str, *, read_only: bool) -> int:
@@ -125,6 +138,10 @@ class Store:
         self._read_only = False
         self._made = False
         self._opened_bitmaps = False
+        self._power = False
+        self._harden = False  # what is loaded must be durable
+        self._files: dict[int, LayerFiles] = {}  # by layer id, with durability=power
+        self._activity_fd = -1
 
     @classmethod
     async def open(
@@ -134,6 +151,7 @@ class Store:
         state_dir: str | None = None,
         cluster_size: int | None = None,
         read_only: bool = False,
+        durability: Durability = "process",
         limiter: trio.CapacityLimiter,
     ) -> Store:
         """Lock the image and its state directory, made if need be, and recover.
@@ -142,8 +160,9 @@ class Store:
         InUse, MountError, StateError and OSError; then nothing is held or left behind.
         """
         return await trio.to_thread.run_sync(
-            cls._open, image_path, state_dir, cluster_size, read_only, limiter, limiter=limiter
-        )
+            cls._open, image_path, state_dir, cluster_size, read_only, durability, limiter,
+            limiter=limiter,
+        )  # fmt: skip
 
     @classmethod
     def _open(
@@ -152,6 +171,7 @@ class Store:
         state_dir: str | None,
         cluster_size: int | None,
         read_only: bool,
+        durability: Durability,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         path = os.path.realpath(image_path)
@@ -174,6 +194,7 @@ class Store:
             try:
                 store._read_only = read_only
                 store._made = made
+                store._power = durability == "power"
                 store._enter(path, image_fd, cluster_size)
                 return store
             except BaseException:
@@ -216,9 +237,13 @@ class Store:
             image=stamp,
             boot_id=boot_id(),
             clean=False,
+            durability="power" if self._power else "process",
             layers=tuple(layer.record() for layer in self.layers),
         )
         self._activity.begin()
+        if self._power:
+            self._activity_fd = statefiles.open_file(self._fd, "activity")
+            os.fdatasync(self._activity_fd)
         self._write_manifest()
 
     def _read_manifest(self) -> Manifest | None:
@@ -238,12 +263,15 @@ class Store:
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
         """Load the layers of the manifest and bring them to a state between transitions."""
         self._remove_unlisted({layer.id for layer in known.layers})
+        self._harden = self._power or known.durability == "power"
+        if self._power and known.layers:
+            os.fdatasync(self.image.fd)
         for record in known.layers:
             self.layers.append(self._load(record, known.cluster_size))
         stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
-        reason, rebooted = self._distrust(known, stamp)
+        reason, distrusted = self._distrust(known, stamp)
         if reason is not None:
-            self._mark_lost(stack, reason, rebooted)
+            self._mark_lost(stack, reason, distrusted)
         for layer in self.layers:
             if not layer.live:
                 layer.withdraw(0, layer.geometry.clusters)
@@ -256,6 +284,8 @@ class Store:
             else:
                 self._punch_undone(layer)
         clusters = Geometry(stamp.size, known.cluster_size).clusters
+        if _rebooted(known):  # dirty bits are not made durable before the image is written
+            reason = WENT_DOWN
         self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, reason)
         self.notices += notices
 
@@ -263,19 +293,36 @@ class Store:
         geometry = Geometry(record.size, cluster_size)
         fd = statefiles.open_directory(str(record.id), parent=self._snapshots_fd)
         try:
-            access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=False)
-            done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=False)
             temp_fd = statefiles.open_file(fd, "temp")
-            if record.name is None and not os.fstat(temp_fd).st_size:
-                os.ftruncate(temp_fd, record.size)  # it was being deleted
+            if record.name is None and os.fstat(temp_fd).st_size < record.size:
+                os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
             temp = self._open_temp(temp_fd, record.size)
+            parts = self._parts(record.id, fd, geometry, temp, create=False)
         except FileNotFoundError as error:
             raise StateError(
                 f"{self.directory}/snapshots/{record.id} lacks its file {error.filename}"
             ) from None
         finally:
             os.close(fd)
-        return Layer.from_record(record, LayerParts(access, done, temp), cluster_size)
+        return Layer.from_record(record, parts, cluster_size)
+
+    def _parts(
+        self, record_id: int, fd: int, geometry: Geometry, temp: FileImage, *, create: bool
+    ) -> LayerParts:
+        """Map the files of a layer in the directory `fd`, to be synced as the mount wants it."""
+        bits = geometry.clusters
+        access = statefiles.map_bitmap(fd, "access", bits, create=create)
+        done = statefiles.map_bitmap(fd, "done", bits, create=create)
+        losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=create)
+        if self._harden:  # before anything is freed, or relies on it
+            for name in LAYER_FILES:
+                statefiles.sync_file(fd, name)
+        if not self._power:
+            return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
+        mappings = {"done": done, "access": access, "losses": losses}
+        files = LayerFiles.open(fd, temp, mappings, bits, self._limiter)
+        self._files[record_id] = files
+        return files.parts
 
     def _open_temp(self, fd: int, size: int) -> FileImage:
         if os.fstat(fd).st_size != size:
@@ -288,21 +335,27 @@ class Store:
         return FileImage(fd, limiter=self._limiter)
 
     def _distrust(self, known: Manifest, stamp: ImageStamp) -> tuple[str | None, bool]:
-        """Why what is mapped does not tell of the image as it is, if so; and after a reboot?"""
+        """Why what is mapped does not tell of the image as it is, if so.
+
+        The second value: of no layer, whether it needs the image or not.
+        """
         if not known.layers and not known.bitmaps:
             return None, False
-        if not known.clean and known.boot_id != boot_id():
-            return "the machine went down without unmounting", True
+        rebooted = _rebooted(known)
+        if rebooted and known.durability != "power":
+            return WENT_DOWN, True
         if known.clean:
             change = stamp.change_since(known.image)
+        elif rebooted:
+            change = self._activity.change_since_boot(known.image, stamp)
         else:
             change = self._activity.change_since(known.image, stamp)
         return change and f"the image was changed while it was not mounted: {change}", False
 
-    def _mark_lost(self, stack: LayerStack, reason: str, rebooted: bool) -> None:
+    def _mark_lost(self, stack: LayerStack, reason: str, distrusted: bool) -> None:
         need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
         for layer in self.layers:
-            if layer.live and (rebooted or layer.id in need_image):
+            if layer.live and (distrusted or layer.id in need_image):
                 layer.withdraw(0, layer.geometry.clusters)
                 if layer.state != "lost":
                     layer.degrade("lost", reason)
@@ -344,13 +397,16 @@ class Store:
         try:
             fd = statefiles.open_directory(name, parent=self._snapshots_fd)
             try:
-                access = statefiles.map_bitmap(fd, "access", geometry.clusters, create=True)
-                done = statefiles.map_bitmap(fd, "done", geometry.clusters, create=True)
                 temp_fd = statefiles.make_file(fd, "temp", geometry.size)
+                lock_image(temp_fd, writable=True)
+                temp = FileImage(temp_fd, limiter=self._limiter)
+                parts = self._parts(layer_id, fd, geometry, temp, create=True)
+                if self._power:
+                    os.fsync(fd)
+                    os.fsync(self._snapshots_fd)
+                return parts
             finally:
                 os.close(fd)
-            lock_image(temp_fd, writable=True)
-            return LayerParts(access, done, FileImage(temp_fd, limiter=self._limiter))
         except BaseException:
             self._remove_layer(layer_id)
             raise
@@ -369,6 +425,9 @@ class Store:
         statefiles.keep_reserve(self._fd)
 
     async def remove(self, layer_id: int) -> None:
+        files = self._files.pop(layer_id, None)
+        if files is not None:
+            files.close()
         await trio.to_thread.run_sync(self._remove_layer, layer_id, limiter=self._limiter)
 
     def _remove_layer(self, layer_id: int) -> None:
@@ -392,6 +451,17 @@ class Store:
     def beat(self) -> None:
         """Sign of life, to be given every `activity.BEAT_SECONDS`."""
         self._activity.beat()
+
+    async def beat_durably(self) -> None:
+        """With durability=power: a durable one, every `activity.SYNC_SECONDS`; logged if not."""
+        if self._power:
+            self._activity.beat(always=True)
+            try:
+                await trio.to_thread.run_sync(
+                    os.fdatasync, self._activity_fd, limiter=self._limiter
+                )
+            except OSError as error:
+                log.error("cannot record a sign of life: %s", error.strerror)
 
     # The end
 
@@ -426,7 +496,7 @@ class Store:
             for layer in layers:
                 fd = statefiles.open_directory(str(layer.id), parent=self._snapshots_fd)
                 try:
-                    for name in ("temp", "done", "access"):
+                    for name in LAYER_FILES:
                         statefiles.sync_file(fd, name)
                 finally:
                     os.close(fd)
@@ -449,6 +519,9 @@ class Store:
     def _release(self) -> None:
         if self._opened_bitmaps:
             self.bitmaps.close()
-        for fd in (self._snapshots_fd, self._lock_fd, self._fd):
+        for files in self._files.values():
+            files.close()
+        self._files.clear()
+        for fd in (self._activity_fd, self._snapshots_fd, self._lock_fd, self._fd):
             if fd >= 0:
                 os.close(fd)

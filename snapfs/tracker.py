@@ -87,6 +87,8 @@ class Tracker:
         try:
             self.bitmaps.enlarge(bitmap, await self._store.grow(bitmap.id, stop))
         except OSError as error:
+            if bitmap not in self.bitmaps.short(stop):
+                return  # it was removed meanwhile
             log.error("bitmap %s cannot grow with the image: %s", bitmap.name, error.strerror)
             self.bitmaps.spoil(bitmap, f"it could not grow with the image: {error.strerror}")
 
@@ -99,7 +101,7 @@ class Tracker:
 
     def shrank(self) -> None:
         """The image was cut from outside: what came in between nobody knows."""
-        for bitmap in self.bitmaps:
+        for bitmap in self.bitmaps.recording():
             self.bitmaps.spoil(bitmap, "the image was cut from outside")
 
     # Commands

@@ -131,6 +131,7 @@ class MemoryImage:
         self.misuse: list[str] = []  # uses that would hit a closed, or another, descriptor
         self.on_fault: Callable[[Call], None] = lambda call: None
         self.in_flight = 0
+        self.trips = 0  # calls of data_inside
         self.closed = False
         for page in range(-(-len(content) // PAGE)):
             if any(self.data[page * PAGE : (page + 1) * PAGE]):
@@ -284,6 +285,7 @@ class MemoryImage:
         self, ranges: Sequence[tuple[int, int]], limit: int
     ) -> tuple[list[tuple[int, int]], int]:
         found: list[tuple[int, int]] = []
+        self.trips += 1
         for start, stop in ranges:
             pairs, known = await self.data_extents(start, stop - start, limit - len(found))
             found += pairs
@@ -497,7 +499,7 @@ def _twin(bits: Bitmap) -> Bitmap:
 
 
 def _copied(parts: LayerParts) -> LayerParts:
-    return LayerParts(_twin(parts.access), _twin(parts.done), parts.temp)
+    return LayerParts(_twin(parts.access), _twin(parts.done), parts.temp, bytearray(parts.losses))
 
 
 # The specification, written down naively

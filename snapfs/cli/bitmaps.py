@@ -156,10 +156,7 @@ def map_file(arguments: argparse.Namespace) -> int:
     elif arguments.json:
         _print_json(rows, sys.stdout)
     else:
-        print_table(
-            ("START", "LENGTH", "KIND", "SOURCE", "DIRTY"),
-            ((row[0], row[1], _kind(row), row[4], ("no", "yes")[row[5]]) for row in rows),
-        )
+        _print_rows(rows, sys.stdout)
     return ExitCode.OK
 
 
@@ -175,6 +172,14 @@ def _print_json(rows: Iterable[Row], out: TextIO) -> None:
         )
         separator = ",\n"
     print("]" if separator != "[" else "[]", file=out)
+
+
+def _print_rows(rows: Iterable[Row], out: TextIO) -> None:
+    """A table of millions of lines: as it comes, with columns wide enough for most."""
+    line = "{:>16}  {:>16}  {:12}  {:6}  {}\n"
+    out.write(line.format("START", "LENGTH", "KIND", "SOURCE", "DIRTY"))
+    for row in rows:
+        out.write(line.format(row[0], row[1], _kind(row), row[4], ("no", "yes")[row[5]]))
 
 
 def _kind(row: Row) -> str:

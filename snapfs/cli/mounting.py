@@ -119,27 +119,12 @@ def mount_in_foreground(
     start_logging(options.log_level)
 
     def ready() -> None:
-        notify("READY=1")
         if ready_fd is not None:
             os.write(ready_fd, b"READY\n")
             os.close(ready_fd)
 
     serve(Config(image, mountpoint, options), ready)
     return ExitCode.OK
-
-
-def notify(state: str) -> None:
-    """Tell systemd about the service, if it started us (sd_notify(3))."""
-    import socket  # noqa: PLC0415
-
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
-        notifier.connect(address)
-        notifier.sendall(state.encode())
 
 
 def start_logging(level: str, state: str | None = None) -> None:

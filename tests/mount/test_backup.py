@@ -61,6 +61,15 @@ class Disk:
     def manifest(self) -> dict:
         return json.loads((self.directory / "snapfs-backup.json").read_text())
 
+    def check_images(self, directory: Path) -> None:
+        """Every point is what the image was, for qemu-img; quicker than `check_all`."""
+        manifest = json.loads((directory / "snapfs-backup.json").read_text())
+        for point in manifest["points"]:
+            raw = self.scratch / "raw"
+            run("qemu-img", "convert", "-O", "raw", directory / f"{point['name']}.qcow2", raw)
+            expected = self.moments[point["number"]]
+            assert expected == raw.read_bytes()[: len(expected)], point["name"]
+
     def check_all(self, directory: Path | None = None) -> None:
         """Every point is what the image was, for us and for qemu-img."""
         where = directory or self.directory
@@ -320,9 +329,11 @@ def test_prune_killed_at_every_step_leaves_every_kept_point_whole(disk, tmp_path
         shutil.copytree(it.directory, trial)
         command = ["prune", trial, "--keep-last", "2"]
         done = run(*DYING, str(step), *command, check=False)
-        it.check_all(trial)
+        it.check_images(trial)
+        assert it.moments[5] == it.restored(5, trial)
         run(*SNAPFS, *command)
-        it.check_all(trial)
+        it.check_images(trial)
+        run(*SNAPFS, "verify", trial)
         left = {path.name for path in trial.iterdir()}
         assert 2 * 2 + 2 == len(left), left
         shutil.rmtree(trial)

@@ -201,7 +201,7 @@ def patched(mount, content: bytes, patch: str, *options: str):
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
 def test_an_io_error_of_the_temp_image(mount, policy):
     moment = os.urandom(4 * MIB)
-    with patched(mount, moment, BAD_CLUSTER, f"on-cbw-error={policy}") as (disk, _):
+    with patched(mount, moment, BAD_CLUSTER, f"on-cbw-error={policy}") as (disk, daemon):
         snapshot = disk.create("s")
         if policy == "break-guest-write":
             with pytest.raises(OSError, match="Input/output"):
@@ -221,6 +221,10 @@ def test_an_io_error_of_the_temp_image(mount, policy):
             disk.read("snapshots/s", MIB, 1)
         assert moment[:MIB] == disk.read("snapshots/s", 0, MIB)
         assert moment[MIB + K64 :] == disk.read("snapshots/s", MIB + K64, 4 * MIB)
+        daemon.process.kill()
+        daemon.process.wait()
+        disk.start()  # nothing was saved in order since the failure
+        assert {**state_of(disk, "s"), "temp_bytes": 0} == {**found, "temp_bytes": 0}
 
 
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
@@ -306,3 +310,17 @@ def test_random_names_of_attributes_are_answered(mount):
             os.setxattr(path, name, chance.randbytes(9))
     assert ["user.snapfs.state", "user.snapfs.temp_bytes"] == os.listxattr(snapshot)
     assert disk.json("status")["mount"]["healthy"]
+
+
+@pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
+def test_what_fails_again_and_again_is_logged_once(mount, policy):
+    disk = mount(os.urandom(4 * MIB), "temp-limit=0", f"on-cbw-error={policy}", start=False)
+    daemon = Patched(disk, "")
+    disk.create("s")
+    for number in range(20):
+        with contextlib.suppress(OSError):
+            disk.write(number * K64, b"x")
+    disk.stop()
+    lines = [line for line in daemon.finish()[1].splitlines() if "ERROR" in line]
+    assert 1 == len(lines), lines
+    assert "temp-limit=0 is reached" in lines[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, mounts_below, run
+from .conftest import SNAPFS, Mounted, mounts_below, run
 
 pytestmark = pytest.mark.mount
 
@@ -98,3 +100,24 @@ def test_another_users_mount_is_explained(disk):
     assert 1 == refused.returncode
     assert "allow_other" in refused.stderr
     assert "user_allow_other in /etc/fuse.conf" in refused.stderr
+
+
+def test_the_daemon_tells_systemd(mount, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(30)
+        manager.bind(str(tmp_path / "notify"))
+        disk = mount(1 << 20, start=False)
+        daemon = subprocess.Popen(
+            [*SNAPFS, "mount", "-f", disk.image, disk.mountpoint],
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stderr=subprocess.DEVNULL,
+        )
+        assert manager.recv(4096).startswith(b"READY=1\n")
+        assert 1 << 20 == disk.active.stat().st_size
+        command = "echo -900 > /proc/self/oom_score_adj"
+        if not run("sh", "-c", command, check=False).returncode:  # where it is permitted
+            score = Path(f"/proc/{daemon.pid}/oom_score_adj").read_text()
+            assert int(score) < 0
+        daemon.terminate()
+        assert b"STOPPING=1" == manager.recv(4096)
+        assert 0 == daemon.wait(timeout=60)

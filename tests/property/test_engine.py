@@ -637,6 +637,8 @@ class World:
                 call = partial(engine.zero, start, step.length, True)
             case "allocate" | "allocate-keep":
                 keep = step.kind == "allocate-keep"
+                if not keep and any(change.size >= 0 for change in self.changes):
+                    return  # whether it extends the image depends on their order
                 if keep or stop <= len(self.active):
                     self.change(
                         start, start, b"", partial(engine.allocate, start, step.length, keep), 0
@@ -1057,8 +1059,9 @@ class World:
             found = None
         finally:
             self.forget(beside)
+            now = set() if layer is None else self.accessible(layer)
             if layer is not None:
-                await engine.close_snapshot(layer)
+                await engine.close_snapshot(layer)  # takes access away if it was deleted
         if wanted is None and beside:
             return
         size = len(content)
@@ -1069,7 +1072,6 @@ class World:
             assert not any(skipped)  # inaccessible is data: never skipped ...
             if layer is not None:
                 clusters = touched_clusters(step.offset, len(skipped))
-                now = self.accessible(layer)
                 assert clusters <= now | wanted.lost | wanted.discarded  # type: ignore[union-attr]
         else:
             assert found is not None and step.offset <= found <= size

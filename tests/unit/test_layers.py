@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from snapfs.bitmap import Bitmap
 from snapfs.geometry import Geometry
 from snapfs.layers import LayerStack
-from snapfs.snapshot import Layer
+from snapfs.snapshot import LOSSES_BYTES, Layer
 
 MOST = 9
 bits = st.lists(st.booleans(), min_size=MOST, max_size=MOST)
@@ -34,6 +34,7 @@ def stack_of(layers: list[tuple[int, list[bool], list[bool], bool]]) -> LayerSta
             bitmap_of([bit and live for bit in access[:clusters]]),
             bitmap_of(done[:clusters]),
             MemoryImage(),
+            bytearray(LOSSES_BYTES),
         )
         layer.live = live
         made.append(layer)

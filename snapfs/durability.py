@@ -1,0 +1,148 @@
+"""What must be on the disk before the image is overwritten or temp space is freed.
+
+With durability=power a snapshot survives the loss of everything that was only
+in the page cache.  For that
+
+ - copied data is durable before its done bit is set: the kernel may write a
+   mapped page back at any moment;
+ - a done bit, or a cleared access bit, is durable before the image is
+   overwritten there, and before space there is freed.
+
+Bits that changed and are not durable yet are *promises* on their range; whoever
+overwrites or frees waits until none overlaps.  Many wait for one sync.  With
+durability=process there are no promises, and nothing here waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+from attrs import define, field, frozen
+
+from .reqlist import Request, RequestList
+
+log = logging.getLogger(__name__)
+
+
+@define(eq=False)
+class _Round:
+    """One sync, for all who came before it began."""
+
+    error: OSError | None = None
+    ended: trio.Event = field(factory=trio.Event)
+
+
+class GroupCommit:
+    """Makes a file durable for many callers at once.
+
+    `sync` makes durable what was written before it is called.  One sync is
+    under way at a time; who comes meanwhile shares the next one.
+    """
+
+    def __init__(self, sync: Callable[[], Awaitable[None]]) -> None:
+        self.promises: list[Promise] = []  # not durable yet; task-atomic
+        self._sync = sync
+        self._next: _Round | None = None  # task-atomic
+        self._leading = False  # task-atomic
+
+    async def commit(self, nursery: trio.Nursery) -> None:
+        """Return when all that was written before the call is durable.
+
+        The sync runs in `nursery`, so a caller may give up waiting.  Raises
+        OSError if it failed; then a later call tries again.
+        """
+        if self._next is None:
+            self._next = _Round()
+        mine = self._next
+        if not self._leading:
+            self._leading = True
+            nursery.start_soon(self._lead)
+        await mine.ended.wait()
+        if mine.error is not None:
+            raise OSError(mine.error.errno, mine.error.strerror)
+
+    async def _lead(self) -> None:
+        try:
+            while (mine := self._next) is not None:
+                self._next = None
+                with trio.CancelScope(shield=True):
+                    await self._run(mine)
+        finally:
+            self._leading = False
+
+    async def _run(self, mine: _Round) -> None:
+        covered, self.promises = self.promises, []
+        try:
+            await self._sync()
+        except Exception as error:
+            if not isinstance(error, OSError):
+                log.exception("a sync ended with an unexpected error")
+                error = OSError(errno.EIO, os.strerror(errno.EIO))
+            mine.error = error
+            self.promises = covered + self.promises
+        else:
+            for promise in covered:
+                promise.keep()
+        finally:
+            mine.ended.set()
+
+
+@define(eq=False)
+class Promise(Request):
+    """Bits of [first, stop) that changed; `commit` makes them durable."""
+
+    commit: GroupCommit
+    _among: RequestList[Promise]
+    kept: bool = False
+
+    def keep(self) -> None:
+        """The bits are durable, or do not matter any more."""
+        if not self.kept:
+            self.kept = True
+            self._among.end(self)
+
+
+@frozen
+class Commits:
+    """What makes the files of a layer durable: temp image, done bits, access bits."""
+
+    temp: GroupCommit
+    done: GroupCommit
+    access: GroupCommit
+
+
+class Promises:
+    """All promises of an image.  Syncs run in `nursery`."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._promises: RequestList[Promise] = RequestList()
+
+    def make(self, commit: GroupCommit, first: int, stop: int) -> None:
+        """Bits of [first, stop) changed in a file."""
+        if first < stop:
+            promise = Promise(first, stop, commit, self._promises)
+            self._promises.add(promise)
+            commit.promises.append(promise)
+
+    def forget(self, commits: Commits | None) -> None:
+        """The files of a layer do not matter any more."""
+        if commits is not None:
+            for commit in (commits.done, commits.access):
+                for promise in [each for each in self._promises if each.commit is commit]:
+                    promise.keep()
+                commit.promises.clear()
+
+    async def kept(self, first: int, stop: int) -> None:
+        """Return when every bit of [first, stop) that has changed so far is durable.
+
+        No checkpoint if all are.  Raises OSError if one cannot be made so; it
+        stays a promise.
+        """
+        for promise in [each for each in self._promises if each.overlaps(first, stop)]:
+            if not promise.kept:
+                await promise.commit.commit(self._nursery)

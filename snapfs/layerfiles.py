@@ -1,0 +1,95 @@
+"""The files of a layer that must survive a power cut: in which order they are synced.
+
+What the disk holds of a mapped file is what was synced, or anything newer: the
+kernel writes pages back when it likes, each on its own.  So a bit reaches the
+mapping only when it may be found after a power cut:
+
+    done set        its data is durable (copier.py)
+    done cleared    never; nobody has access to what it stands for, and the
+                    next mount finds that out
+    access cleared  the record of losses is durable: a snapshot that lacks
+                    clusters must say so
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import trio
+from attrs import define, field
+
+from .bitmap import Bitmap, ClearLater, SetThrough
+from .durability import Commits, GroupCommit
+from .image import Image
+from .snapshot import LayerParts
+from .statefiles import open_file
+
+
+@define(eq=False)
+class MappedFile:
+    """A mapped file that can be synced.  Owns the descriptor, not the mapping."""
+
+    fd: int
+    mapping: mmap.mmap
+    limiter: trio.CapacityLimiter = field(repr=False)
+
+    async def sync(self) -> None:
+        """Make what is mapped durable.  OSError: it is not, and a later call writes all again.
+
+        After a failure the kernel takes its pages for clean, although the
+        disk never got them (fsync(2), NOTES), so they are made dirty again.
+        """
+        try:
+            await trio.to_thread.run_sync(os.fdatasync, self.fd, limiter=self.limiter)
+        except OSError:
+            self.mapping[:] = self.mapping[:]  # task-atomic, as every change of the bits
+            raise
+
+
+@define(eq=False)
+class LayerFiles:
+    """A layer whose files are made durable step by step.
+
+    `parts` are for the engine.  Close it when no sync can be under way any more.
+    """
+
+    parts: LayerParts
+    _files: tuple[MappedFile, ...]
+
+    @classmethod
+    def open(
+        cls,
+        directory: int,
+        temp: Image,
+        mappings: dict[str, mmap.mmap],
+        clusters: int,
+        limiter: trio.CapacityLimiter,
+    ) -> LayerFiles:
+        """`mappings`: of the files done, access and losses in `directory`.  Blocks."""
+        files = {
+            name: MappedFile(open_file(directory, name), mapping, limiter)
+            for name, mapping in mappings.items()
+        }
+        done = SetThrough(Bitmap(clusters, mappings["done"]))
+        access = ClearLater(Bitmap(clusters, mappings["access"]))
+        waiting: list[tuple[int, int]] = []  # cleared, but not durable
+
+        async def sync_access() -> None:
+            waiting.extend(access.cleared())
+            ranges = list(waiting)
+            await files["losses"].sync()
+            access.apply(ranges)
+            await files["access"].sync()
+            waiting.clear()
+
+        commits = Commits(
+            GroupCommit(temp.flush), GroupCommit(files["done"].sync), GroupCommit(sync_access)
+        )
+        parts = LayerParts(access, done, temp, mappings["losses"], commits)
+        return cls(parts, tuple(files.values()))
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for file in self._files:
+            os.close(file.fd)

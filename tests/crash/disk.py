@@ -1,0 +1,184 @@
+"""A disk that loses power: what is on it is what was synced, and some of the rest.
+
+`Recorder` stands in for the one place that makes each kind of change while a
+real store and engine work on real files.  After every change `crash` writes
+what a disk may hold at that moment into another directory: unsynced writes
+kept or dropped at random, a mapped file in any of its states since its last
+sync, the manifest old or new while it is being replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+
+from snapfs import image, layerfiles, statefiles
+
+MAPPED = ("access", "done", "losses")
+
+
+@define
+class Contents:
+    """A data file: what is durable, and the changes since."""
+
+    durable: bytearray
+    changes: list[tuple[int, bytes | None, int]] = field(factory=list)  # offset, data, new size
+    synced: int = 0  # changes that are in `durable`
+
+    def some(self, chance: random.Random) -> bytes:
+        """What the disk may hold."""
+        content = bytearray(self.durable)
+        keep = chance.random()
+        for offset, data, size in self.changes:
+            if chance.random() < keep:
+                _apply(content, offset, data, size)
+        return bytes(content)
+
+    def newest(self) -> int:
+        """The number of the newest change, counted from the first ever."""
+        return self.synced + len(self.changes)
+
+    def sync(self, newest: int) -> None:
+        """The changes up to that number have become durable."""
+        count = max(0, newest - self.synced)
+        for change in self.changes[:count]:
+            _apply(self.durable, *change)
+        del self.changes[:count]
+        self.synced += count
+
+
+def _apply(content: bytearray, offset: int, data: bytes | None, size: int) -> None:
+    if data is None:
+        del content[size:]
+        content.extend(bytes(size - len(content)))
+    else:
+        content.extend(bytes(max(0, offset + len(data) - len(content))))
+        content[offset : offset + len(data)] = data
+
+
+class Recorder:
+    """Follows an image and its state directory.  `on_change` is called after every change."""
+
+    def __init__(self, disk: Path, monkeypatch: Any, on_change: Callable[[], None]) -> None:
+        self.disk = disk
+        self.state = Path(f"{disk}.snapfs")
+        self._on_change = on_change
+        self._data: dict[str, Contents] = {str(disk): Contents(bytearray(disk.read_bytes()))}
+        self._mapped: dict[str, list[bytes]] = {}  # states since the last sync, oldest first
+        self._manifests: list[bytes] = [b""]  # possible ones
+        self._patch(monkeypatch)
+
+    # Hooks
+
+    def _patch(self, monkeypatch: Any) -> None:
+        for name in ("pwrite", "punch", "zero", "truncate", "copy_to", "flush"):
+            real = getattr(image.FileImage, name)
+            monkeypatch.setattr(image.FileImage, name, self._wrapped(name, real))
+        real_sync, real_replace = layerfiles.MappedFile.sync, statefiles.replace_file
+        real_sync_file = statefiles.sync_file
+
+        async def sync(file: Any) -> None:
+            path = _path(file.fd)
+            count = self._look(path)
+            await real_sync(file)
+            self._synced(path, count)
+            self._on_change()
+
+        def sync_file(parent: int, name: str) -> None:
+            path = f"{_path(parent)}/{name}"
+            real_sync_file(parent, name)
+            if name in MAPPED:
+                self._synced(path, self._look(path))
+            elif name == "temp":
+                contents = self._contents(path)
+                contents.sync(contents.newest())
+
+        def replace_file(parent: int, name: str, data: bytes) -> None:
+            self._manifests.append(data)
+            real_replace(parent, name, data)
+            self._manifests = [data]
+
+        monkeypatch.setattr(layerfiles.MappedFile, "sync", sync)
+        monkeypatch.setattr(statefiles, "sync_file", sync_file)
+        monkeypatch.setattr(statefiles, "replace_file", replace_file)
+
+    def _wrapped(self, name: str, real: Any) -> Any:
+        async def call(file: image.FileImage, *arguments: Any) -> Any:
+            path = _path(file.fd)
+            contents = self._contents(path)
+            self._on_change()  # bits may have changed since the last
+            if name == "flush":
+                newest = contents.newest()
+                result = await real(file)
+                contents.sync(newest)
+            else:
+                target = arguments[0] if name == "copy_to" else file
+                path, contents = _path(target.fd), self._contents(_path(target.fd))
+                if name == "pwrite":  # it may be there before it returns
+                    arguments = (arguments[0], bytes(arguments[1]))
+                    contents.changes.append((*arguments, 0))
+                result = await real(file, *arguments)
+                if name == "truncate":
+                    contents.changes.append((0, None, arguments[0]))
+                else:  # as it is now: other writes may have come in between
+                    offset, length = arguments[1:3] if name == "copy_to" else arguments[:2]
+                    if name == "pwrite":
+                        length = len(arguments[1])
+                    with open(path, "rb") as now:
+                        now.seek(offset)
+                        contents.changes.append((offset, now.read(length), 0))
+            self._on_change()
+            return result
+
+        return call
+
+    def _contents(self, path: str) -> Contents:
+        if path not in self._data:
+            self._data[path] = Contents(bytearray(os.stat(path).st_size))
+        return self._data[path]
+
+    def _look(self, path: str) -> int:
+        """Note the state of a mapped file; the number of the newest one."""
+        now = Path(path).read_bytes()
+        states = self._mapped.setdefault(path, [bytes(len(now))])
+        if states[-1] != now:
+            states.append(now)
+        return len(states) - 1
+
+    def _synced(self, path: str, number: int) -> None:
+        wanted = self._mapped[path][number]
+        del self._mapped[path][:number]
+        assert self._mapped[path][0] == wanted
+
+    # The disk
+
+    def crash(self, where: Path, chance: random.Random) -> Path:
+        """Write a disk that may be found now; returns its image."""
+        where.mkdir()
+        disk = where / "disk.img"
+        disk.write_bytes(self._data[str(self.disk)].some(chance))
+        state = Path(f"{disk}.snapfs")
+        (state / "snapshots").mkdir(parents=True, mode=0o700)
+        state.chmod(0o700)
+        (state / "manifest.json").write_bytes(chance.choice(self._manifests))
+        (state / "activity").write_bytes((self.state / "activity").read_bytes())
+        for layer in (self.state / "snapshots").iterdir():
+            copy = state / "snapshots" / layer.name
+            copy.mkdir(mode=0o700)
+            for name in MAPPED:
+                if (layer / name).exists():
+                    self._look(str(layer / name))
+                    (copy / name).write_bytes(chance.choice(self._mapped[str(layer / name)]))
+            if (layer / "temp").exists():
+                temp = self._contents(str(layer / "temp")).some(chance)
+                (copy / "temp").write_bytes(temp)
+        return disk
+
+
+def _path(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")
