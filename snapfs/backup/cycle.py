@@ -132,7 +132,8 @@ class _Run:
             return None, "the first point"
         last = chain.points[-1]
         try:
-            self._directory.refuse_partial(last)
+            for point in chain.lineage(last):
+                self._directory.refuse_partial(point)
         except SnapfsError as error:
             return None, str(error)
         with Client(self._mountpoint) as client:

@@ -62,12 +62,10 @@ class Source:
         offset: int | None = start
         with Client(self.mountpoint) as client:
             while offset is not None and offset < self.size:
-                answer = client.call("map", file=self._inside, offset=offset)
-                for extent in answer["extents"]:
-                    kind = Kind.DATA if extent["data"] else Kind.ZERO
-                    if not extent["accessible"]:
-                        kind = Kind.MISSING
-                    plan.add(extent["start"], extent["length"], kind)
+                answer = client.call("map", file=self._inside, offset=offset, rows=True)
+                for first, length, data, accessible, *_ in answer["extents"]:
+                    kind = Kind.DATA if data else Kind.ZERO
+                    plan.add(first, length, kind if accessible else Kind.MISSING)
                 offset = answer["next"]
         if plan.end != self.size and start < self.size:
             raise PartialCopy(f"the map of {self.path} ends at {plan.end} of {self.size} bytes")
