@@ -58,9 +58,15 @@ def set_io_flusher() -> bool:
 
 
 def end_with_parent(number: int) -> Callable[[], None]:
-    """What a child runs before it executes a program, so that it gets the signal when we die."""
+    """What a child runs before it executes a program, so that it gets the signal when we die.
+
+    To be called in the parent, right before the fork.
+    """
+    parent = os.getpid()
 
     def prepare() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before we asked for the signal
 
     return prepare

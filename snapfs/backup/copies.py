@@ -203,6 +203,8 @@ def _open(journal: Journal, dest: str, options: CopyOptions) -> Target:
         if not new:
             os.unlink(dest)
         qemu.create(dest, journal.size, options.backing)
+    else:
+        qemu.free_leaks(dest)
     return Qcow2Target(dest, journal.size)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -46,6 +47,7 @@ for owner, name in (
     (records, "remove"),
     (os, "rename"),
     (qemu, "run"),
+    (subprocess, "Popen"),
     (Client, "call"),
     (Source, "give_up_to"),
     (Qcow2Target, "finish"),
