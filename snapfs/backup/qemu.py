@@ -61,7 +61,7 @@ def run(*arguments: str) -> str:
             check=False,
             stdin=subprocess.DEVNULL,
             umask=0o077,
-            preexec_fn=end_with_parent(signal.SIGKILL),  # noqa: PLW1509 - no threads yet
+            preexec_fn=end_with_parent(signal.SIGKILL),
         )
         if not done.returncode or "lock" not in done.stderr or time.monotonic() > end:
             break
