@@ -212,6 +212,9 @@ class Engine:
             try:
                 await self._image.allocate(offset, length, keep_size)
                 self._extended(size)
+            except OSError:
+                self._extended(self._image.size())  # part of it may be there
+                raise
             finally:
                 self._store.write_finished()
 
@@ -355,12 +358,14 @@ class Engine:
         """
         check_name(name)
         selection = selection or Selection()
+        self._check_new(name)
+        self.tracker.check(selection)
+        self.tracker.selected(selection)  # fail early
+        # Without the lock: a resize may wait for that, holding what the kernel needs.
+        if self.barrier is not None:
+            await self.barrier()
         async with self._transitions:
             self._check_new(name)
-            self.tracker.check(selection)
-            self.tracker.selected(selection)  # fail early
-            if self.barrier is not None:
-                await self.barrier()
             layer = await self._make_layer()
             try:
                 async with self.tracker.switching(selection) as switch:
@@ -460,7 +465,7 @@ class Engine:
         if layer.openers or layer.name is not None or not layer.live:
             return
         async with self._transitions:
-            if layer.live and not layer.openers:
+            if layer.live and layer.name is None and not layer.openers:
                 await self._keeper.retire(layer)
 
     async def read_snapshot(
@@ -490,6 +495,7 @@ class Engine:
             self._copier.promises.make(layer.commits.access, clusters.start, clusters.stop)
         dropped = self._stack.settle(clusters.start, clusters.stop)
         await self._copier.punch(dropped)
+        await self._copier.promises.kept(clusters.start, clusters.stop)
 
     # Extents
 

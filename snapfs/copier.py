@@ -113,11 +113,10 @@ class Copier:
         deadline = trio.current_time() + timeout if timeout else float("inf")
         while (run := next(self._stack.pending.runs(first, stop), None)) is not None:
             start, end = run
-            copy = self._copies.find(start, end)
-            mine = copy is None or copy.first > start
-            if mine:
-                copy = self._start(start, end if copy is None else copy.first)
-            assert copy is not None
+            copy = self._copies.find(start, start + 1)
+            mine = copy is None
+            if copy is None:
+                copy = self._start(start, self._copies.next_start(start, end))
             with trio.move_on_at(deadline) as scope:
                 await copy.wait()
             if scope.cancelled_caught:
@@ -125,7 +124,7 @@ class Copier:
             elif mine and copy.error is not None:
                 self._give_up(copy.first, copy.stop, copy.error)
             # Another's copy that failed left its clusters pending: we try ourselves.
-        with trio.move_on_at(deadline):
+        with trio.move_on_after(timeout or float("inf")):
             await self.promises.kept(first, stop)
             return
         raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
@@ -137,6 +136,7 @@ class Copier:
         stop = min(stop, first + max(1, COPY_RUN // self._cluster_size))
         assert stop <= layer.geometry.clusters, "what is cut off by a shrink is copied before"
         copy = Copy(first, stop, layer)
+        assert self._copies.find(first, stop) is None, "two copies would undo each other"
         self._copies.add(copy)
         layer.pins += 1
         self._nursery.start_soon(self._run, copy)

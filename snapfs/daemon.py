@@ -247,7 +247,9 @@ class Daemon:
             layers = store.layers if engine is None else engine.layers
             bitmaps = store.dirty if engine is None else list(engine.tracker.bitmaps)
             with trio.CancelScope(shield=True):
-                await store.close(layers, bitmaps, clean=in_order, unused=not self._served)
+                untouched = not self._served and (engine is None or not engine.counters.writes)
+                clean = in_order or untouched
+                await store.close(layers, bitmaps, clean=clean, unused=not self._served)
 
     def _settings(self, store: Store) -> Settings:
         options = self._config.options

@@ -65,7 +65,12 @@ class FilterRequests:
             if handle.content is not None:
                 raise errors.ReadOnly("bitmaps are changed by snapfs bitmap only")
             if handle.layer is None:
-                await self._fallocate_active(mode, offset, length)
+                try:
+                    await self._fallocate_active(mode, offset, length)
+                except BaseException:  # a part is done: the kernel must not show what was there
+                    with trio.CancelScope(shield=True):
+                        await self._page_cache.drop(handle.inode, offset, max(1, length))
+                    raise
             else:
                 await self._discard(handle, handle.layer, mode, offset, length, reply)
             reply.error(0)

@@ -99,7 +99,9 @@ class LayerStack:
             done = layer.done.slice(first, end)
             excess = done & ~wanting
             if excess.any():
-                layer.done.assign(first, done & wanting)
+                # Not by one assignment: in a mapped file that may set other bits for a moment.
+                for run in shifted(excess, first):
+                    layer.done.clear(*run)
                 dropped.append((layer, shifted(excess, first)))
             wanted[: end - first] = wanting & ~done
         if first < len(self.pending):

@@ -70,6 +70,10 @@ class Offloader:
             with trio.CancelScope(shield=True):
                 while job.result is None:
                     await job.turn.wait()
+                    if job in self._queue:  # who took it along was cancelled, too
+                        self._queue.remove(job)
+                        self._wake_next()
+                        raise
                     if job.result is None:
                         job.turn = trio.Event()
         assert job.result is not None

@@ -66,6 +66,7 @@ class Outsider:
                     question.answer = answer
                     question.answered.set()
         finally:  # the child is gone, or we are ending
+            self._stream = None
             for question in self._waiting.values():
                 question.answered.set()
             self._waiting.clear()
@@ -74,7 +75,7 @@ class Outsider:
         """Let the child make a call, and return its value.  Raises OSError.
 
         device: st_dev of the mount.  sync: fsync(2) of a file.  open: a file,
-        for `finish` with the value as name: fsync and close it.  unmount.
+        for `finish` with the value as name: fsync and close it; or `close`.  unmount.
         """
         if self._stream is None or self._sending is None:
             raise OSError(errno.ESRCH, "the helper process does not run")
@@ -169,6 +170,10 @@ class _Calls:
             os.fsync(fd)
         finally:
             os.close(fd)
+        return 0
+
+    def close(self, name: str) -> int:
+        os.close(int(name))
         return 0
 
     def sync(self, name: str) -> int:

@@ -9,6 +9,7 @@ where nothing else will do, for a daemon killed meanwhile may hang the mount.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -121,6 +122,12 @@ class PageCache:
         try:
             for first, last in edges.pages:
                 await self.drop(inode, first, last - first)
+        except BaseException:  # the request is still to be answered: fsync would wait for that
+            self._quarantined.remove(entry)
+            with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+                await self._outsider.call("close", str(fd))
+            raise
+        try:
             yield
         finally:
             with trio.CancelScope(shield=True):

@@ -66,6 +66,11 @@ class RequestList(Generic[R]):
                 return request
         return None
 
+    def next_start(self, first: int, stop: int) -> int:
+        """The first cluster of [first, stop) at which a request that overlaps begins, or `stop`."""
+        starts = (each.first for each in self._requests if each.overlaps(first, stop))
+        return max(first, min(starts, default=stop))
+
     async def wait_clear(self, first: int, stop: int) -> bool:
         """Wait until no request overlaps [first, stop); True if there was one.
 

@@ -69,6 +69,7 @@ from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
+STATE_THREADS = 4
 LAYER_FILES = ("temp", "done", "losses", "access")
 
 
@@ -132,7 +133,10 @@ class Store:
         self._fd = directory_fd
         self._snapshots_fd = -1
         self._lock_fd = -1
-        self._limiter = limiter
+        self._limiter = limiter  # of the image
+        # Of their own: storage that hangs must not take the threads of another.
+        self._temp_limiter = trio.CapacityLimiter(limiter.total_tokens)
+        self._state_limiter = trio.CapacityLimiter(STATE_THREADS)
         self._manifest: Manifest
         self._activity: Activity
         self._read_only = False
@@ -140,6 +144,7 @@ class Store:
         self._opened_bitmaps = False
         self._power = False
         self._harden = False  # what is loaded must be durable
+        self._gone: list[int] = []  # layers whose files go once a list without them is saved
         self._files: dict[int, LayerFiles] = {}  # by layer id, with durability=power
         self._activity_fd = -1
 
@@ -215,7 +220,7 @@ class Store:
         except FileExistsError:
             pass
         self._snapshots_fd = statefiles.open_directory("snapshots", parent=self._fd)
-        self.bitmaps = DirtyFiles.open(self._fd, self._limiter)
+        self.bitmaps = DirtyFiles.open(self._fd, self._state_limiter)
         self._opened_bitmaps = True
         statefiles.remove(self._fd, CONTROL_SOCKET)
         stamp = ImageStamp.of(path, image_fd)
@@ -245,6 +250,8 @@ class Store:
             self._activity_fd = statefiles.open_file(self._fd, "activity")
             os.fdatasync(self._activity_fd)
         self._write_manifest()
+        for layer_id in self._gone:
+            self._remove_layer(layer_id)
 
     def _read_manifest(self) -> Manifest | None:
         try:
@@ -267,7 +274,9 @@ class Store:
         if self._power and known.layers:
             os.fdatasync(self.image.fd)
         for record in known.layers:
-            self.layers.append(self._load(record, known.cluster_size))
+            layer = self._load(record, known.cluster_size)
+            if layer is not None:
+                self.layers.append(layer)
         stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
         reason, distrusted = self._distrust(known, stamp)
         if reason is not None:
@@ -280,7 +289,7 @@ class Store:
             if not layer.live and layer.is_empty():
                 self.layers.remove(layer)
                 layer.temp.close()
-                self._remove_layer(layer.id)
+                self._gone.append(layer.id)
             else:
                 self._punch_undone(layer)
         clusters = Geometry(stamp.size, known.cluster_size).clusters
@@ -289,9 +298,16 @@ class Store:
         self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, reason)
         self.notices += notices
 
-    def _load(self, record: LayerRecord, cluster_size: int) -> Layer:
+    def _load(self, record: LayerRecord, cluster_size: int) -> Layer | None:
+        """A layer as it was left; None if it is nameless and was being removed."""
         geometry = Geometry(record.size, cluster_size)
-        fd = statefiles.open_directory(str(record.id), parent=self._snapshots_fd)
+        where = f"{self.directory}/snapshots/{record.id}"
+        try:
+            fd = statefiles.open_directory(str(record.id), parent=self._snapshots_fd)
+        except FileNotFoundError:
+            if record.name is None:
+                return None
+            raise StateError(f"{where} with the data of snapshot {record.name!r} is gone") from None
         try:
             temp_fd = statefiles.open_file(fd, "temp")
             if record.name is None and os.fstat(temp_fd).st_size < record.size:
@@ -299,9 +315,9 @@ class Store:
             temp = self._open_temp(temp_fd, record.size)
             parts = self._parts(record.id, fd, geometry, temp, create=False)
         except FileNotFoundError as error:
-            raise StateError(
-                f"{self.directory}/snapshots/{record.id} lacks its file {error.filename}"
-            ) from None
+            if record.name is None:
+                return None
+            raise StateError(f"{where} lacks its file {error.filename}") from None
         finally:
             os.close(fd)
         return Layer.from_record(record, parts, cluster_size)
@@ -320,7 +336,7 @@ class Store:
         if not self._power:
             return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
         mappings = {"done": done, "access": access, "losses": losses}
-        files = LayerFiles.open(fd, temp, mappings, bits, self._limiter)
+        files = LayerFiles.open(fd, temp, mappings, bits, self._state_limiter)
         self._files[record_id] = files
         return files.parts
 
@@ -332,7 +348,7 @@ class Store:
         if not lock_image(fd, writable=True):
             os.close(fd)
             raise InUse("a temp image in the state directory is in use by another process")
-        return FileImage(fd, limiter=self._limiter)
+        return FileImage(fd, limiter=self._temp_limiter)
 
     def _distrust(self, known: Manifest, stamp: ImageStamp) -> tuple[str | None, bool]:
         """Why what is mapped does not tell of the image as it is, if so.
@@ -361,12 +377,14 @@ class Store:
                     layer.degrade("lost", reason)
                     self.notices.append(f"snapshot {layer.name!r} is lost: {reason}")
 
-    @staticmethod
-    def _punch_undone(layer: Layer) -> None:
-        """Free temp data without a done bit."""
+    def _punch_undone(self, layer: Layer) -> None:
+        """Free temp data without a done bit; what cannot be freed costs space only."""
         assert isinstance(layer.temp, FileImage)
-        for first, stop in layer.done.runs(0, len(layer.done), False):
-            layer.temp.punch_data(*layer.geometry.whole(first, stop))
+        try:
+            for first, stop in layer.done.runs(0, len(layer.done), False):
+                layer.temp.punch_data(*layer.geometry.whole(first, stop))
+        except OSError as error:
+            self.notices.append(f"cannot free space in a temp image: {error.strerror}")
 
     def _remove_unlisted(self, listed: set[int]) -> None:
         for name in os.listdir(self._snapshots_fd):
@@ -388,7 +406,7 @@ class Store:
 
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
         return await trio.to_thread.run_sync(
-            self._create_layer, layer_id, geometry, limiter=self._limiter
+            self._create_layer, layer_id, geometry, limiter=self._state_limiter
         )
 
     def _create_layer(self, layer_id: int, geometry: Geometry) -> LayerParts:
@@ -399,7 +417,7 @@ class Store:
             try:
                 temp_fd = statefiles.make_file(fd, "temp", geometry.size)
                 lock_image(temp_fd, writable=True)
-                temp = FileImage(temp_fd, limiter=self._limiter)
+                temp = FileImage(temp_fd, limiter=self._temp_limiter)
                 parts = self._parts(layer_id, fd, geometry, temp, create=True)
                 if self._power:
                     os.fsync(fd)
@@ -418,7 +436,7 @@ class Store:
         bitmaps: Sequence[BitmapRecord] = (),
     ) -> None:
         self._manifest = self._manifest.with_lists(tuple(records), tuple(bitmaps))
-        await trio.to_thread.run_sync(self._write_manifest, limiter=self._limiter)
+        await trio.to_thread.run_sync(self._write_manifest, limiter=self._state_limiter)
 
     def _write_manifest(self) -> None:
         statefiles.replace_file(self._fd, "manifest.json", self._manifest.dumps())
@@ -428,7 +446,7 @@ class Store:
         files = self._files.pop(layer_id, None)
         if files is not None:
             files.close()
-        await trio.to_thread.run_sync(self._remove_layer, layer_id, limiter=self._limiter)
+        await trio.to_thread.run_sync(self._remove_layer, layer_id, limiter=self._state_limiter)
 
     def _remove_layer(self, layer_id: int) -> None:
         statefiles.remove_tree(str(layer_id), parent=self._snapshots_fd)
@@ -458,7 +476,7 @@ class Store:
             self._activity.beat(always=True)
             try:
                 await trio.to_thread.run_sync(
-                    os.fdatasync, self._activity_fd, limiter=self._limiter
+                    os.fdatasync, self._activity_fd, limiter=self._state_limiter
                 )
             except OSError as error:
                 log.error("cannot record a sign of life: %s", error.strerror)
@@ -482,17 +500,17 @@ class Store:
         clean, but let go of all the same.
         """
         await trio.to_thread.run_sync(
-            self._close, list(layers), list(bitmaps), clean, limiter=self._limiter
+            self._close, list(layers), list(bitmaps), clean, limiter=self._state_limiter
         )
         if unused and self._made:
             await trio.to_thread.run_sync(
-                statefiles.remove_tree, self.directory, limiter=self._limiter
+                statefiles.remove_tree, self.directory, limiter=self._state_limiter
             )
 
     def _close(self, layers: list[Layer], bitmaps: list[DirtyBitmap], clean: bool) -> None:
         try:
             if not self._read_only:
-                os.fdatasync(self.image.fd)
+                os.fsync(self.image.fd)  # with its times, which the stamp has
             for layer in layers:
                 fd = statefiles.open_directory(str(layer.id), parent=self._snapshots_fd)
                 try:

@@ -168,7 +168,7 @@ async def verify(disk: Path, moments: dict[str, Moment], *, may_be_lost: bool) -
                 assert bytes(data) == moment.content[start : start + CLUSTER], f"{name} {cluster}"
             seen += 1
             await engine.close_snapshot(layer)
-    await store.close(engine.layers)
+    await store.close(engine.layers, list(engine.tracker.bitmaps))
     return seen
 
 

@@ -228,8 +228,9 @@ def test_access_from_a_list_of_extents(mount):
     assert 1 == disk.json("show", "u")["snapshot"]["clusters"]["accessible"]
 
 
-def test_an_unclean_reboot_makes_bitmaps_inconsistent(mount):
-    disk = mount(4 * K64)
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_an_unclean_reboot_makes_bitmaps_inconsistent(mount, durability):
+    disk = mount(4 * K64, f"durability={durability}")
     bitmap(disk, "add", "b")
     disk.kill()
     manifest = disk.state / "manifest.json"

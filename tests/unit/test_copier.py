@@ -206,3 +206,83 @@ async def test_stalled_temp_storage_holds_up_nobody_else(bench, nursery):
     stall.release()
     await wait_all_tasks_blocked()
     assert part(NEW, 4, 5) == bench.image.data[4 * CLUSTER : 5 * CLUSTER]
+
+
+@pytest.mark.parametrize("outcome", ["lands", "fails"])
+async def test_a_cluster_has_one_copy_however_the_writers_overlap(bench, nursery, outcome):
+    """A younger copy of the first cluster, an older one of the second, and a write to both."""
+    layer = await bench.engine.create_snapshot("s")
+
+    async def scribble(start: int, stop: int) -> None:
+        await bench.engine.write(start, NEW[start:stop])
+
+    second = bench.image.stall("copy", start=2 * CLUSTER, stop=3 * CLUSTER, times=1)
+    nursery.start_soon(scribble, 2 * CLUSTER + 2048, 3 * CLUSTER)
+    await second.reached.wait()
+    first = bench.image.stall("copy", start=CLUSTER, stop=2 * CLUSTER, times=1)
+    nursery.start_soon(scribble, CLUSTER, CLUSTER + 1024)
+    await first.reached.wait()
+    third = bench.image.stall("copy", start=CLUSTER, stop=2 * CLUSTER, times=1)
+    nursery.start_soon(scribble, CLUSTER + 2048, 2 * CLUSTER + 2048)
+    await wait_all_tasks_blocked()
+    first.release()
+    await wait_all_tasks_blocked()
+    assert NEW[CLUSTER : CLUSTER + 1024] == bench.image.data[CLUSTER : CLUSTER + 1024]
+    if outcome == "fails":
+        bench.store.temp(layer).fail("pwrite", errno=errno.ENOSPC, times=1)
+    third.release()
+    second.release()
+    await wait_all_tasks_blocked()
+    found = await bench.engine.read_snapshot(layer, 0, 2 * CLUSTER)
+    assert part(OLD, 0, 2) == found
+
+
+async def test_a_resize_does_not_wait_for_who_waits_for_it(bench, nursery):
+    """The kernel syncs active for a creation only when a truncate(2) in flight has ended."""
+    resized = trio.Event()
+
+    async def resize() -> None:
+        await bench.engine.resize(SIZE + CLUSTER)
+        resized.set()
+
+    async def barrier() -> None:
+        nursery.start_soon(resize)
+        await resized.wait()
+
+    bench.engine.barrier = barrier
+    layer = await bench.engine.create_snapshot("s")
+    assert SIZE + CLUSTER == layer.geometry.size
+
+
+async def test_a_snapshot_whose_deletion_fails_stays_when_its_reader_leaves(bench, nursery):
+    layer = await bench.engine.create_snapshot("s")
+    bench.engine.open_snapshot(layer)
+    saving = bench.store.stall("save")
+
+    async def delete() -> None:
+        with pytest.raises(OSError, match="No space"):
+            await bench.engine.delete_snapshot("s")
+
+    bench.store.fail("save", errno=errno.ENOSPC, times=1)
+    nursery.start_soon(delete)
+    await saving.reached.wait()
+    nursery.start_soon(bench.engine.close_snapshot, layer)
+    await wait_all_tasks_blocked()
+    saving.release()
+    await wait_all_tasks_blocked()
+    assert bench.engine.find("s") is layer
+    await write(bench, 0, 3)
+    assert OLD == await bench.engine.read_snapshot(layer, 0, SIZE)
+
+
+async def test_an_allocation_that_fails_half_way_is_noticed(bench):
+    real = bench.image.allocate
+
+    async def allocate(offset: int, length: int, keep_size: bool) -> None:
+        await real(offset, length // 2, keep_size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    bench.image.allocate = allocate
+    with pytest.raises(OSError, match="No space"):
+        await bench.engine.allocate(SIZE, 4 * CLUSTER, False)
+    assert SIZE + 2 * CLUSTER == bench.engine.size

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import trio
@@ -78,3 +79,32 @@ async def test_who_is_cancelled_under_way_waits_for_the_end(offloader):
         stop.set()
     assert ["to the end"] == ran
     assert 5 == await offloader.run(lambda: 5)
+
+
+async def test_cancelling_who_travels_and_who_was_taken_along(nursery):
+    limiter = trio.CapacityLimiter(1)
+    offloader = Offloader(limiter)
+    held = threading.Event()
+    scopes: dict[str, trio.CancelScope] = {}
+
+    async def run(name: str) -> None:
+        with trio.CancelScope() as scopes[name]:
+            await offloader.run(str, name)
+
+    async def start(name: str) -> None:
+        nursery.start_soon(run, name)
+        await wait_all_tasks_blocked()
+
+    async def cancel(name: str) -> None:
+        scopes[name].cancel()
+        await wait_all_tasks_blocked()
+
+    hold = partial(trio.to_thread.run_sync, held.wait, limiter=limiter)
+    nursery.start_soon(hold)
+    for name in ("first", "second", "driver", "passenger"):
+        await start(name)
+    for name in ("first", "passenger", "driver", "second"):
+        await cancel(name)
+    assert all(scope.cancelled_caught for scope in scopes.values())
+    held.set()
+    assert "later" == await offloader.run(str, "later")

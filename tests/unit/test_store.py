@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
+from snapfs import statefiles
 from snapfs.cbw import Engine
 from snapfs.errors import BitmapUnusable, InUse, StateError, UsageError
+from snapfs.image import FileImage
 from snapfs.store import Store
 
 CLUSTER = 4096
@@ -356,3 +360,44 @@ async def test_a_manifest_with_a_bad_bitmap_is_refused(image, old, new):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(StateError, match="damaged"):
         await opened(image)
+
+
+async def test_a_mount_that_died_while_it_removed_a_deleted_snapshot(image):
+    await session(image, create("s"))
+    manifest = state_of(image) / "manifest.json"
+    value = json.loads(manifest.read_text())
+    value["layers"][0]["name"] = None
+    manifest.write_text(json.dumps(value))
+    shutil.rmtree(state_of(image) / "snapshots/1")
+    store = await session(image)
+    assert [] == store.layers
+
+
+async def test_the_list_goes_before_the_files_of_what_recovery_drops(image, monkeypatch):
+    await session(image, create("s"))
+    manifest = state_of(image) / "manifest.json"
+    value = json.loads(manifest.read_text())
+    value["layers"][0]["name"] = None
+    manifest.write_text(json.dumps(value))
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(statefiles, "replace_file", fail)
+        with pytest.raises(OSError, match="No space"):
+            await opened(image)
+    assert (state_of(image) / "snapshots/1/temp").exists()
+    await session(image)
+    assert [] == os.listdir(state_of(image) / "snapshots")
+
+
+async def test_space_that_cannot_be_freed_does_not_keep_a_mount_from_starting(image, monkeypatch):
+    await session(image, create("s"), write(0, b"new"))
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(FileImage, "punch_data", fail)
+    store = await session(image, expect("s", OLD))
+    assert any("cannot free space" in notice for notice in store.notices)

@@ -1,0 +1,100 @@
+"""Requests about bitmaps: what is refused, and extents that come in pieces."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import CLUSTER, Bench
+
+from snapfs.bitmapservice import MAX_STAGED
+from snapfs.errors import BitmapNotFound, InvalidRange, SnapshotLost, UsageError
+from snapfs.service import Commands
+
+SIZE = 8 * CLUSTER
+
+
+@pytest.fixture
+async def commands(nursery):
+    bench = Bench.make(nursery, b"1" * SIZE)
+    commands = Commands(bench.engine, "image", "/mnt", "process", lambda: None)
+    commands.engine = bench.engine
+    return commands
+
+
+async def ask(commands, command: str, **request):
+    return await commands.table()[command](request)
+
+
+async def test_extents_in_pieces_are_one_list(commands):
+    token = await ask(commands, "stage", extents=[[0, 1]])
+    assert token == await ask(commands, "stage", extents=[[3 * CLUSTER, CLUSTER]], **token)
+    await ask(commands, "create", name="s", **token)
+    layer = commands.engine.find("s")
+    assert [0, 3] == [cluster for cluster in range(8) if layer.access.get(cluster)]
+    with pytest.raises(UsageError, match="begin again"):
+        await ask(commands, "create", name="t", **token)
+
+
+async def test_a_list_stays_until_a_snapshot_was_made_of_it(commands):
+    token = await ask(commands, "stage", extents=[])
+    with pytest.raises(UsageError):
+        await ask(commands, "create", name="..", **token)
+    created = await ask(commands, "create", name="s", **token)
+    assert 0 == created["clusters"]["accessible"]
+
+
+async def test_few_lists_are_kept(commands):
+    tokens = [await ask(commands, "stage", extents=[]) for _ in range(MAX_STAGED + 1)]
+    with pytest.raises(UsageError, match="begin again"):
+        await ask(commands, "stage", extents=[], **tokens[0])
+    await ask(commands, "stage", extents=[], **tokens[1])
+
+
+async def test_a_list_does_not_outlive_the_size_that_it_was_made_for(commands):
+    token = await ask(commands, "stage", extents=[])
+    await commands.engine.resize(2 * SIZE)
+    with pytest.raises(UsageError, match="changed its size"):
+        await ask(commands, "stage", extents=[[SIZE, 1]], **token)
+
+
+@pytest.mark.parametrize(
+    "extents", [None, 5, "x", [[1]], [[1, 2, 3]], [["0", 1]], [[True, 1]], [5], {}]
+)
+async def test_what_is_no_list_of_extents_is_refused(commands, extents):
+    with pytest.raises(UsageError, match=r"\[offset, length\]"):
+        await ask(commands, "stage", extents=extents)
+
+
+@pytest.mark.parametrize("extent", [[-1, 1], [0, -1], [SIZE, 1], [0, SIZE + 1], [1 << 70, 1]])
+async def test_an_extent_outside_the_image_is_refused(commands, extent):
+    with pytest.raises(InvalidRange):
+        await ask(commands, "create", name="s", extents=[extent])
+    assert () == commands.engine.layers
+
+
+@pytest.mark.parametrize(
+    "request_", [{"clear_bitmap": "yes"}, {"bitmap": 5}, {"next": 5}, {"token": "x"}]
+)
+async def test_values_of_another_type_are_refused(commands, request_):
+    with pytest.raises(UsageError):
+        await ask(commands, "create", name="s", **request_)
+
+
+async def test_map_marks_what_one_bitmap_or_any_has(commands):
+    await ask(commands, "bitmap_add", name="a")
+    await commands.engine.write(0, b"x")
+    await ask(commands, "bitmap_add", name="b")
+    await commands.engine.write(CLUSTER, b"x")
+    for name, dirty in ((None, 2 * CLUSTER), ("a", 2 * CLUSTER), ("b", CLUSTER)):
+        answer = await ask(commands, "map", file="active", bitmap=name)
+        assert dirty == sum(each["length"] for each in answer["extents"] if each["dirty"])
+        rows = await ask(commands, "map", file="active", bitmap=name, rows=True)
+        assert dirty == sum(row[1] for row in rows["extents"] if row[5])
+    with pytest.raises(BitmapNotFound):
+        await ask(commands, "map", file="active", bitmap="none")
+
+
+async def test_a_lost_snapshot_cannot_be_compared(commands):
+    layer = await commands.engine.create_snapshot("s")
+    layer.degrade("lost", "a test")
+    with pytest.raises(SnapshotLost):
+        await ask(commands, "diff", a="s")
