@@ -509,3 +509,11 @@ def test_a_missing_program_is_named_with_its_package(disk):
     assert 1 == done.returncode
     assert "qemu-utils" in done.stderr
     assert [] == it.manifest()["points"]
+
+
+def test_with_json_an_error_is_the_last_line(tmp_path):
+    done = run(*SNAPFS, "restore", tmp_path / "nothing", tmp_path / "r", "--json", check=False)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert ("error", 1) == (last["message_type"], last["exit_code"])
+    assert "no backup directory" in last["message"]
+    assert not (tmp_path / "nothing").exists()
