@@ -114,3 +114,19 @@ class StateError(SnapfsError):
 
 class MountError(SnapfsError):
     """The mount could not be made; the message names the remedy."""
+
+
+class BackupError(SnapfsError):
+    """A copy, backup or restore cannot be made; the message names the remedy."""
+
+
+class PartialCopy(SnapfsError):
+    """A file is an unfinished copy: it must not be taken for a whole one."""
+
+    exit_code = ExitCode.SNAPSHOT_UNUSABLE
+
+
+class PointDamaged(SnapfsError):
+    """A point of a backup is not what its checksums say."""
+
+    exit_code = ExitCode.SNAPSHOT_UNUSABLE

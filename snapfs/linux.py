@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -12,7 +13,8 @@ FALLOC_FL_ZERO_RANGE = 0x10
 MNT_FORCE = 1  # sys/mount.h
 MNT_DETACH = 2
 OOM_SCORE_ADJ = -900
-PR_SET_IO_FLUSHER = 57  # linux/prctl.h
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_IO_FLUSHER = 57
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -53,3 +55,18 @@ def set_io_flusher() -> bool:
     False where it is not permitted.
     """
     return bool(_libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0)
+
+
+def end_with_parent(number: int) -> Callable[[], None]:
+    """What a child runs before it executes a program, so that it gets the signal when we die.
+
+    To be called in the parent, right before the fork.
+    """
+    parent = os.getpid()
+
+    def prepare() -> None:
+        _libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before we asked for the signal
+
+    return prepare

@@ -7,11 +7,11 @@ import argparse
 from .. import __version__
 from ..errors import UsageError
 from ..options import parse_size
-from . import bitmaps, commands
+from . import backupparser, bitmaps, commands
 
 VERBS = (
     "mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "diff",
-    "bitmap", "limit",
+    "bitmap", "limit", *backupparser.VERBS,
 )  # fmt: skip
 
 
@@ -110,6 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("size", type=_limit, metavar="SIZE", help="or none")
     _add_json(verb)
     verb.set_defaults(run=commands.limit)
+
+    backupparser.add_to(verbs)
     return parser
 
 

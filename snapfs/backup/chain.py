@@ -1,0 +1,287 @@
+"""A backup directory: its manifest, its points, its lock.
+
+    DIR/snapfs-backup.json      the manifest; a directory without it is no backup
+    DIR/snapfs-backup.lock      held by the one that changes DIR, shared by readers
+    DIR/POINT.qcow2             what changed up to a point, over the point before
+    DIR/POINT.sums              its checksums (sums.py)
+
+The manifest is replaced atomically and is the truth: a file that it does not
+name as a point does not count.  Names of files that may be there and are no
+points are in `garbage` *before* the files are made, so the next run can remove
+exactly those and never a file of somebody else's.
+
+Folding point OLD into the next one, INTO, is on record in `fold` from before
+the first byte of OLD.qcow2 changes:
+
+    INTO.sums.fold written, then the manifest: OLD is no point any more
+    OLD.qcow2 gets what INTO.qcow2 has (which stays as it is and reads the same)
+    OLD.qcow2 is renamed to INTO.qcow2, INTO.sums.fold to INTO.sums
+    the manifest: no fold
+
+Whatever the moment it stops, INTO and all later points read the same, and doing
+the steps again finishes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from attrs import evolve, field, frozen
+from attrs.validators import ge, matches_re
+
+from ..errors import BackupError, InUse, NotFound, PartialCopy, PointDamaged
+from . import records
+from .copies import Journal
+from .sums import Unit, digest_of, load
+
+VERSION = 1
+MANIFEST = "snapfs-backup.json"
+LOCK = "snapfs-backup.lock"
+
+_NAME = r"\d{4,}-[0-9TZ-]+"
+_TOKEN = r"[0-9a-f]{12}"
+
+
+@frozen
+class Point:
+    """One moment of the image.  `parent`: the point below, None for a full one; sizes in bytes.
+
+    `token` is in the name of the bitmap that began to record at this moment.
+    """
+
+    number: int = field(validator=ge(1))
+    name: str = field(validator=matches_re(_NAME))
+    token: str = field(validator=matches_re(_TOKEN))
+    created: str
+    size: int = field(validator=ge(0))
+    parent: str | None
+    image: str
+    data_bytes: int = field(validator=ge(0))
+    zero_bytes: int = field(validator=ge(0))
+    digest: str  # of POINT.sums
+
+    def __attrs_post_init__(self) -> None:
+        if self.time.tzinfo is None:
+            raise ValueError(f"{self.created!r} has no time zone")
+
+    @property
+    def time(self) -> datetime:
+        """When the snapshot was taken."""
+        return datetime.fromisoformat(self.created)
+
+
+@frozen
+class Fold:
+    """Point `old`, which is none any more, is being folded into `into`."""
+
+    old: str = field(validator=matches_re(_NAME))
+    into: str = field(validator=matches_re(_NAME))
+
+
+@frozen
+class Chain:
+    """The manifest.  `points` oldest first; the last one is the one that bitmaps continue."""
+
+    version: int
+    id: str = field(validator=matches_re(_TOKEN))
+    next_number: int = field(default=1, validator=ge(1))
+    points: tuple[Point, ...] = ()
+    garbage: tuple[str, ...] = ()
+    fold: Fold | None = None
+
+    def __attrs_post_init__(self) -> None:
+        known: set[str] = set()
+        parents: set[str] = set()
+        last = 0
+        for point in self.points:
+            if not last < point.number < self.next_number:
+                raise ValueError(f"the number of point {point.name} is out of order")
+            if point.name in known:
+                raise ValueError(f"two points are named {point.name}")
+            if point.parent is not None and point.parent not in known:
+                raise ValueError(f"the point below {point.name}, {point.parent}, is missing")
+            if point.parent in parents:
+                raise ValueError(f"two points are on top of {point.parent}")
+            known.add(point.name)
+            last = point.number
+            if point.parent is not None:
+                parents.add(point.parent)
+        if self.fold is not None and (self.fold.into not in known or self.fold.old in known):
+            raise ValueError("its fold is of points that cannot be folded")
+        for name in self.garbage:
+            if name in known or not re.fullmatch(_NAME, name):
+                raise ValueError(f"{name} cannot be garbage")
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all our bitmaps and snapshots begin with."""
+        return f"backup-{self.id}-"
+
+    def find(self, name: str) -> Point:
+        """A point by its file name."""
+        for point in self.points:
+            if point.name == name:
+                return point
+        raise NotFound(f"there is no point {name}")
+
+    def child(self, name: str) -> Point | None:
+        """The point on top of another."""
+        return next((point for point in self.points if point.parent == name), None)
+
+    def lineage(self, point: Point) -> list[Point]:
+        """A point and all below it, the full one first."""
+        found = [point]
+        while found[-1].parent is not None:
+            found.append(self.find(found[-1].parent))
+        return found[::-1]
+
+    def at(self, text: str | None) -> Point:
+        """The point that a number, a name or a time means; raises NotFound.
+
+        A time means the last point that is not later.  Without a time zone it is UTC.
+        """
+        if not self.points:
+            raise NotFound("the backup has no points yet")
+        if text is None:
+            return self.points[-1]
+        for point in self.points:
+            if text in (point.name, str(point.number)):
+                return point
+        try:
+            wanted = datetime.fromisoformat(text)
+        except ValueError:
+            raise NotFound(
+                f"{text} is neither a number, a name nor a time of a point; the points are "
+                + ", ".join(point.name for point in self.points[-20:])
+            ) from None
+        wanted = wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC)
+        before = [point for point in self.points if point.time <= wanted]
+        if not before:
+            raise NotFound(f"the oldest point, {self.points[0].name}, is later than {text}")
+        return before[-1]
+
+    def new_name(self, now: datetime) -> str:
+        """A name for the next point."""
+        return f"{self.next_number:04d}-{now.astimezone(UTC):%Y-%m-%dT%H-%M-%SZ}"
+
+
+records.register(Point, Fold, Chain)
+
+
+def new_token() -> str:
+    """Something that no other point, and no other directory, has."""
+    return secrets.token_hex(6)
+
+
+class Directory:
+    """A backup directory, locked.  `chain` is what its manifest says."""
+
+    def __init__(self, path: str) -> None:
+        """Read the manifest; use `opened` to have the lock."""
+        self.path = os.path.abspath(path)
+        self.chain = self._read()
+
+    def _read(self) -> Chain:
+        where = os.path.join(self.path, MANIFEST)
+        try:
+            with open(where, "rb") as file:
+                return records.structure(file.read(), Chain, where, VERSION)
+        except FileNotFoundError:
+            raise BackupError(
+                f"{self.path} is no backup directory: {MANIFEST} is missing.  Is the disk "
+                f"mounted?  For a new one: snapfs backup --init {self.path}"
+            ) from None
+
+    def save(self, chain: Chain) -> None:
+        """Replace the manifest, durably."""
+        records.replace_durably(
+            os.path.join(self.path, MANIFEST), records.unstructure(evolve(chain))
+        )
+        self.chain = chain
+
+    def image_of(self, name: str) -> str:
+        """The qcow2 file of a point."""
+        return os.path.join(self.path, f"{name}.qcow2")
+
+    def sums_of(self, name: str) -> str:
+        """The checksums of a point."""
+        return os.path.join(self.path, f"{name}.sums")
+
+    def files_of(self, name: str) -> Iterator[str]:
+        """All that may be there of a name in `garbage`."""
+        for suffix in (".qcow2", ".qcow2.partial", ".sums", ".sums.new", ".sums.fold",
+                       ".sums.fold.new"):  # fmt: skip
+            yield os.path.join(self.path, name + suffix)
+
+    def units(self, point: Point) -> list[Unit]:
+        """What a point holds, with checksums; raises PointDamaged if that is not what it was."""
+        path = self.sums_of(point.name)
+        fold = self.chain.fold
+        if fold is not None and fold.into == point.name and os.path.exists(f"{path}.fold"):
+            path = f"{path}.fold"
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            raise PointDamaged(f"point {point.name}: {path} is missing") from None
+        if digest_of(data) != point.digest:
+            raise PointDamaged(f"point {point.name}: {path} is not what it was")
+        return load(data, point.size, path)
+
+    def refuse_partial(self, point: Point) -> None:
+        """Raises PartialCopy or PointDamaged unless the file of a point is there and whole."""
+        path = self.image_of(point.name)
+        if os.path.exists(Journal.path_of(path)):
+            raise PartialCopy(f"{path} is marked as unfinished by {Journal.path_of(path)}")
+        if not os.path.isfile(path):
+            raise PointDamaged(f"point {point.name}: {path} is missing")
+
+    def sweep(self) -> None:
+        """Remove what interrupted runs left."""
+        for name in self.chain.garbage:
+            for path in self.files_of(name):
+                records.remove(path)
+        if self.chain.garbage:
+            records.sync_directory(self.path)
+            self.save(evolve(self.chain, garbage=()))
+        records.remove(os.path.join(self.path, f"{MANIFEST}.new"))
+
+
+def init(path: str) -> Directory:
+    """Make a directory a backup directory; one that is there already stays what it is."""
+    path = os.path.abspath(path)
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    if os.path.exists(os.path.join(path, MANIFEST)):
+        raise BackupError(f"{path} is a backup directory already")
+    records.replace_durably(
+        os.path.join(path, MANIFEST), records.unstructure(Chain(VERSION, new_token()))
+    )
+    records.sync_directory(os.path.dirname(path))
+    return Directory(path)
+
+
+@contextmanager
+def opened(path: str, *, change: bool) -> Iterator[Directory]:
+    """A backup directory, locked: for us alone if we change it.  Raises InUse, BackupError."""
+    Directory(path)  # first: a lock file in an empty mountpoint helps nobody
+    where = os.path.join(path, LOCK)
+    try:
+        fd = os.open(where, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        if change:
+            raise
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # read-only: no changes
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if change else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"another snapfs is working in {path}; try again when it is done") from None
+        yield Directory(path)
+    finally:
+        os.close(fd)

@@ -1,0 +1,259 @@
+"""`snapfs copy`: one snapshot to one place, resumable, marked until it is whole.
+
+Beside DEST lies DEST.partial from before the first byte is written until
+everything is durable.  It says which copy this is and how far it is durable,
+so an interrupted one goes on there; what was discarded behind is before that.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any
+
+from attrs import asdict, evolve, field, frozen
+from attrs.validators import ge, in_
+
+from ..errors import BackupError, PartialCopy, SnapshotIncomplete, UsageError
+from . import qemu, records
+from .copying import Copied, Copying, check_room, describe_ranges
+from .plan import Kind, Plan
+from .progress import Progress
+from .source import Source
+from .targets import Qcow2Target, RawTarget, Target
+
+VERSION = 1
+
+
+@frozen
+class Journal:
+    """What DEST.partial says.  `position`: bytes before it are durable at DEST."""
+
+    version: int
+    source: str  # Source.key; or what else is being written to DEST
+    size: int = field(validator=ge(0))
+    format: str = field(validator=in_(("raw", "qcow2")))
+    backing: str | None = None
+    position: int = field(default=0, validator=ge(0))
+    incomplete: bool = False
+
+    @staticmethod
+    def path_of(dest: str) -> str:
+        """The file beside DEST."""
+        return f"{dest}.partial"
+
+    @classmethod
+    def read(cls, dest: str) -> Journal | None:
+        """The journal of DEST, None if DEST is whole."""
+        path = cls.path_of(dest)
+        try:
+            with open(path, "rb") as file:
+                return records.structure(file.read(), cls, path, VERSION)
+        except FileNotFoundError:
+            return None
+
+    def write(self, dest: str) -> None:
+        """Store it, durably."""
+        records.replace_durably(self.path_of(dest), records.unstructure(self))
+
+
+records.register(Journal)
+
+
+def refuse_partial(path: str) -> None:
+    """Raises PartialCopy if a file is an unfinished copy."""
+    if os.path.exists(Journal.path_of(path)):
+        raise PartialCopy(
+            f"{path} is an unfinished copy ({Journal.path_of(path)} is there); "
+            "finish it with the same command, or delete both"
+        )
+
+
+@frozen
+class CopyOptions:
+    """What the command line says."""
+
+    format: str = "raw"
+    backing: str | None = None
+    discard: bool = False
+    force: bool = False
+    allow_missing: bool = False
+    bytes_per_second: int | None = None
+    progress_fd: int | None = None
+    json: bool = False
+
+
+def copy(snapshot: str, dest: str, options: CopyOptions) -> dict[str, Any]:
+    """Copy a snapshot; returns the summary.
+
+    Raises SnapshotIncomplete when all that there is was copied and some is
+    missing: DEST stays marked as partial then.
+    """
+    if options.backing is not None and options.format != "qcow2":
+        raise UsageError("--backing is for --format qcow2")
+    with Source(snapshot, discard=options.discard) as source:
+        _refuse_own(source, dest)
+        wanted = Journal(
+            VERSION, source.key, source.size, options.format,
+            None if options.backing is None else os.path.abspath(options.backing),
+        )  # fmt: skip
+        journal = _begin_or_resume(wanted, Journal.read(dest), dest, source)
+        plan = source.plan(journal.position)
+        if journal.position == 0:
+            _check_destination(source, plan, dest, options)
+        target = _open(journal, dest, options)
+        try:
+            copied = _run(source, target, plan, journal, dest, options)
+            target.finish()
+        except BaseException:
+            target.abandon()
+            raise
+        records.sync_directory(os.path.dirname(os.path.abspath(dest)))
+        summary = _summary(source, dest, journal.position, copied)
+        _refuse_incomplete(source, plan, copied, dest, journal)
+    records.remove(Journal.path_of(dest))
+    records.sync_directory(os.path.dirname(os.path.abspath(dest)))
+    return summary
+
+
+def _refuse_own(source: Source, dest: str) -> None:
+    """The image that is being served is no destination, nor is anything in the mount."""
+    directory = os.path.realpath(os.path.dirname(os.path.abspath(dest)))
+    if os.path.commonpath((directory, source.mountpoint)) == source.mountpoint:
+        raise UsageError(f"{dest} is in the mount that is copied from")
+    if os.path.exists(dest) and os.path.samefile(dest, source.image["path"]):
+        raise UsageError(f"{dest} is the image that is mounted on {source.mountpoint}")
+
+
+def _begin_or_resume(wanted: Journal, found: Journal | None, dest: str, source: Source) -> Journal:
+    if found is None:
+        return wanted
+    if evolve(found, position=0, incomplete=False) == wanted and os.path.exists(dest):
+        return evolve(found, incomplete=False)
+    counts = source.described["clusters"]
+    if counts["accessible"] == counts["total"] and wanted.backing is None:
+        if os.path.exists(dest) and wanted.format == "qcow2":
+            os.unlink(dest)
+        return wanted  # the whole image: whatever was there does not matter
+    raise PartialCopy(
+        f"{dest} is an unfinished copy of something else, and {source.name} does not hold "
+        f"everything; finish that copy, or delete {dest} and {Journal.path_of(dest)} and "
+        "make a full copy"
+    )
+
+
+def _check_destination(source: Source, plan: Plan, dest: str, options: CopyOptions) -> None:
+    try:
+        status: os.stat_result | None = os.stat(dest)
+    except FileNotFoundError:
+        status = None
+    partial = os.path.exists(Journal.path_of(dest))
+    occupied = 0
+    if status is not None and stat.S_ISBLK(status.st_mode):
+        _check_device(dest, source.size, options)
+        return
+    if status is not None:
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{dest} is neither a regular file nor a block device")
+        if options.format == "qcow2" and not (options.force or partial):
+            raise UsageError(f"{dest} exists; use --force to replace it")
+        if options.format == "raw" and status.st_size and qemu.file_format(dest) != "raw":
+            raise UsageError(
+                f"{dest} is a qcow2 image; give --format qcow2 and a new name, or delete it"
+            )
+        occupied = status.st_blocks * 512
+    missing = plan.total(Kind.MISSING)
+    stands_alone = options.backing is None and (status is None or options.format == "qcow2")
+    whole = source.described["state"] == "ok"  # else all that is left of it is copied
+    if missing and stands_alone and whole and not options.allow_missing:
+        raise UsageError(
+            f"{missing} bytes of {source.name} may not be read, so {dest} would not be the "
+            "whole image; apply it to an existing copy, give --backing PREVIOUS with "
+            "--format qcow2, or use --allow-missing"
+        )
+    if options.backing is not None:
+        refuse_partial(options.backing)
+    if not options.force:
+        room = os.statvfs(os.path.dirname(os.path.abspath(dest)))
+        check_room(room.f_bavail * room.f_frsize + occupied, plan.total(Kind.DATA), dest)
+
+
+def _check_device(dest: str, size: int, options: CopyOptions) -> None:
+    if options.format == "qcow2":
+        raise UsageError(f"{dest} is a block device; only raw copies go there")
+    if not options.force:
+        raise UsageError(f"{dest} is a block device; use --force to overwrite what is on it")
+    # O_EXCL on a device: fails if it is mounted or held by another driver (open(2)).
+    fd = os.open(dest, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
+    try:
+        available = os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+    if available < size:
+        raise BackupError(f"{dest} has {available} bytes, the snapshot has {size}")
+
+
+def _open(journal: Journal, dest: str, options: CopyOptions) -> Target:
+    new = not os.path.exists(dest)
+    if journal.format == "raw":
+        journal.write(dest)
+        return RawTarget(dest, journal.size)
+    if journal.position == 0:
+        journal.write(dest)
+        if not new:
+            os.unlink(dest)
+        qemu.create(dest, journal.size, options.backing)
+    else:
+        qemu.free_leaks(dest)
+    return Qcow2Target(dest, journal.size)
+
+
+def _run(
+    source: Source, target: Target, plan: Plan, journal: Journal, dest: str, options: CopyOptions
+) -> Copied:
+    total = plan.total(Kind.DATA) + plan.total(Kind.ZERO)
+    if options.discard and journal.position:
+        source.give_up_to(journal.position)  # copied before the interruption
+    with Progress(source.name, total, fd=options.progress_fd, json_lines=options.json) as progress:
+        return Copying(
+            source,
+            target,
+            plan,
+            durable=lambda position: evolve(
+                journal, position=max(journal.position, position)
+            ).write(dest),
+            progress=progress.advance,
+            discard=options.discard,
+            bytes_per_second=options.bytes_per_second,
+        ).run()
+
+
+def _refuse_incomplete(
+    source: Source, plan: Plan, copied: Copied, dest: str, journal: Journal
+) -> None:
+    state = source.look()
+    if state["state"] != "ok":
+        missing = sorted([*plan.ranges(Kind.MISSING), *copied.missing])
+        evolve(journal, position=source.size, incomplete=True).write(dest)
+        raise SnapshotIncomplete(
+            f"snapshot {source.name} is {state['state']} ({state['reason']}): {dest} has "
+            f"everything that there is and stays marked as partial; missing, as "
+            f"offset+length: {describe_ranges(missing)}"
+        )
+    if copied.missing:
+        raise PartialCopy(
+            f"somebody discarded {describe_ranges(copied.missing)} (offset+length) of "
+            f"{source.name} while it was copied; {dest} stays marked as partial"
+        )
+
+
+def _summary(source: Source, dest: str, resumed_at: int, copied: Copied) -> dict[str, Any]:
+    counts = asdict(copied)
+    return {
+        "snapshot": source.name,
+        "dest": dest,
+        "size": source.size,
+        "copied_bytes": counts["data"],
+        "zero_bytes": counts["zero"],
+        "resumed_at": resumed_at,
+    }

@@ -1,0 +1,259 @@
+"""`snapfs backup`: one run, from the snapshot to the bitmap that the next one starts from.
+
+Crash windows, and why nothing is lost in any of them.  B is the bitmap of the
+last point, N the one that begins with the new snapshot:
+
+    before the snapshot         B records
+    snapshot taken, N began     B goes on recording as well, in the same instant
+    copying, fsync, rename      the manifest still says B: the next run removes N,
+                                the snapshot and the files (they are in `garbage`)
+    the manifest says N         everything before N is in the new point, durably;
+                                the next run removes B and the snapshot
+
+So a bitmap is the base of the next increment only if the manifest says so, and
+every other one of ours is removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from attrs import evolve, field, frozen
+
+from ..errors import (
+    ExitCode,
+    PartialCopy,
+    SnapfsError,
+    SnapshotIncomplete,
+    UsageError,
+)
+from ..wire import Client, RemoteError
+from . import folding, qemu, records
+from .chain import Directory, Point, new_token, opened
+from .copying import Copied, Copying, check_room, describe_ranges
+from .plan import Kind, Plan
+from .progress import Progress
+from .source import Source
+from .sums import digest_of, dump
+from .targets import Qcow2Target
+
+
+@frozen
+class BackupOptions:
+    """What the command line says."""
+
+    full: bool = False
+    force: bool = False
+    bytes_per_second: int | None = None
+    progress_fd: int | None = None
+    json: bool = False
+    say: Callable[[str], None] = field(default=print)
+
+
+def backup(mountpoint: str, path: str, options: BackupOptions) -> dict[str, Any]:
+    """Add a point to a backup directory; returns the summary."""
+    for program in ("qemu-img", "qemu-nbd"):
+        qemu.find_program(program)
+    with opened(path, change=True) as directory:
+        run = _Run(mountpoint, directory, options)
+        run.clean_up()
+        return run.make_point()
+
+
+class _Run:
+    def __init__(self, mountpoint: str, directory: Directory, options: BackupOptions) -> None:
+        self._mountpoint = mountpoint
+        self._directory = directory
+        self._options = options
+        with Client(mountpoint) as client:
+            self._image = client.call("status")["image"]
+        where = os.path.realpath(directory.path)
+        if os.path.commonpath((where, os.path.realpath(mountpoint))) == os.path.realpath(
+            mountpoint
+        ):
+            raise UsageError(f"{directory.path} is in the mount that is backed up")
+
+    def clean_up(self) -> None:
+        """Remove what an interrupted run left, here and at the daemon."""
+        folding.finish(self._directory)
+        self._directory.sweep()
+        chain = self._directory.chain
+        base = chain.prefix + chain.points[-1].token if chain.points else None
+        with Client(self._mountpoint) as client:
+            for snapshot in client.call("list")["snapshots"]:
+                if snapshot["name"].startswith(chain.prefix):
+                    client.call("delete", name=snapshot["name"])
+            for bitmap in client.call("bitmap_list")["bitmaps"]:
+                if bitmap["name"].startswith(chain.prefix) and bitmap["name"] != base:
+                    client.call("bitmap_remove", name=bitmap["name"])
+
+    def make_point(self) -> dict[str, Any]:
+        """Snapshot, copy, manifest, and only then the new bitmap counts."""
+        chain = self._directory.chain
+        name, token = chain.new_name(datetime.now(UTC)), new_token()
+        self._directory.save(
+            evolve(chain, next_number=chain.next_number + 1, garbage=(*chain.garbage, name))
+        )
+        label = chain.prefix + token
+        parent, why = self._base()
+        committed = False
+        try:
+            parent, why = self._take_snapshot(label, parent, why)
+            point, copied = self._copy(name, token, label, parent)
+            chain = self._directory.chain
+            garbage = tuple(each for each in chain.garbage if each != name)
+            self._directory.save(evolve(chain, points=(*chain.points, point), garbage=garbage))
+            committed = True
+        finally:
+            if not committed:
+                self._undo(label)
+        self._forget(label, parent)
+        return {
+            "point": point.name,
+            "number": point.number,
+            "kind": "full" if parent is None else "incremental",
+            "reason": why,
+            "parent": point.parent,
+            "size": point.size,
+            "copied_bytes": copied.data,
+            "zero_bytes": copied.zero,
+        }
+
+    def _base(self) -> tuple[Point | None, str | None]:
+        """The point that this one can be an increment to, or None and why not."""
+        chain = self._directory.chain
+        if self._options.full:
+            return None, "asked for"
+        if not chain.points:
+            return None, "the first point"
+        last = chain.points[-1]
+        try:
+            for point in chain.lineage(last):
+                self._directory.refuse_partial(point)
+        except SnapfsError as error:
+            return None, str(error)
+        with Client(self._mountpoint) as client:
+            for bitmap in client.call("bitmap_list")["bitmaps"]:
+                if bitmap["name"] == chain.prefix + last.token:
+                    if bitmap["inconsistent"]:
+                        return None, "the bitmap is inconsistent since the machine went down"
+                    return last, None
+        return None, f"the image has no bitmap of point {last.name}"
+
+    def _take_snapshot(
+        self, label: str, parent: Point | None, why: str | None
+    ) -> tuple[Point | None, str | None]:
+        with Client(self._mountpoint) as client:
+            if parent is not None:
+                bitmap = self._directory.chain.prefix + parent.token
+                try:
+                    snapshot = client.call("create", name=label, bitmap=bitmap, next=label)
+                    if snapshot["size"]:
+                        return parent, None
+                    return None, "the image is empty"  # qcow2 cannot be shrunk to that
+                except RemoteError as error:
+                    if error.exit_status != ExitCode.BITMAP_UNUSABLE:
+                        raise
+                    why = str(error)
+            client.call("create", name=label, next=label)
+        self._options.say(f"a full backup: {why}")
+        return None, why
+
+    def _copy(
+        self, name: str, token: str, label: str, parent: Point | None
+    ) -> tuple[Point, Copied]:
+        options, directory = self._options, self._directory
+        path = os.path.join(self._mountpoint, "snapshots", label)
+        final = directory.image_of(name)
+        partial = f"{final}.partial"
+        with Source(path, discard=True) as source:
+            plan = source.plan()
+            if not options.force:
+                room = os.statvfs(directory.path)
+                needed = plan.total(Kind.DATA)
+                check_room(room.f_bavail * room.f_frsize, needed, directory.path)
+            qemu.create(
+                partial, source.size, None if parent is None else directory.image_of(parent.name)
+            )
+            target = Qcow2Target(partial, source.size)
+            try:
+                copied = self._run_copy(source, target, plan)
+                target.finish()
+            except BaseException:
+                target.abandon()
+                raise
+            self._refuse_incomplete(source, plan, copied, full=parent is None)
+            described = source.described
+        sums = dump(copied.units)
+        records.replace_durably(directory.sums_of(name), sums)
+        os.rename(partial, final)
+        records.sync_directory(directory.path)
+        return (
+            Point(
+                number=int(name.split("-", maxsplit=1)[0]),
+                name=name,
+                token=token,
+                created=described["created"],
+                size=described["size"],
+                parent=None if parent is None else parent.name,
+                image=self._image["path"],
+                data_bytes=copied.data,
+                zero_bytes=copied.zero,
+                digest=digest_of(sums),
+            ),
+            copied,
+        )
+
+    def _run_copy(self, source: Source, target: Qcow2Target, plan: Plan) -> Copied:
+        options = self._options
+        total = plan.total(Kind.DATA) + plan.total(Kind.ZERO)
+        with Progress("backup", total, fd=options.progress_fd, json_lines=options.json) as progress:
+            return Copying(
+                source,
+                target,
+                plan,
+                durable=lambda position: None,
+                progress=progress.advance,
+                discard=True,
+                bytes_per_second=options.bytes_per_second,
+                checksums=True,
+            ).run()
+
+    def _refuse_incomplete(self, source: Source, plan: Plan, copied: Copied, *, full: bool) -> None:
+        state = source.look()
+        if state["state"] != "ok":
+            raise SnapshotIncomplete(
+                f"the snapshot lost clusters while it was copied ({state['reason']}); nothing was "
+                "added to the backup, and the next run will have these changes too"
+            )
+        missing = copied.missing or (plan.ranges(Kind.MISSING) if full else [])
+        if missing:
+            raise PartialCopy(
+                f"somebody discarded {describe_ranges(missing)} (offset+length) of {source.name} "
+                "while it was copied; nothing was added to the backup"
+            )
+
+    def _undo(self, label: str) -> None:
+        """After a failure: as before, if that can be; else the next run does it."""
+        with suppress(SnapfsError, OSError), Client(self._mountpoint) as client:
+            for command in ("delete", "bitmap_remove"):
+                with suppress(RemoteError):
+                    client.call(command, name=label)
+        with suppress(SnapfsError, OSError):
+            self._directory.sweep()
+
+    def _forget(self, label: str, parent: Point | None) -> None:
+        """After success: what is not needed any more; else the next run does it."""
+        chain = self._directory.chain
+        try:
+            with Client(self._mountpoint) as client:
+                client.call("delete", name=label)
+                for bitmap in client.call("bitmap_list")["bitmaps"]:
+                    if bitmap["name"].startswith(chain.prefix) and bitmap["name"] != label:
+                        client.call("bitmap_remove", name=bitmap["name"])
+        except (SnapfsError, OSError) as error:
+            self._options.say(f"the point is complete, but not cleaned up after: {error}")

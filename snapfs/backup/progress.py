@@ -1,0 +1,126 @@
+"""How far a long job is: a bar on a terminal, lines elsewhere, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+LINE_SECONDS = 60.0  # between two plain lines
+STATUS_SECONDS = 1.0  # between two JSON lines
+
+
+class Progress:
+    """Counts bytes up to `total`.  A context manager; `advance` is cheap.
+
+    `fd`: write lines `N/100` there.  SIGUSR1 prints a line.
+    """
+
+    def __init__(
+        self, what: str, total: int, *, fd: int | None = None, json_lines: bool = False
+    ) -> None:
+        self._what = what
+        self._total = total
+        self._done = 0
+        self._fd = fd
+        self._json = json_lines
+        self._began = time.monotonic()
+        self._shown_at = self._began
+        self._percent = -1
+        self._bar: Callable[[int], None] | None = None
+        self._end_bar: Callable[[], None] | None = None
+        self._before: Any = None
+
+    def __enter__(self) -> Progress:
+        self._before = signal.signal(signal.SIGUSR1, lambda *_: self._print_line())
+        if fd_is_terminal(2) and not self._json and self._fd is None:
+            self._start_bar()
+        self.advance(0)
+        return self
+
+    def _start_bar(self) -> None:
+        # Here: it takes a while to import, and scripts do without.
+        from rich import console, progress  # noqa: PLC0415
+
+        bar = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.DownloadColumn(binary_units=True),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console.Console(stderr=True),
+        )
+        task = bar.add_task(self._what, total=self._total)
+        bar.start()
+        self._bar = lambda count: bar.advance(task, count)
+        self._end_bar = bar.stop
+
+    def advance(self, count: int) -> None:
+        """Count some bytes as done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar(count)
+        if self._fd is not None:
+            self._write_percent()
+        now = time.monotonic()
+        if self._bar is None and now - self._shown_at >= self._interval():
+            self._shown_at = now
+            if self._json:
+                print(json.dumps(self._status()), flush=True)
+            else:
+                self._print_line()
+
+    def _interval(self) -> float:
+        return STATUS_SECONDS if self._json else LINE_SECONDS
+
+    def _write_percent(self) -> None:
+        percent = 100 if not self._total else min(100, self._done * 100 // self._total)
+        if percent > self._percent and self._fd is not None:
+            self._percent = percent
+            os.write(self._fd, b"%d/100\n" % percent)
+
+    def _status(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._began
+        rate = self._done / seconds if seconds > 0 else 0.0
+        left = (self._total - self._done) / rate if rate else None
+        return {
+            "message_type": "status",
+            "what": self._what,
+            "bytes_done": self._done,
+            "total_bytes": self._total,
+            "seconds_elapsed": round(seconds, 1),
+            "seconds_remaining": None if left is None else round(left),
+        }
+
+    def _print_line(self) -> None:
+        status = self._status()
+        left = status["seconds_remaining"]
+        rate = self._done / max(status["seconds_elapsed"], 0.1) / (1 << 20)
+        print(
+            f"snapfs: {self._what}: {self._done} of {self._total} bytes, {rate:.1f} MiB/s"
+            + ("" if left is None else f", {left} s left"),
+            file=sys.stderr,
+        )
+
+    def __exit__(self, *_exception: object) -> Literal[False]:
+        signal.signal(signal.SIGUSR1, self._before)
+        if self._end_bar is not None:
+            self._end_bar()
+        return False
+
+
+def fd_is_terminal(fd: int) -> bool:
+    """Is a descriptor a terminal?  False if it is closed."""
+    try:
+        return os.isatty(fd)
+    except OSError:
+        return False
+
+
+def emit(kind: str, values: dict[str, Any]) -> None:
+    """One JSON line of a long job: a summary or an error."""
+    print(json.dumps({"message_type": kind, **values}), flush=True)

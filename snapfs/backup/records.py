@@ -1,0 +1,98 @@
+"""Small JSON files that must be right: validated when read, replaced durably."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, TypeVar
+
+import cattrs
+from cattrs.gen import make_dict_structure_fn
+
+from ..errors import BackupError
+
+T = TypeVar("T")
+
+
+def replace_durably(path: str, data: bytes) -> None:
+    """Replace a file by another content: after a crash it has the old one or the new one."""
+    beside = f"{path}.new"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(beside, path)
+    sync_directory(os.path.dirname(path))
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """Make the content of a file durable, whoever wrote it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: str) -> None:
+    """Remove a file if it is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def structure(data: bytes, kind: type[T], where: str, version: int) -> T:
+    """The object that a file says; raises BackupError that names `where` and what is wrong."""
+    try:
+        value: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BackupError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict) or value.get("version") != version:
+        raise BackupError(f"{where} is not of version {version}, which this snapfs reads")
+    try:
+        return _converter.structure(value, kind)
+    except (cattrs.BaseValidationError, ValueError, TypeError) as error:
+        raise BackupError(f"{where} is damaged: {'; '.join(_reasons(error))}") from None
+
+
+def unstructure(value: Any) -> bytes:
+    """The object as it is stored."""
+    return json.dumps(_converter.unstructure(value), indent=1).encode() + b"\n"
+
+
+def _reasons(error: Exception) -> list[str]:
+    if isinstance(error, cattrs.BaseValidationError):
+        return cattrs.transform_error(error)
+    return [str(error)]
+
+
+def _strict(value: Any, kind: type) -> Any:
+    """JSON has ints, strings and booleans: nothing is converted silently."""
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+for _kind in (int, str, bool):
+    _converter.register_structure_hook(_kind, _strict)
+
+
+def register(*classes: type) -> None:
+    """Have the attrs classes read strictly: no unknown keys, no converted values."""
+    for kind in classes:
+        _converter.register_structure_hook(kind, make_dict_structure_fn(kind, _converter))

@@ -1,0 +1,103 @@
+"""A snapshot as a source: what it has, its bytes, and giving up what was read."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from .. import mountinfo
+from ..errors import PartialCopy, SnapshotLost, SnapshotNotFound, UsageError
+from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from ..wire import Client
+from .plan import Kind, Plan
+
+
+class Source:
+    """A snapshot's file, open.  A context manager.  Every method blocks."""
+
+    def __init__(self, path: str, *, discard: bool = False) -> None:
+        """Raises SnapshotLost, SnapshotNotFound, NotMounted, UsageError."""
+        found, inside = mountinfo.split(path)
+        directory, _, self.name = inside.partition("/")
+        if directory != "snapshots" or not self.name:
+            raise UsageError(
+                f"{path} is not a snapshot; take one first: snapfs create {found.mountpoint}"
+            )
+        self.path = path
+        self.mountpoint = found.mountpoint
+        self._inside = inside
+        self.described = self.look()
+        if self.described["state"] == "lost":
+            reason = self.described["reason"] or "its data is gone"
+            raise SnapshotLost(f"snapshot {self.name} is lost: {reason}; copy a newer one")
+        with Client(self.mountpoint) as client:
+            self.image: dict[str, Any] = client.call("status")["image"]
+        try:
+            flags = os.O_RDWR if discard else os.O_RDONLY
+            self._fd = os.open(path, flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise SnapshotNotFound(f"there is no snapshot {self.name}") from None
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._given_up = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the snapshot."""
+        return int(self.described["size"])
+
+    @property
+    def key(self) -> str:
+        """What tells this snapshot from every other one, by whatever name."""
+        return f"{self.image['path']} {self.described['id']} {self.described['created']}"
+
+    def look(self) -> dict[str, Any]:
+        """What the daemon says of the snapshot now."""
+        with Client(self.mountpoint) as client:
+            shown: dict[str, Any] = client.call("show", name=self.name)["snapshot"]
+        return shown
+
+    def plan(self, start: int = 0) -> Plan:
+        """The whole map from `start` on."""
+        plan = Plan()
+        offset: int | None = start
+        with Client(self.mountpoint) as client:
+            while offset is not None and offset < self.size:
+                answer = client.call("map", file=self._inside, offset=offset, rows=True)
+                for first, length, data, accessible, *_ in answer["extents"]:
+                    kind = Kind.DATA if data else Kind.ZERO
+                    plan.add(first, length, kind if accessible else Kind.MISSING)
+                offset = answer["next"]
+        if plan.end != self.size and start < self.size:
+            raise PartialCopy(f"the map of {self.path} ends at {plan.end} of {self.size} bytes")
+        return plan
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """Exactly these bytes; raises OSError, with EACCES for what may not be read."""
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if not count:
+                raise PartialCopy(f"{self.path} ends at {offset} of {self.size} bytes")
+            view, offset = view[count:], offset + count
+        return buffer
+
+    def give_up_to(self, position: int) -> None:
+        """Discard everything up to `position`; a cluster that is cut there is kept."""
+        cluster = int(self.image["cluster_size"])
+        stop = position if position == self.size else position // cluster * cluster
+        if stop > self._given_up:
+            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            fallocate(self._fd, mode, self._given_up, stop - self._given_up)
+            self._given_up = stop
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_exception: object) -> Literal[False]:
+        self.close()
+        return False

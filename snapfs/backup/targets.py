@@ -1,0 +1,144 @@
+"""Where a copy goes: a raw file, a block device, or a qcow2 image behind qemu-nbd."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Protocol
+
+from ..errors import InUse
+from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from ..locks import lock_exclusively, lock_image
+from . import qemu
+from .records import sync_file
+
+SECTOR = 512  # the unit of the sizes of qcow2 images
+
+Data = bytes | bytearray | memoryview
+
+
+class Target(Protocol):
+    """What the copying needs.  Offsets and lengths are bytes; data ends at the size at most."""
+
+    def write(self, offset: int, data: Data) -> None:
+        """Write all of `data`."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Have a range read as zeros, without space if possible."""
+
+    def flush(self) -> None:
+        """Return when everything written is durable."""
+
+    def finish(self) -> None:
+        """Make everything durable and close; raises OSError or BackupError if that fails."""
+
+    def abandon(self) -> None:
+        """Close, after an error."""
+
+
+class RawTarget:
+    """A raw image: a regular file, made exactly `size` bytes long, or a block device."""
+
+    def __init__(self, path: str, size: int) -> None:
+        """Open, create if need be, and lock; raises InUse if another program has it."""
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            status = os.fstat(self._fd)
+            self._device = stat.S_ISBLK(status.st_mode)
+            if not (lock_exclusively(self._fd) and self._lock()):
+                raise InUse(f"{path} is in use by another program, a virtual machine perhaps")
+            if not self._device:
+                os.ftruncate(self._fd, size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _lock(self) -> bool:
+        try:
+            return lock_image(self._fd, writable=True)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+                return True  # no such locks there
+            raise
+
+    def write(self, offset: int, data: Data) -> None:
+        """See `Target`."""
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def zero(self, offset: int, length: int) -> None:
+        """See `Target`."""
+        try:
+            fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            # EINVAL: a block device, and a range that is not made of its blocks.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
+                raise
+            zeros = memoryview(bytes(min(length, 1 << 20)))
+            end = offset + length
+            while offset < end:
+                self.write(offset, zeros[: min(len(zeros), end - offset)])
+                offset += min(len(zeros), end - offset)
+
+    def truncate(self, size: int) -> None:
+        """Cut or grow a regular file; a device stays as it is."""
+        if not self._device:
+            os.ftruncate(self._fd, size)
+
+    def flush(self) -> None:
+        """See `Target`."""
+        os.fsync(self._fd)
+
+    def finish(self) -> None:
+        """See `Target`."""
+        try:
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+    def abandon(self) -> None:
+        """See `Target`."""
+        os.close(self._fd)
+
+
+class Qcow2Target:
+    """A qcow2 image that exists; `size`, rounded up to sectors, is its virtual size."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path = path
+        self._size = size
+        self._server = qemu.Server(path)
+
+    def write(self, offset: int, data: Data) -> None:
+        """See `Target`.  The last sector is filled up with zeros."""
+        client = self._server.client
+        if (offset + len(data)) % SECTOR and offset + len(data) == self._size:
+            data = bytes(data) + bytes(-self._size % SECTOR)
+        client.write(offset, data)
+
+    def zero(self, offset: int, length: int) -> None:
+        """See `Target`."""
+        if offset + length == self._size:
+            length += -self._size % SECTOR
+        self._server.client.zero(offset, length)
+
+    def flush(self) -> None:
+        """See `Target`."""
+        self._server.client.flush()
+
+    def finish(self) -> None:
+        """See `Target`."""
+        try:
+            self._server.client.flush()
+        except BaseException:
+            self._server.abandon()
+            raise
+        self._server.finish()
+        sync_file(self._path)
+
+    def abandon(self) -> None:
+        """See `Target`."""
+        self._server.abandon()

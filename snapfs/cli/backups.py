@@ -1,0 +1,148 @@
+"""Copies and backups: the commands over snapfs.backup, which is imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ExitCode, SnapfsError, UsageError
+from ..wire import RemoteError
+from .output import dump, human
+
+
+def _interrupted(*_signal: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _long_job(arguments: argparse.Namespace, job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a job that SIGTERM ends as Ctrl-C does; with --json its end is a line of JSON."""
+    from ..backup.progress import emit  # noqa: PLC0415
+
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        result = job()
+    except (SnapfsError, OSError) as error:
+        if arguments.json:
+            if isinstance(error, RemoteError):
+                code = error.exit_status
+            else:
+                code = int(error.exit_code) if isinstance(error, SnapfsError) else ExitCode.ERROR
+            emit("error", {"message": str(error), "exit_code": int(code)})
+        raise
+    if arguments.json:
+        emit("summary", result)
+    return result
+
+
+def copy(arguments: argparse.Namespace) -> int:
+    """snapfs copy SNAPSHOT DEST."""
+    from ..backup import copies  # noqa: PLC0415
+
+    options = copies.CopyOptions(
+        format=arguments.format,
+        backing=arguments.backing,
+        discard=arguments.discard,
+        force=arguments.force,
+        allow_missing=arguments.allow_missing,
+        bytes_per_second=arguments.bwlimit,
+        progress_fd=arguments.progress,
+        json=arguments.json,
+    )
+    result = _long_job(arguments, lambda: copies.copy(arguments.snapshot, arguments.dest, options))
+    if not arguments.json:
+        resumed = f", resumed at {result['resumed_at']}" if result["resumed_at"] else ""
+        print(
+            f"{result['dest']}: {human(result['copied_bytes'])} copied, "
+            f"{human(result['zero_bytes'])} of zeros{resumed}",
+            file=sys.stderr,
+        )
+    return ExitCode.OK
+
+
+def _say(message: str) -> None:
+    print("snapfs:", message, file=sys.stderr)
+
+
+def backup(arguments: argparse.Namespace) -> int:
+    """snapfs backup MOUNTPOINT DIR, and snapfs backup --init DIR."""
+    from ..backup import chain, cycle  # noqa: PLC0415
+
+    if arguments.init:
+        if arguments.directory is not None:
+            raise UsageError("--init takes one argument, the directory")
+        made = chain.init(arguments.where)
+        if arguments.json:
+            dump("backup", {"directory": made.path, "id": made.chain.id})
+        return ExitCode.OK
+    if arguments.directory is None:
+        raise UsageError("backup takes MOUNTPOINT and DIR")
+    options = cycle.BackupOptions(
+        full=arguments.full,
+        force=arguments.force,
+        bytes_per_second=arguments.bwlimit,
+        progress_fd=arguments.progress,
+        json=arguments.json,
+        say=_say,
+    )
+    result = _long_job(
+        arguments, lambda: cycle.backup(arguments.where, arguments.directory, options)
+    )
+    if not arguments.json:
+        print(
+            f"{result['point']}: {result['kind']}, {human(result['copied_bytes'])} copied, "
+            f"{human(result['zero_bytes'])} of zeros"
+        )
+    return ExitCode.OK
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    """snapfs restore DIR DEST."""
+    from ..backup import points  # noqa: PLC0415
+
+    options = points.RestoreOptions(
+        at=arguments.at,
+        force=arguments.force,
+        progress_fd=arguments.progress,
+        json=arguments.json,
+    )
+    result = _long_job(
+        arguments, lambda: points.restore(arguments.directory, arguments.dest, options)
+    )
+    if not arguments.json:
+        print(f"{result['dest']}: point {result['point']}, {human(result['size'])}")
+    return ExitCode.OK
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """snapfs verify DIR."""
+    from ..backup import points  # noqa: PLC0415
+
+    result = _long_job(
+        arguments,
+        lambda: points.verify(
+            arguments.directory, arguments.at, arguments.progress, arguments.json
+        ),
+    )
+    if not arguments.json:
+        for point in result["points"]:
+            print(f"{point['point']}: {'good' if point['ok'] else 'DAMAGED'}")
+            for problem in point["problems"]:
+                print(f"    {problem}")
+    return ExitCode.SNAPSHOT_UNUSABLE if result["damaged"] else ExitCode.OK
+
+
+def prune(arguments: argparse.Namespace) -> int:
+    """snapfs prune DIR."""
+    from ..backup import pruning  # noqa: PLC0415
+
+    policy = pruning.Policy(arguments.keep_last, arguments.keep_daily, arguments.keep_weekly)
+    result = _long_job(
+        arguments,
+        lambda: pruning.prune(arguments.directory, policy, dry_run=arguments.dry_run, say=_say),
+    )
+    if not arguments.json:
+        print(f"{len(result['kept'])} points kept, {len(result['dropped'])} dropped")
+    return ExitCode.OK

@@ -1,0 +1,56 @@
+"""snapfs, killed at the Nth step: python dying.py N ARGUMENT...
+
+Steps are the moments before and after everything that changes something that
+outlives the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from snapfs.backup import qemu, records
+from snapfs.backup.source import Source
+from snapfs.backup.targets import Qcow2Target
+from snapfs.cli import main
+from snapfs.wire import Client
+
+left = int(sys.argv[1])
+
+
+def step() -> None:
+    global left  # noqa: PLW0603
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch(owner: Any, name: str) -> None:
+    real = getattr(owner, name)
+
+    @functools.wraps(real)
+    def stepping(*arguments: Any, **options: Any) -> Any:
+        step()
+        result = real(*arguments, **options)
+        step()
+        return result
+
+    setattr(owner, name, stepping)
+
+
+for owner, name in (
+    (records, "replace_durably"),
+    (records, "remove"),
+    (os, "rename"),
+    (qemu, "run"),
+    (subprocess, "Popen"),
+    (Client, "call"),
+    (Source, "give_up_to"),
+    (Qcow2Target, "finish"),
+):
+    watch(owner, name)
+sys.exit(main(sys.argv[2:]))

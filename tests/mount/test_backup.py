@@ -1,0 +1,519 @@
+"""snapfs backup, restore, verify, prune: every point is the image at its moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attrs import define, field
+
+from .conftest import SNAPFS, Mounted, run
+
+pytestmark = pytest.mark.mount
+
+K64 = 1 << 16
+MIB = 1 << 20
+DYING = [sys.executable, str(Path(__file__).with_name("dying.py"))]
+
+
+@define
+class Disk:
+    """A mounted image, its backup directory, and what the image was at each point."""
+
+    mounted: Mounted
+    directory: Path
+    scratch: Path
+    moments: dict[int, bytes] = field(factory=dict)
+
+    def backup(self, *options: str) -> dict:
+        now = self.mounted.active.read_bytes()
+        done = self.mounted.snapfs(
+            "backup", self.mounted.mountpoint, self.directory, "--json", *options
+        )
+        summary = json.loads(done.stdout.splitlines()[-1])
+        self.moments[summary["number"]] = now
+        return summary
+
+    def change(self, seed: int) -> None:
+        """Some data, some zeros, some nothing."""
+        chance = random.Random(seed)
+        size = self.mounted.image.stat().st_size
+        for _ in range(3):
+            offset = chance.randrange(max(1, size - 2 * K64))
+            self.mounted.write(offset, chance.randbytes(min(K64, size - offset)))
+        offset = chance.randrange(size // K64 + 1) * K64
+        run("fallocate", "-p", "-o", str(offset), "-l", str(2 * K64), self.mounted.active)
+
+    def restored(self, number: int, directory: Path | None = None) -> bytes:
+        dest = self.scratch / "restored"
+        dest.unlink(missing_ok=True)
+        run(*SNAPFS, "restore", directory or self.directory, dest, "--at", str(number))
+        assert not (self.scratch / "restored.partial").exists()
+        return dest.read_bytes()
+
+    def manifest(self) -> dict:
+        return json.loads((self.directory / "snapfs-backup.json").read_text())
+
+    def check_images(self, directory: Path) -> None:
+        """Every point is what the image was, for qemu-img; quicker than `check_all`."""
+        manifest = json.loads((directory / "snapfs-backup.json").read_text())
+        for point in manifest["points"]:
+            raw = self.scratch / "raw"
+            run("qemu-img", "convert", "-O", "raw", directory / f"{point['name']}.qcow2", raw)
+            expected = self.moments[point["number"]]
+            assert expected == raw.read_bytes()[: len(expected)], point["name"]
+
+    def check_all(self, directory: Path | None = None) -> None:
+        """Every point is what the image was, for us and for qemu-img."""
+        where = directory or self.directory
+        manifest = json.loads((where / "snapfs-backup.json").read_text())
+        for point in manifest["points"]:
+            expected = self.moments[point["number"]]
+            assert expected == self.restored(point["number"], where), point["name"]
+            image, raw = where / f"{point['name']}.qcow2", self.scratch / "raw"
+            run("qemu-img", "check", image)
+            run("qemu-img", "convert", "-O", "raw", image, raw)
+            assert expected == raw.read_bytes()[: len(expected)], point["name"]
+        run(*SNAPFS, "verify", where)
+
+
+@pytest.fixture
+def disk(mount, tmp_path):
+    def factory(content: int | bytes, *options: str) -> Disk:
+        directory = tmp_path / "backup"
+        run(*SNAPFS, "backup", "--init", directory)
+        return Disk(mount(content, *options), directory, tmp_path)
+
+    return factory
+
+
+def names(disk: Disk, kind: str) -> list[str]:
+    if kind == "bitmaps":
+        listed = json.loads(
+            disk.mounted.snapfs("bitmap", "list", disk.mounted.mountpoint, "--json").stdout
+        )
+        return [each["name"] for each in listed["bitmaps"]]
+    return [each["name"] for each in disk.mounted.json("list")["snapshots"]]
+
+
+def check_tidy(disk: Disk) -> None:
+    """One bitmap, of the last point; no snapshot; no file but those of the points."""
+    manifest = disk.manifest()
+    assert [f"backup-{manifest['id']}-{manifest['points'][-1]['token']}"] == names(disk, "bitmaps")
+    assert [] == names(disk, "snapshots")
+    expected = {"snapfs-backup.json", "snapfs-backup.lock"}
+    for point in manifest["points"]:
+        expected |= {f"{point['name']}.qcow2", f"{point['name']}.sums"}
+    assert expected == {path.name for path in disk.directory.iterdir()}
+
+
+def test_full_first_then_what_changed(disk):
+    it = disk(os.urandom(4 * MIB + 130_000))
+    first = it.backup()
+    assert ("full", 4 * MIB + 130_000) == (first["kind"], first["copied_bytes"])
+    it.mounted.write(MIB, b"x" * 100)
+    run("fallocate", "-p", "-o", str(2 * MIB), "-l", str(K64), it.mounted.active)
+    second = it.backup()
+    assert "incremental" == second["kind"]
+    assert (K64, K64) == (second["copied_bytes"], second["zero_bytes"])
+    third = it.backup()
+    assert (0, 0) == (third["copied_bytes"], third["zero_bytes"])
+    check_tidy(it)
+    it.check_all()
+
+
+def test_the_size_of_the_image_may_change_between_points(disk):
+    it = disk(os.urandom(8 * MIB + 1))
+    it.backup()
+    for number, size in enumerate((3 * MIB + 7, 9 * MIB, 1, 0, 5 * MIB + 513)):
+        os.truncate(it.mounted.active, size)
+        if size > MIB:
+            it.change(number)
+        assert ("incremental" if size else "full") == it.backup()["kind"]
+    it.check_all()
+    # Fold the shrunken ones away: what they cut off must not come back.
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "3")
+    it.check_all()
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "1")
+    it.check_all()
+
+
+def test_without_init_nothing_is_written(disk, tmp_path):
+    it = disk(MIB)
+    (tmp_path / "unmounted").mkdir()
+    done = it.mounted.snapfs("backup", it.mounted.mountpoint, tmp_path / "unmounted", check=False)
+    assert 1 == done.returncode
+    assert "--init" in done.stderr
+    assert [] == list((tmp_path / "unmounted").iterdir())
+    assert [] == names(it, "bitmaps")
+
+
+def test_two_rotated_directories_each_get_every_change(disk, tmp_path):
+    it = disk(os.urandom(4 * MIB))
+    other = Disk(it.mounted, tmp_path / "other", tmp_path)
+    run(*SNAPFS, "backup", "--init", other.directory)
+    for number in range(6):
+        it.change(number)
+        each = (it, other)[number % 2]
+        assert ("full" if number < 2 else "incremental") == each.backup()["kind"]
+    it.check_all()
+    other.check_all()
+
+
+def test_a_lost_or_foreign_bitmap_gives_a_full_point_and_says_so(disk, mount):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    it.mounted.snapfs("bitmap", "remove", it.mounted.mountpoint, names(it, "bitmaps")[0])
+    summary = it.backup()
+    assert "full" == summary["kind"]
+    assert "has no bitmap" in summary["reason"]
+    it.mounted = mount(os.urandom(MIB))  # another image
+    assert "full" == it.backup()["kind"]
+    it.check_all()
+
+
+def test_an_image_written_behind_our_back_gives_a_full_point(disk):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    it.mounted.stop()
+    with open(it.mounted.image, "r+b") as file:
+        file.write(b"behind your back")
+    it.mounted.start()
+    summary = it.backup()
+    assert "full" == summary["kind"]
+    assert summary["reason"]
+    it.check_all()
+
+
+def test_the_bitmap_survives_an_unmount(disk):
+    it = disk(os.urandom(2 * MIB))
+    it.backup()
+    it.change(1)
+    it.mounted.stop()
+    it.mounted.start()
+    it.change(2)
+    assert "incremental" == it.backup()["kind"]
+    it.check_all()
+
+
+def test_a_snapshot_that_loses_clusters_adds_no_point(disk):
+    it = disk(os.urandom(24 * MIB))
+    it.backup()
+    it.mounted.write(0, os.urandom(12 * MIB))
+    it.mounted.snapfs("limit", it.mounted.mountpoint, "64K")
+    process = slow_backup(it)
+    wait_for_snapshot(it)
+    it.mounted.write(8 * MIB, b"x" * 2 * MIB)  # far ahead of the copy
+    output, complaint = process.communicate()
+    assert 4 == process.returncode, (output, complaint)
+    assert "lost clusters" in complaint
+    assert 1 == len(it.manifest()["points"])
+    it.mounted.snapfs("limit", it.mounted.mountpoint, "none")
+    assert "incremental" == it.backup()["kind"]
+    check_tidy(it)
+    it.check_all()
+
+
+def servers_of(directory: Path) -> list[str]:
+    """The programs of QEMU that work in a directory."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            commands.append(path.read_text())
+        except OSError:
+            continue  # it has ended
+    return [each for each in commands if "qemu-" in each and str(directory) in each]
+
+
+def slow_backup(it: Disk) -> subprocess.Popen[str]:
+    command = [*SNAPFS, "backup", it.mounted.mountpoint, it.directory, "--bwlimit", "4M"]
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return process
+
+
+def wait_for_snapshot(it: Disk) -> None:
+    """Until the snapshot of a backup is there and its copying has begun."""
+    while not (names(it, "snapshots") and list(it.directory.glob("*.partial"))):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_backup_ended_by_a_signal_leaves_every_change_to_the_next_one(disk, number):
+    it = disk(os.urandom(16 * MIB))
+    it.backup()
+    it.mounted.write(0, os.urandom(8 * MIB))
+    process = slow_backup(it)
+    wait_for_snapshot(it)
+    it.mounted.write(12 * MIB, b"meanwhile" * 1000)
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == (130 if number != signal.SIGKILL else -number)
+    if number != signal.SIGKILL:
+        check_tidy(it)
+    assert "incremental" == it.backup()["kind"]
+    check_tidy(it)
+    it.check_all()
+
+
+@pytest.mark.parametrize("client_too", [False, True])
+def test_a_killed_daemon_leaves_every_change_to_the_next_one(disk, client_too):
+    it = disk(os.urandom(16 * MIB))
+    it.backup()
+    it.mounted.write(0, os.urandom(8 * MIB))
+    process = slow_backup(it)
+    wait_for_snapshot(it)
+    it.mounted.write(12 * MIB, b"meanwhile" * 1000)
+    it.mounted.kill()
+    if client_too:
+        process.kill()
+    process.communicate()
+    assert 0 != process.returncode
+    it.mounted.start()
+    assert "incremental" == it.backup()["kind"]
+    check_tidy(it)
+    it.check_all()
+
+
+def test_only_one_run_at_a_time(disk):
+    it = disk(os.urandom(16 * MIB))
+    process = slow_backup(it)
+    wait_for_snapshot(it)
+    done = it.mounted.snapfs("backup", it.mounted.mountpoint, it.directory, check=False)
+    assert 1 == done.returncode
+    assert "another snapfs" in done.stderr
+    process.terminate()
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_every_step_the_next_run_has_every_change(disk):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    killed = 0
+    for step in range(1, 1000):
+        it.change(step)
+        before = it.mounted.active.read_bytes()
+        command = ["backup", it.mounted.mountpoint, it.directory]
+        done = run(*DYING, str(step), *command, check=False)
+        points = it.manifest()["points"]
+        if points[-1]["number"] not in it.moments:  # it was complete before it died
+            it.moments[points[-1]["number"]] = before
+        if done.returncode != -signal.SIGKILL:
+            assert 0 == done.returncode, done.stderr
+            break
+        killed += 1
+        it.change(-step)
+        assert "incremental" == it.backup()["kind"]
+        check_tidy(it)
+    assert killed > 20
+    while servers_of(it.directory):
+        pass  # a server that outlives its client holds locks for ever
+    last = it.manifest()["points"][-1]["number"]
+    run(*SNAPFS, "prune", it.directory, "--keep-last", str(6))
+    assert it.moments[last] == it.restored(last)
+    it.check_all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_prune_killed_at_every_step_leaves_every_kept_point_whole(disk, tmp_path):
+    it = disk(os.urandom(2 * MIB))
+    for number, size in enumerate((2 * MIB, MIB + 100, 3 * MIB)):
+        it.change(number)
+        os.truncate(it.mounted.active, size)
+        it.backup()
+    it.mounted.stop()
+    killed = 0
+    for step in range(1, 1000):
+        trial = tmp_path / "trial"
+        shutil.copytree(it.directory, trial)
+        command = ["prune", trial, "--keep-last", "1"]
+        done = run(*DYING, str(step), *command, check=False)
+        it.check_images(trial)
+        assert it.moments[3] == it.restored(3, trial)
+        run(*SNAPFS, *command)
+        it.check_images(trial)
+        run(*SNAPFS, "verify", trial)
+        left = {path.name for path in trial.iterdir()}
+        assert 2 + 2 == len(left), left
+        shutil.rmtree(trial)
+        if done.returncode != -signal.SIGKILL:
+            assert 0 == done.returncode, done.stderr
+            break
+        killed += 1
+    assert killed > 10
+
+
+def test_prune_stopped_in_the_middle_of_a_commit(disk):
+    """The older file is half overwritten: the points above read the same, and it is finished."""
+    it = disk(os.urandom(2 * MIB))
+    for number in range(3):
+        it.change(number)
+        it.backup()
+    program = it.scratch / "bin" / "qemu-img"
+    program.parent.mkdir()
+    real = shutil.which("qemu-img")
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = commit ] || exec {real} "$@"\n'
+        f'for file; do :; done\nold=$({real} info "$file" | sed -n "s/^backing file: //p")\n'
+        'old=${old%% (*}\n'
+        f'{real} info "$file" >/dev/null\n'
+        f'qemu-io -f qcow2 -c "write -q -P 7 0 1" "$(dirname "$file")/$old" >/dev/null\n'
+        "kill -9 $PPID\n"
+    )  # fmt: skip
+    program.chmod(0o755)
+    # The byte that is overwritten must be one that the newer point has itself.
+    it.mounted.write(0, b"\x07")
+    it.backup()
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    command = [*SNAPFS, "prune", str(it.directory), "--keep-last", "1"]
+    number = len(it.moments)
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "2")
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert -signal.SIGKILL == done.returncode
+    assert it.moments[number] == it.restored(number)
+    run(*SNAPFS, "verify", it.directory)
+    it.change(9)
+    assert "incremental" == it.backup()["kind"]  # which finishes the fold first
+    check_tidy(it)
+    it.check_all()
+
+
+def test_prune_keeps_what_it_says(disk):
+    it = disk(os.urandom(MIB))
+    for number in range(4):
+        it.change(number)
+        it.backup("--full") if number == 2 else it.backup()
+    done = run(*SNAPFS, "prune", it.directory, "--keep-last", "3", "--dry-run", "--json")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert 1 == len(summary["dropped"])
+    assert 4 == len(it.manifest()["points"])
+    assert 2 == run(*SNAPFS, "prune", it.directory, check=False).returncode
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "3")
+    it.check_all()
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "2")  # the whole older chain goes
+    assert [3, 4] == [point["number"] for point in it.manifest()["points"]]
+    check_tidy(it)
+    it.check_all()
+
+
+def spoil(path: Path, old: bytes) -> None:
+    """Change the first place in a file where these bytes are."""
+    content = path.read_bytes()
+    where = content.index(old)
+    with open(path, "r+b") as file:
+        file.seek(where)
+        file.write(bytes(byte ^ 1 for byte in old))
+
+
+def test_verify_and_restore_find_a_changed_byte(disk, tmp_path):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    it.mounted.write(3 * K64, b"a needle in the hay")
+    it.backup()
+    names_ = [point["name"] for point in it.manifest()["points"]]
+    spoil(it.directory / f"{names_[1]}.qcow2", b"a needle")
+    done = run(*SNAPFS, "verify", it.directory, check=False)
+    assert 4 == done.returncode
+    assert f"{names_[0]}: good" in done.stdout
+    assert f"{names_[1]}: DAMAGED" in done.stdout
+    assert "offset 196608" in done.stdout
+    done = run(*SNAPFS, "restore", it.directory, tmp_path / "r", check=False)
+    assert 4 == done.returncode
+    assert (tmp_path / "r.partial").exists()
+    run(*SNAPFS, "restore", it.directory, tmp_path / "r", "--at", "1")
+    assert it.moments[1] == (tmp_path / "r").read_bytes()
+    assert not (tmp_path / "r.partial").exists()
+
+
+def test_verify_finds_zeros_that_are_none_a_missing_file_and_another_base(disk):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    run("fallocate", "-p", "-o", "0", "-l", str(K64), it.mounted.active)
+    it.backup()
+    it.backup()
+    names_ = [point["name"] for point in it.manifest()["points"]]
+    files = [it.directory / f"{name}.qcow2" for name in names_]
+
+    def verified() -> str:
+        done = run(*SNAPFS, "verify", it.directory, check=False)
+        assert 4 == done.returncode
+        return done.stdout
+
+    saved = files[1].read_bytes()
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 1 100 1", files[1])
+    assert "not zeros any more" in verified()
+    files[1].write_bytes(saved)
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 1 512k 1", files[2])
+    assert "data that was not backed up" in verified()
+    run("qemu-img", "rebase", "-u", "-b", files[0].name, "-F", "qcow2", files[2])
+    assert f"stands on {names_[0]}.qcow2" in verified()
+    files[0].unlink()
+    assert "is missing" in verified()
+
+
+def test_restore_and_verify_refuse_a_partial_point(disk, tmp_path):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    name = it.manifest()["points"][0]["name"]
+    (it.directory / f"{name}.qcow2.partial").write_text("{}")
+    assert 4 == run(*SNAPFS, "verify", it.directory, check=False).returncode
+    done = run(*SNAPFS, "restore", it.directory, tmp_path / "r", check=False)
+    assert 4 == done.returncode
+    assert "unfinished" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_restore_does_not_overwrite_unasked(disk, tmp_path):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    dest = tmp_path / "precious"
+    dest.write_bytes(b"precious" * MIB)
+    done = run(*SNAPFS, "restore", it.directory, dest, check=False)
+    assert 2 == done.returncode
+    assert b"precious" * MIB == dest.read_bytes()
+    run(*SNAPFS, "restore", it.directory, dest, "--force")
+    assert it.moments[1] == dest.read_bytes()
+    assert 5 == run(*SNAPFS, "restore", it.directory, dest, "--at", "7", check=False).returncode
+    run(*SNAPFS, "restore", it.directory, tmp_path / "now", "--at", "2999-01-01")
+
+
+def test_a_restored_image_is_sparse(disk, tmp_path):
+    it = disk(64 * MIB)
+    it.mounted.write(MIB, b"x" * K64)
+    it.backup()
+    run(*SNAPFS, "restore", it.directory, tmp_path / "r")
+    assert (tmp_path / "r").stat().st_blocks * 512 <= 4 * K64
+
+
+def test_a_missing_program_is_named_with_its_package(disk):
+    it = disk(MIB)
+    command = [*SNAPFS, "backup", str(it.mounted.mountpoint), str(it.directory)]
+    done = subprocess.run(
+        command, env={**os.environ, "PATH": "/nonexistent"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert 1 == done.returncode
+    assert "qemu-utils" in done.stderr
+    assert [] == it.manifest()["points"]
+
+
+def test_with_json_an_error_is_the_last_line(tmp_path):
+    done = run(*SNAPFS, "restore", tmp_path / "nothing", tmp_path / "r", "--json", check=False)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert ("error", 1) == (last["message_type"], last["exit_code"])
+    assert "no backup directory" in last["message"]
+    assert not (tmp_path / "nothing").exists()

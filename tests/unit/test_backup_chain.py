@@ -1,0 +1,154 @@
+"""The manifest of a backup directory, its lock, and which points prune keeps."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from attrs import evolve
+
+from snapfs.backup import records
+from snapfs.backup.chain import MANIFEST, VERSION, Chain, Fold, Point, init, opened
+from snapfs.backup.pruning import Policy
+from snapfs.errors import BackupError, InUse, NotFound
+
+START = datetime(2026, 11, 2, 12, tzinfo=UTC)  # a Monday
+
+
+def point(number: int, parent: str | None, hours: float = 0.0) -> Point:
+    return Point(
+        number=number,
+        name=f"{number:04d}-x".replace("x", "2026"),
+        token=f"{number:012x}",
+        created=(START + timedelta(hours=hours)).isoformat(),
+        size=1000,
+        parent=parent,
+        image="/vm/disk.img",
+        data_bytes=1,
+        zero_bytes=2,
+        digest="0" * 32,
+    )
+
+
+def chain_of(count: int, step_hours: float = 24.0) -> Chain:
+    points: list[Point] = []
+    for number in range(1, count + 1):
+        parent = points[-1].name if points else None
+        points.append(point(number, parent, step_hours * (number - 1)))
+    return Chain(VERSION, "0" * 12, count + 1, tuple(points))
+
+
+def load(chain: object) -> Chain:
+    return records.structure(json.dumps(chain).encode(), Chain, "it", VERSION)
+
+
+def test_a_manifest_is_read_as_it_was_written():
+    chain = evolve(chain_of(3), garbage=("0009-2026",), fold=Fold("0000-2026", "0001-2026"))
+    assert chain == records.structure(records.unstructure(chain), Chain, "it", VERSION)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(version=2),
+        lambda m: m.update(id="../../etc"),
+        lambda m: m.update(more=1),
+        lambda m: m.pop("points"),
+        lambda m: m["points"][0].update(name="../0001"),
+        lambda m: m["points"][0].update(size=-1),
+        lambda m: m["points"][0].update(size="1"),
+        lambda m: m["points"][0].update(number=True),
+        lambda m: m["points"][0].update(created="yesterday"),
+        lambda m: m["points"][0].update(created="2026-11-24T00:00:00"),
+        lambda m: m["points"][1].update(number=1),
+        lambda m: m["points"][1].update(name=m["points"][0]["name"]),
+        lambda m: m["points"][1].update(parent="0099-2026"),
+        lambda m: m["points"][2].update(parent=m["points"][0]["name"]),
+        lambda m: m["points"].reverse(),
+        lambda m: m.update(next_number=3),
+        lambda m: m.update(garbage=["../../etc/passwd"]),
+        lambda m: m.update(garbage=[m["points"][0]["name"]]),
+        lambda m: m.update(fold={"old": m["points"][0]["name"], "into": m["points"][1]["name"]}),
+    ],
+)
+def test_a_manifest_that_is_not_one_is_refused(change):
+    stored = json.loads(records.unstructure(chain_of(3)))
+    assert chain_of(3) == load(stored)
+    change(stored)
+    if "points" not in stored:  # it has a default: an empty chain is fine, a lost one is not
+        stored["points"] = None
+    with pytest.raises(BackupError):
+        load(stored)
+
+
+def test_points_are_found_by_number_name_and_time():
+    chain = chain_of(3)
+    assert chain.points[2] == chain.at(None)
+    assert chain.points[0] == chain.at("1")
+    assert chain.points[1] == chain.at("0002-2026")
+    assert chain.points[1] == chain.at("2026-11-03T12:00:00Z")
+    assert chain.points[0] == chain.at("2026-11-03T11:59")
+    assert chain.points[2] == chain.at("2027-01-01")
+    for text in ("2026-11-01", "7", "never"):
+        with pytest.raises(NotFound):
+            chain.at(text)
+
+
+def test_a_directory_that_was_not_made_one_is_refused_and_stays_empty(tmp_path):
+    with pytest.raises(BackupError, match="--init"), opened(str(tmp_path), change=True):
+        pass
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_one_changes_many_read(tmp_path):
+    init(str(tmp_path))
+    with opened(str(tmp_path), change=False), opened(str(tmp_path), change=False):
+        with pytest.raises(InUse), opened(str(tmp_path), change=True):
+            pass
+    with opened(str(tmp_path), change=True):
+        with pytest.raises(InUse), opened(str(tmp_path), change=False):
+            pass
+
+
+def test_a_directory_gets_its_id_once(tmp_path):
+    made = init(str(tmp_path / "new"))
+    with pytest.raises(BackupError, match="already"):
+        init(str(tmp_path / "new"))
+    assert made.chain.id != init(str(tmp_path / "other")).chain.id
+
+
+def test_garbage_is_swept_by_name_and_nothing_else(tmp_path):
+    directory = init(str(tmp_path))
+    directory.save(evolve(directory.chain, garbage=("0001-2026",), next_number=2))
+    for name in ("0001-2026.qcow2.partial", "0001-2026.sums", "0002-2026.qcow2", "mine.txt"):
+        (tmp_path / name).touch()
+    directory.sweep()
+    assert {"0002-2026.qcow2", "mine.txt", MANIFEST} == {each.name for each in tmp_path.iterdir()}
+    assert () == directory.chain.garbage
+
+
+def numbers(policy: Policy, chain: Chain) -> list[int]:
+    kept = policy.kept(chain.points)
+    return [point.number for point in chain.points if point.name in kept]
+
+
+def test_the_newest_ones_are_kept():
+    assert [8, 9, 10] == numbers(Policy(last=3), chain_of(10))
+    assert [1, 2] == numbers(Policy(last=5), chain_of(2))
+
+
+def test_the_newest_of_each_day_is_kept():
+    chain = chain_of(10, step_hours=8)  # from noon: 2 on the first day, then 3 a day
+    assert [2, 5, 8, 10] == numbers(Policy(daily=4), chain)
+    assert [8, 10] == numbers(Policy(daily=2), chain)
+
+
+def test_the_newest_of_each_week_is_kept():
+    assert [7, 14, 16] == numbers(Policy(weekly=3), chain_of(16))
+    assert [7, 14, 15, 16] == numbers(Policy(last=2, weekly=9), chain_of(16))
+
+
+def test_the_newest_point_stays_whatever_the_policy():
+    assert [5] == numbers(Policy(), chain_of(5))
+    assert [] == numbers(Policy(last=1), Chain(VERSION, "0" * 12))

@@ -1,0 +1,68 @@
+"""Checksums of points: the file, and what a newer point leaves of an older one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapfs.backup.sums import UNIT_BYTES, Unit, digest_of, dump, left_of, load
+from snapfs.errors import BackupError
+
+DIGEST = digest_of(b"x")
+UNITS = [Unit(0, 10, DIGEST), Unit(10, 1 << 40, None), Unit((1 << 40) + 10, 5, DIGEST)]
+
+
+def test_what_is_stored_is_read_again():
+    assert UNITS == load(dump(UNITS), (1 << 40) + 15, "x.sums")
+    assert [] == load(b"", 0, "x.sums")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"0 10",
+        b"0 10 zero more",
+        b"-1 10 zero",
+        b"0 0 zero",
+        b"0 10 " + DIGEST.upper().encode(),
+        b"0 10 zero\n9 1 zero",
+        b"0 101 zero",
+        b"0 10 zero\n\n20 10 zero",
+        b"00 10 zero",
+    ],
+)
+def test_everything_else_is_refused(text):
+    with pytest.raises(BackupError, match=r"x\.sums: line"):
+        load(text, 100, "x.sums")
+    with pytest.raises(BackupError):
+        load(dump([Unit(0, UNIT_BYTES + 1, DIGEST)]), 1 << 30, "x.sums")
+
+
+def spans(pairs: list[tuple[int, int]]) -> list[Unit]:
+    """Units from gaps and lengths."""
+    units, end = [], 0
+    for gap, length in pairs:
+        units.append(Unit(end + gap, length, DIGEST))
+        end += gap + length
+    return units
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 8)), max_size=12)
+
+
+@given(PAIRS, PAIRS, st.integers(0, 120))
+def test_what_is_left_is_all_that_is_below_and_in_nothing_newer(old, new, size):
+    old_units, new_units = spans(old), [each for each in spans(new) if each.stop <= size]
+    covered = {offset for unit in new_units for offset in range(unit.start, unit.stop)}
+    expected = [
+        offset
+        for unit in old_units
+        for offset in range(unit.start, min(unit.stop, size))
+        if offset not in covered
+    ]
+    parts = list(left_of(old_units, new_units, size))
+    assert expected == [offset for part in parts for offset in range(part.start, part.stop)]
+    for part in parts:
+        assert part.unit.start <= part.start < part.stop <= part.unit.stop
+        assert part.whole == (part.stop - part.start == part.unit.length)
