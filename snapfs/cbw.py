@@ -43,6 +43,7 @@ from .geometry import Geometry
 from .image import Buffer, Image
 from .keeper import LayerKeeper
 from .layers import LayerStack
+from .moment import LayerMoment, Moment
 from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
 from .space import TempSpace
@@ -441,6 +442,27 @@ class Engine:
         layer.withdraw(clusters.start, clusters.stop)
         dropped = self._stack.settle(clusters.start, clusters.stop)
         await self._copier.punch(dropped)
+
+    # For the fast path
+
+    def moment(self) -> Moment:
+        """All that it takes to answer what needs no policy, until the next checkpoint."""
+        return Moment(
+            self._image,
+            self._geometry.size,
+            self._geometry.cluster_size,
+            self._gate.open and not self.read_only,
+            self._stack.pending.bits,
+            [(read.first, read.stop) for read in self._frozen_reads],
+            [],
+            [
+                LayerMoment(
+                    layer.id, layer.geometry.size, layer.state != "lost", layer.temp,
+                    layer.access.bits, layer.done.bits,
+                )
+                for layer in self._stack
+            ],
+        )  # fmt: skip
 
     # Extents
 

@@ -30,6 +30,7 @@ from attrs import define, frozen
 
 from . import errors, requestfilter
 from .cbw import Engine
+from .fastpath import FIRST_SNAPSHOT, FastPath
 from .image import Buffer
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from .pagecache import PAGE, PageCache
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 ROOT = pyfuse3.ROOT_INODE
 ACTIVE = 2
 SNAPSHOTS = 3
-FIRST_SNAPSHOT = 4096
 
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
 
@@ -71,12 +71,15 @@ def handler(
     async def wrapped(
         self: _Self, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs
     ) -> _Result:
+        self.fast_path.busy += 1
         try:
             return await method(self, *arguments, **keywords)
         except pyfuse3.FUSEError:
             raise
         except Exception as error:
             raise pyfuse3.FUSEError(self.errno_of(error, method.__name__)) from None
+        finally:
+            self.fast_path.busy -= 1
 
     return wrapped
 
@@ -115,6 +118,7 @@ class SnapshotFS(pyfuse3.Operations):
         engine: Engine,
         image_fd: int,
         page_cache: PageCache,
+        fast_path: FastPath,
         nursery: trio.Nursery,
         *,
         state_dir: str,
@@ -124,6 +128,7 @@ class SnapshotFS(pyfuse3.Operations):
         super().__init__()
         self.enable_writeback_cache = writeback_cache
         self.unhealthy: str | None = None  # the first unexpected exception
+        self.fast_path = fast_path
         self._engine = engine
         self._image_fd = image_fd
         self._page_cache = page_cache
@@ -352,6 +357,7 @@ class SnapshotFS(pyfuse3.Operations):
     def _new_handle(self, inode: int, layer: Layer | None, thread: int) -> int:
         number = next(self._numbers)
         self._handles[number] = Handle(inode, layer, self._page_cache.is_own(thread))
+        requestfilter.handle_opened(number, inode)
         return number
 
     @handler
@@ -388,6 +394,7 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: int) -> None:
+        requestfilter.handle_closed(fh)
         handle = self._handles.pop(fh)
         if handle.layer is not None:
             await self._engine.close_snapshot(handle.layer)
@@ -429,6 +436,7 @@ class SnapshotFS(pyfuse3.Operations):
 
     async def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
         reply = _Reply(request)
+        self.fast_path.busy += 1
         try:
             handle = self._handles[fh]
             if handle.layer is None:
@@ -440,6 +448,7 @@ class SnapshotFS(pyfuse3.Operations):
             number = error.errno if isinstance(error, pyfuse3.FUSEError) else None
             reply.error(number or self.errno_of(error, "fallocate"))
         finally:
+            self.fast_path.busy -= 1
             reply.error(errno.EINTR)  # cancelled
 
     async def _fallocate_active(self, mode: int, offset: int, length: int) -> None:
@@ -501,6 +510,7 @@ class SnapshotFS(pyfuse3.Operations):
 
     async def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
         reply = _Reply(request)
+        self.fast_path.busy += 1
         try:
             layer = self._handles[fh].layer
             if layer is None:
@@ -510,6 +520,7 @@ class SnapshotFS(pyfuse3.Operations):
         except Exception as error:
             reply.error(self.errno_of(error, "lseek"))
         finally:
+            self.fast_path.busy -= 1
             reply.error(errno.EINTR)  # cancelled
 
     # Extended attributes

@@ -5,7 +5,7 @@
  * a shared object that is in the global scope before pyfuse3 is loaded stands in for
  *
  *   fuse_session_new[_versioned]  adds the two handlers, adjusts what is negotiated
- *   fuse_session_receive_buf      reads /dev/fuse itself
+ *   fuse_session_receive_buf      reads /dev/fuse itself, and answers what fastpath.c can
  *   fuse_session_process_buf      takes the receive buffer back
  *   fuse_session_destroy          forgets the session
  *
@@ -13,7 +13,8 @@
  *
  * What protects the state: pyfuse3 calls libfuse with the GIL held and Python calls the
  * module functions with the GIL held, so every static variable here is read and written
- * under the GIL only.  The two places that release it work on local copies.
+ * under the GIL, or in drain() by the trio thread, which is the only one to come there or to
+ * look at what is counted there.
  *
  * The receive buffer.  There is one.  receive() lends it to pyfuse3 in buf->mem;
  * fuse_session_process_buf() takes it back once the handler has been started, since by
@@ -21,18 +22,18 @@
  * keeps no buffer at all.  While it is lent it is an ordinary malloc block of pyfuse3's,
  * which may free() it at any time: nothing is wrong if process_buf is never called.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "fastpath.h"
+
 #define FUSE_USE_VERSION 35
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -46,6 +47,9 @@ enum {
     /* The kernel wants max_write and the headers (80 bytes), and at least 8 KiB. */
     BUFFER_SIZE = MAX_WRITE + (1 << 16),
     BUFFER_ALIGNMENT = 4096,
+    /* How long to wait for one more request before Python gets its turn: a trip through the
+     * event loop takes longer, and at queue depth 1 the next request comes within 20 us. */
+    LINGER_NS = 50 * 1000,
     /* Readahead and asynchronous direct I/O in flight; the kernel's default is 12. */
     MAX_BACKGROUND = 64,
     CONGESTION_THRESHOLD = 48,
@@ -286,6 +290,7 @@ static struct fuse_session *adopt_session(struct fuse_session *created)
     nonblocking = false;
     last_was_direct_read = false;
     forget_requests();
+    fastpath_forget();
     counters.sessions++;
     return created;
 }
@@ -345,6 +350,7 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
         session = NULL;
         last_was_direct_read = false;
         forget_requests(); /* they point into the session */
+        fastpath_forget();
         free(spare);
         spare = NULL;
         lent = NULL; /* pyfuse3's */
@@ -357,6 +363,7 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
 /* `size` bytes have been read, at least a header. */
 static void note_request(const struct fuse_in_header *header, size_t size)
 {
+    last_was_direct_read = false;
     counters.received++;
     counters.received_bytes += size;
     if (header->opcode == FUSE_WRITE) {
@@ -386,8 +393,70 @@ static void drop_previous(struct fuse_buf *buf)
     buf->mem = NULL;
 }
 
-/* Reads one request.  Returns its size or a negative errno, of which -EINTR makes pyfuse3
- * wait for the descriptor again. */
+/* Waits a moment for one more request.  Returns whether there is one. */
+static bool linger(int fd, long long started)
+{
+    struct pollfd device = {.fd = fd, .events = POLLIN};
+    struct timespec moment = {.tv_nsec = LINGER_NS};
+
+    if (!fastpath_may_linger() || fastpath_now() - started > fastpath_patience())
+        return false;
+    fastpath_rest();
+    return ppoll(&device, 1, &moment, NULL) > 0;
+}
+
+/* Reads requests, answers those it can, and returns when one is Python's, or when there are
+ * none, or when it has had its time: Python's tasks are waiting meanwhile.  Returns as
+ * read(2) with errno set, EAGAIN in the last two cases.  Without the GIL, which `thread` gets
+ * for a moment. */
+static ssize_t drain(int fd, void *memory, PyThreadState **thread)
+{
+    long long started = fastpath_now();
+    bool answered = false, begun = false;
+    ssize_t size;
+
+    for (;;) {
+        size = read(fd, memory, BUFFER_SIZE);
+        if (size < 0 && errno == ENOENT) { /* interrupted while we read it */
+            counters.empty_receives++;
+            continue;
+        }
+        if (size < 0) {
+            if (errno == EAGAIN && answered && linger(fd, started))
+                continue;
+            break;
+        }
+        if (!fastpath_is_on() || !fastpath_wants(memory, (size_t)size))
+            break;
+        if (!begun) {
+            PyEval_RestoreThread(*thread);
+            begun = fastpath_begin();
+            *thread = PyEval_SaveThread();
+            if (!begun)
+                break;
+        }
+        if (!fastpath_answer(fd, memory, (size_t)size))
+            break;
+        note_request(memory, (size_t)size);
+        answered = true;
+        if (fastpath_now() - started > fastpath_patience()) {
+            size = -1;
+            errno = EAGAIN;
+            break;
+        }
+    }
+    if (begun) {
+        int error = errno;
+        fastpath_rest();
+        errno = error;
+    }
+    if (size < 0 && errno == EAGAIN && !answered)
+        counters.empty_receives++;
+    return size;
+}
+
+/* Reads one request for pyfuse3.  Returns its size or a negative errno, of which -EINTR makes
+ * it wait for the descriptor again. */
 static int receive(struct fuse_session *se, struct fuse_buf *buf)
 {
     int fd = fuse_session_fd(se);
@@ -403,10 +472,12 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
         return -ENOMEM;
 
     thread = PyEval_SaveThread();
-    size = read(fd, memory, BUFFER_SIZE); /* a fast path would answer it here, and read on */
+    size = drain(fd, memory, &thread);
     error = errno;
     PyEval_RestoreThread(thread);
+    fastpath_end();
 
+    last_was_direct_read = false;
     if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
         note_request(memory, (size_t)size);
         lent = memory;
@@ -418,14 +489,7 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
     spare = memory;
     if (size >= 0)
         return -EIO; /* not even a header: not a FUSE device */
-    switch (error) {
-    case EAGAIN: /* the request was interrupted before we read it */
-    case ENOENT: /* or while we did */
-        counters.empty_receives++;
-        return -EINTR;
-    default:
-        return -error;
-    }
+    return error == EAGAIN ? -EINTR : -error;
 }
 
 /* What pyfuse3 is to hear of a receive.  The end of the connection is ENODEV, or
@@ -734,6 +798,14 @@ static PyMethodDef methods[] = {
     {"attached", attached, METH_NOARGS, PyDoc_STR("attached() -> bool")},
     {"invalidate_range", invalidate_range, METH_VARARGS,
      PyDoc_STR("invalidate_range(ino, offset, length)")},
+    {"set_fastpath", fastpath_set, METH_O, PyDoc_STR("set_fastpath(publish) -> bool")},
+    {"handle_opened", fastpath_handle_opened, METH_VARARGS,
+     PyDoc_STR("handle_opened(number, inode)")},
+    {"handle_closed", fastpath_handle_closed, METH_O, PyDoc_STR("handle_closed(number)")},
+    {"try_request", fastpath_try, METH_VARARGS,
+     PyDoc_STR("try_request(device, request) -> bool")},
+    {"fastpath_statistics", fastpath_statistics, METH_NOARGS,
+     PyDoc_STR("fastpath_statistics() -> dict")},
     {"statistics", statistics, METH_NOARGS, PyDoc_STR("statistics() -> dict")},
     {NULL, NULL, 0, NULL},
 };
@@ -775,6 +847,7 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     if (module == owner) {
         Py_VISIT(fallocate_handler);
         Py_VISIT(lseek_handler);
+        return fastpath_traverse(visit, arg);
     }
     return 0;
 }
@@ -784,6 +857,7 @@ static int clear(PyObject *module)
     if (module == owner) {
         Py_CLEAR(fallocate_handler);
         Py_CLEAR(lseek_handler);
+        fastpath_clear();
     }
     return 0;
 }

@@ -30,16 +30,38 @@ __all__ = [
     "attached",
     "configure",
     "direct_read",
+    "fastpath_statistics",
+    "handle_closed",
+    "handle_opened",
     "invalidate_range",
     "load",
     "reply_error",
     "reply_offset",
+    "set_fastpath",
     "set_handlers",
     "statistics",
+    "try_request",
 ]
 
 FallocateHandler = Callable[[int, int, int, int, int, int], object]
 """(request, ino, fh, mode, offset, length); offset and length in bytes."""
+
+Published = tuple[
+    int,
+    int,
+    int,
+    bool,
+    bool,
+    list[object],
+    list[tuple[int, int]],
+    list[tuple[int, int, int, bool, object, object]],
+    object,
+    object,
+]
+"""The engine's state: descriptor and size of the image, log2 of the cluster size, whether
+writes may pass, whether a task is in a handler; dirty bitmaps; frozen ranges of clusters;
+layers, oldest first (inode, size, descriptor of the temp image, readable, access, done);
+pending; the page with the record of activity.  Bitmaps and page are writable buffers."""
 
 LseekHandler = Callable[[int, int, int, int, int], object]
 """(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""
@@ -142,6 +164,45 @@ def invalidate_range(ino: int, offset: int, length: int) -> None:
     session (any more), other OSErrors from the kernel.
     """
     _requestfilter.invalidate_range(ino, offset, length)
+
+
+def set_fastpath(publish: Callable[[], Published | None] | None) -> bool:
+    """Switch the fast path (fastpath.c) on or, with None, off; whether it is on now.
+
+    `publish` is called synchronously in the trio thread, within a call to pyfuse3, whenever
+    requests come that might be answered.  What it returns is used until that call returns, and
+    the buffers are held as long; None: not now.  If it raises or returns nonsense the exception
+    goes to sys.unraisablehook and the fast path is off from then on.
+    """
+    return _requestfilter.set_fastpath(publish)
+
+
+def handle_opened(number: int, inode: int) -> None:
+    """The reply to an open will carry this handle; the fast path serves only what it knows."""
+    _requestfilter.handle_opened(number, inode)
+
+
+def handle_closed(number: int) -> None:
+    """The handle has been released."""
+    _requestfilter.handle_closed(number)
+
+
+def try_request(device: int, request: bytes) -> bool:
+    """Answer one request as if it had been read from `device`; False if it is Python's.
+
+    For tests: what a drain does, without a kernel.
+    """
+    return _requestfilter.try_request(device, request)
+
+
+def fastpath_statistics() -> dict[str, int]:
+    """Of the fast path since the process started.
+
+    `on`: whether it is.  Requests answered: reads and writes of the image, snapshot_reads.
+    slow_writes: those that took so long that the next ones were left to threads.
+    failed_replies: the kernel did not want them any more.
+    """
+    return _requestfilter.fastpath_statistics()
 
 
 def statistics() -> dict[str, int]:

@@ -16,17 +16,24 @@ from .report import describe_engine, describe_extent, describe_snapshot
 log = logging.getLogger(__name__)
 
 MAP_PAGE = 5000  # extents in one answer
+FAST_COUNTERS = ("requests", "reads", "writes", "snapshot_reads")  # of FastPath.collect
 
 
 class Commands:
     """What the control socket can be asked."""
 
     def __init__(
-        self, engine: Engine, image: str, mountpoint: str, trouble: Callable[[], str | None]
+        self,
+        engine: Engine,
+        image: str,
+        mountpoint: str,
+        fast_path: Callable[[], Mapping[str, int]],
+        trouble: Callable[[], str | None],
     ) -> None:
         self._engine = engine
         self._image = image
         self._mountpoint = mountpoint
+        self._fast_path = fast_path  # `FastPath.collect`
         self._trouble = trouble  # why the FUSE face is not healthy, if it is not
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
@@ -64,7 +71,9 @@ class Commands:
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The mount as a whole."""
         self._engine.refresh()
+        fast = self._fast_path()
         status = describe_engine(self._engine)
+        status["counters"] |= {f"fastpath_{kind}": fast[kind] for kind in FAST_COUNTERS}
         reason = self._trouble() or self._engine.unhealthy
         status["image"] = {"path": self._image, **status["image"]}
         status["mount"] = {
@@ -73,7 +82,7 @@ class Commands:
             "healthy": reason is None,
             "reason": reason,
             "durability": "process",
-            "fastpath": False,
+            "fastpath": bool(fast["on"]),
         }
         return status
 

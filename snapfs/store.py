@@ -34,6 +34,7 @@ are lost.  So are those that need the image when somebody else wrote it.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import stat
 from collections.abc import Sequence
@@ -369,6 +370,11 @@ class Store:
 
     def write_finished(self) -> None:
         self._activity.finished()
+
+    @property
+    def activity_page(self) -> mmap.mmap:
+        """The record of changes under way; see `Activity.page`."""
+        return self._activity.page
 
     def beat(self) -> None:
         """Sign of life, to be given every `activity.BEAT_SECONDS`."""
