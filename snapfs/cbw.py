@@ -107,7 +107,7 @@ class Engine:
             self.settings.temp_limit,
             self.settings.temp_reserve,
         )
-        self._copier = Copier(
+        self.copier = Copier(
             image,
             self._stack,
             geometry.cluster_size,
@@ -118,8 +118,8 @@ class Engine:
             lambda layer: self._start(self._keeper.dispose, layer),
             lambda layer: self._start(self._save_quietly),
         )
-        self._keeper.copier = self._copier
-        self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self._copier.unpin)
+        self._keeper.copier = self.copier
+        self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self.copier.unpin)
 
     def _start(
         self, call: Callable[[*_Arguments], Awaitable[None]], *arguments: *_Arguments
@@ -255,7 +255,7 @@ class Engine:
     async def _make_safe(self, offset: int, length: int) -> None:
         """Steps 1 to 4.  On return the range may be overwritten, until a snapshot is created."""
         clusters = self._geometry.touched(offset, length)
-        await self._copier.preserve(clusters.start, clusters.stop)
+        await self.copier.preserve(clusters.start, clusters.stop)
         if await self._frozen_reads.wait_clear(clusters.start, clusters.stop):
             self.counters.frozen_waits += 1
 
@@ -441,7 +441,7 @@ class Engine:
         self.counters.discarded_bytes += layer.geometry.span(clusters.start, clusters.stop)[1]
         layer.withdraw(clusters.start, clusters.stop)
         dropped = self._stack.settle(clusters.start, clusters.stop)
-        await self._copier.punch(dropped)
+        await self.copier.punch(dropped)
 
     # For the fast path
 
@@ -454,10 +454,11 @@ class Engine:
             self._gate.open and not self.read_only,
             self._stack.pending.bits,
             [(read.first, read.stop) for read in self._frozen_reads],
+            self.copier.ranges,
             [],
             [
                 LayerMoment(
-                    layer.id, layer.geometry.size, layer.state != "lost", layer.temp,
+                    layer.id, layer.geometry.size, layer.state != "lost", layer.live, layer.temp,
                     layer.access.bits, layer.done.bits,
                 )
                 for layer in self._stack

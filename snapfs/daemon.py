@@ -274,7 +274,7 @@ class Daemon:
         options = self._config.options
         where = self._config.root
         cache = PageCache(self._outsider)
-        fast_path = FastPath(engine, cache, store.activity_page)
+        fast_path = FastPath(engine, cache, store.activity_page, nursery)
         fs = SnapshotFS(
             engine,
             store.image.fd,

@@ -5,7 +5,9 @@
  *
  *   WRITE of `active`    inside the known size, no cluster pending, no frozen read in the
  *                        range, snapshots not being created: sets the dirty bits, notes
- *                        activity, writes
+ *                        activity, writes.  With pending clusters it is kept until the pool
+ *                        (copypool.c) has copied them; the done bits are set and the pending
+ *                        ones cleared here, then it goes on like any other
  *   READ of `active`     data in the page cache
  *   READ of a snapshot   every cluster accessible, its source by the engine's rule (the first
  *                        done_j with j >= i, else the image), data in the page cache
@@ -18,6 +20,13 @@
  * fastpath_begin() to fastpath_end() and no longer, so that a bitmap can grow, and a mapping
  * be closed, whenever Python runs.
  *
+ * Copies.  Within a drain they are ours: as nothing else changes meanwhile, landing one means
+ * to set done and to clear pending, which is all that LayerStack.settle() would do for a
+ * cluster that was pending until then.  What is not landed at the end of the drain, because it
+ * failed or takes long, is handed to the engine with the writes that wait for it, and nothing
+ * is copied here before the engine has dealt with that.  So timeouts, failures and their
+ * policy are Python's.
+ *
  * What may block.  Reads use RWF_NOWAIT.  So do writes where the file system can (XFS,
  * btrfs).  ext4 cannot: there a write of a part of a page first makes sure that the page is
  * cached, since it would be read otherwise; and when a write has taken long, for dirty-page
@@ -28,6 +37,7 @@
 #define _GNU_SOURCE
 #endif
 #include "fastpath.h"
+#include "copypool.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -47,7 +57,14 @@ enum {
     /* More of them than these, and everything goes to Python. */
     MAX_LAYERS = 64,
     MAX_BITMAPS = 64,
-    MAX_FROZEN = 256,
+    MAX_RANGES = 256,
+    /* WRITEs that wait for their copies, and bytes of them.  The kernel sends no more than
+     * max_background at once, and one for each thread that writes synchronously. */
+    MAX_KEPT = 128,
+    MAX_KEPT_BYTES = 16 << 20,
+    /* Bytes of one copy, if a cluster is not more: a large write uses both threads. */
+    COPY_BYTES = 256 << 10,
+    LOAN = 16 << 20, /* bytes of temp space to ask for at a time */
     /* Open files that are known at a time; of two in the same slot the later one wins. */
     HANDLES = 4096,
     REPLY_ALIGNMENT = 2 << 20, /* a huge page, if there is one */
@@ -61,9 +78,17 @@ enum {
 /* A write that took longer was not one to the page cache alone. */
 #define SLOW_WRITE (10 * SECOND / 1000)
 #define SLOW_PAUSE (SECOND / 2)
+/* For copies to end after the drain has; then they are the engine's.  Long for a page cache, and
+ * what a disk that hangs costs the others once: nothing is copied here until it is over. */
+#define SETTLE_TIME (10 * SECOND / 1000)
 
 struct range {
     uint64_t first, stop; /* clusters */
+};
+
+struct ranges {
+    int count;
+    struct range items[MAX_RANGES];
 };
 
 struct layer {
@@ -71,7 +96,7 @@ struct layer {
     uint64_t size;
     uint64_t clusters;
     int temp;
-    bool readable;
+    bool readable, live;
     Py_buffer access, done;
 };
 
@@ -85,10 +110,11 @@ static struct {
     uint64_t size;   /* of the image */
     Py_buffer pending;
     Py_buffer activity;
-    struct range frozen[MAX_FROZEN];
+    struct ranges frozen, copying; /* snapshot reads of the image, and copies, of Python's */
     struct layer layers[MAX_LAYERS]; /* oldest first */
     Py_buffer dirty[MAX_BITMAPS];
-    int frozen_count, layer_count, dirty_count;
+    int layer_count, dirty_count;
+    int receiver; /* index of the newest live layer, -1: none */
 } state;
 
 /* activity.py's record, in the mapped page. */
@@ -98,6 +124,7 @@ struct activity {
 };
 
 static PyObject *publisher;   /* NULL: the fast path is off */
+static PyObject *lender, *finisher; /* not NULL when publisher is not */
 static char *reply;           /* FASTPATH_MAX_READ bytes, or NULL until needed */
 static bool write_nowait = true; /* until the file system says it cannot */
 static long long slow_until;  /* writes go to Python before this time */
@@ -110,6 +137,23 @@ static struct {
     unsigned long long reads, writes, snapshot_reads; /* answered */
     unsigned long long slow_writes, failed_replies;
 } counters;
+
+/* Of the drain that is under way. */
+static struct {
+    struct kept {
+        void *request;
+        size_t size;
+        bool refused; /* the engine is to carry it out */
+    } kept[MAX_KEPT];
+    struct range handed[POOL_SIZE]; /* copies that are Python's now, and their numbers */
+    uint64_t numbers[POOL_SIZE];
+    int kept_count, handed_count;
+    size_t kept_bytes;
+    bool failed;      /* a copy has: no more copies here */
+    uint64_t lent;    /* bytes of temp space that we may use */
+    uint64_t claimed; /* by copies, those that have landed included */
+    unsigned long long clusters, written, nanoseconds; /* landed */
+} drain;
 
 static long long now(clockid_t clock)
 {
@@ -154,6 +198,12 @@ static void set_bits(const Py_buffer *bits, uint64_t first, uint64_t stop)
             ((uint8_t *)bits->buf)[first >> 3] |= (uint8_t)(1u << (first & 7));
 }
 
+static void clear_bits(const Py_buffer *bits, uint64_t first, uint64_t stop)
+{
+    for (; first < stop; first++)
+        ((uint8_t *)bits->buf)[first >> 3] &= (uint8_t)~(1u << (first & 7));
+}
+
 static bool holds(const Py_buffer *bits, uint64_t count)
 {
     return (uint64_t)bits->len >= (count + 7) / 8;
@@ -172,19 +222,27 @@ static void refuse(const char *what)
                  what);
 }
 
-static bool load_frozen(PyObject *ranges)
+static bool load_ranges(struct ranges *into, PyObject *ranges)
 {
-    if (!PyList_Check(ranges) || PyList_GET_SIZE(ranges) > MAX_FROZEN) {
-        refuse("frozen reads");
+    if (!PyList_Check(ranges) || PyList_GET_SIZE(ranges) > MAX_RANGES) {
+        refuse("ranges in flight");
         return false;
     }
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(ranges); i++) {
         unsigned long long first, stop;
         if (!PyArg_ParseTuple(PyList_GET_ITEM(ranges, i), "KK", &first, &stop))
             return false;
-        state.frozen[state.frozen_count++] = (struct range){first, stop};
+        into->items[into->count++] = (struct range){first, stop};
     }
     return true;
+}
+
+static bool overlaps(const struct ranges *ranges, uint64_t first, uint64_t stop)
+{
+    for (int i = 0; i < ranges->count; i++)
+        if (ranges->items[i].first < stop && first < ranges->items[i].stop)
+            return true;
+    return false;
 }
 
 static bool load_dirty(PyObject *bitmaps)
@@ -211,14 +269,18 @@ static bool load_layers(PyObject *layers)
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(layers); i++) {
         struct layer *layer = &state.layers[state.layer_count];
         unsigned long long inode, size;
-        int readable;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(layers, i), "KKipw*w*", &inode, &size,
-                              &layer->temp, &readable, &layer->access, &layer->done))
+        int readable, live;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(layers, i), "KKippw*w*", &inode, &size,
+                              &layer->temp, &readable, &live, &layer->access,
+                              &layer->done))
             return false;
         state.layer_count++;
         layer->inode = inode;
         layer->size = size;
         layer->readable = readable;
+        layer->live = live;
+        if (live)
+            state.receiver = (int)i;
         layer->clusters = clusters_of(size);
         if (size > INT64_MAX || layer->temp < 0 || !holds(&layer->access, layer->clusters) ||
             !holds(&layer->done, layer->clusters)) {
@@ -231,7 +293,7 @@ static bool load_layers(PyObject *layers)
 
 static bool load(PyObject *published)
 {
-    PyObject *dirty, *frozen, *layers;
+    PyObject *dirty, *frozen, *copying, *layers;
     unsigned long long size;
     int writable, busy;
 
@@ -239,10 +301,12 @@ static bool load(PyObject *published)
         refuse("not a tuple");
         return false;
     }
-    if (!PyArg_ParseTuple(published, "iKIppOOOw*w*", &state.image, &size, &state.shift, &writable,
-                          &busy, &dirty, &frozen, &layers, &state.pending, &state.activity))
+    if (!PyArg_ParseTuple(published, "iKIppOOOOw*w*", &state.image, &size, &state.shift, &writable,
+                          &busy, &dirty, &frozen, &copying, &layers, &state.pending,
+                          &state.activity))
         return false;
     state.loaded = true; /* from here on fastpath_end() releases the buffers */
+    state.receiver = -1;
     state.size = size;
     state.writable = writable;
     state.busy = busy;
@@ -253,7 +317,8 @@ static bool load(PyObject *published)
         refuse("the image");
         return false;
     }
-    return load_frozen(frozen) && load_dirty(dirty) && load_layers(layers);
+    return load_ranges(&state.frozen, frozen) && load_ranges(&state.copying, copying) &&
+           load_dirty(dirty) && load_layers(layers);
 }
 
 bool fastpath_is_on(void)
@@ -289,7 +354,7 @@ bool fastpath_begin(void)
     if (!good) { /* a bug; without the fast path everything works */
         PyErr_WriteUnraisable(callable);
         fastpath_end();
-        Py_CLEAR(publisher);
+        fastpath_clear();
     }
     Py_XDECREF(published);
     Py_DECREF(callable);
@@ -308,7 +373,7 @@ void fastpath_end(void)
         PyBuffer_Release(&state.dirty[i]);
     PyBuffer_Release(&state.pending);
     PyBuffer_Release(&state.activity);
-    state.frozen_count = state.layer_count = state.dirty_count = 0;
+    state.frozen.count = state.copying.count = state.layer_count = state.dirty_count = 0;
     state.loaded = false;
 }
 
@@ -500,11 +565,91 @@ static bool write_image(const void *data, size_t length, uint64_t offset)
     return written == (ssize_t)length;
 }
 
+/* ---- step 1 of a write: copying -------------------------------------------------------- */
+
+/* May copies take that many bytes of temp space more? */
+static bool claim(uint64_t bytes)
+{
+    if (drain.lent - drain.claimed < bytes) {
+        PyGILState_STATE gil = PyGILState_Ensure();
+        PyObject *lent = PyObject_CallFunction(
+            lender, "K", (unsigned long long)(bytes > LOAN ? bytes : LOAN));
+        unsigned long long granted = lent ? PyLong_AsUnsignedLongLong(lent) : 0;
+        if (PyErr_Occurred()) {
+            PyErr_WriteUnraisable(lender);
+            granted = 0;
+        }
+        Py_XDECREF(lent);
+        PyGILState_Release(gil);
+        drain.lent += granted;
+        if (drain.lent - drain.claimed < bytes)
+            return false;
+    }
+    drain.claimed += bytes;
+    return true;
+}
+
+/* The next clusters of [first, stop) that are pending and not being copied here: from where
+ * to where, at most `most`.  Returns false if there are none. */
+static bool next_uncopied(uint64_t *first, uint64_t stop, uint64_t most, uint64_t *end)
+{
+    uint64_t covered;
+
+    while (*first < stop) {
+        if (!bit(&state.pending, *first)) {
+            ++*first;
+        } else if ((covered = pool_covers(*first))) {
+            *first = covered;
+        } else {
+            *end = *first + 1;
+            while (*end < stop && *end - *first < most && bit(&state.pending, *end) &&
+                   !pool_covers(*end))
+                ++*end;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* See to it that the pending clusters of the range are being copied.  Returns false if the
+ * engine has to. */
+static bool preserve(uint64_t first, uint64_t stop)
+{
+    const struct layer *receiver;
+    uint64_t cluster_size = 1ULL << state.shift, count = 0, position, end;
+    uint64_t most = cluster_size < COPY_BYTES ? (uint64_t)COPY_BYTES >> state.shift : 1;
+
+    if (state.receiver < 0 || drain.failed || pool_count(true))
+        return false;
+    receiver = &state.layers[state.receiver];
+    if (stop > receiver->clusters || overlaps(&state.copying, first, stop))
+        return false;
+    for (position = first; next_uncopied(&position, stop, most, &end); position = end)
+        count += end - position;
+    if (count && !claim(count << state.shift))
+        return false;
+    for (position = first; next_uncopied(&position, stop, most, &end); position = end) {
+        uint64_t limit = end << state.shift;
+        struct cluster_copy work = {
+            .source = state.image,
+            .target = receiver->temp,
+            .offset = (off_t)(position << state.shift),
+            .end = (off_t)(limit < receiver->size ? limit : receiver->size),
+            .cluster_size = (size_t)cluster_size,
+            .budget = (off_t)((end - position) << state.shift),
+        };
+        if (!pool_start(position, end, &work))
+            return false; /* what has begun goes on */
+    }
+    return true;
+}
+
 /* The kernel's flags change nothing here: a page that the writeback cache writes is data as
  * any other, and the image has no set-user-ID bits. */
 #define KNOWN_WRITE_FLAGS (FUSE_WRITE_CACHE | FUSE_WRITE_LOCKOWNER | FUSE_WRITE_KILL_SUIDGID)
 
-static bool answer_write(int device, const struct fuse_in_header *in, size_t size)
+static enum fastpath_verdict answer_write(int device, const struct fuse_in_header *in,
+                                          size_t size)
 {
     const struct fuse_write_in *arg = (const void *)(in + 1);
     struct {
@@ -517,28 +662,192 @@ static bool answer_write(int device, const struct fuse_in_header *in, size_t siz
     if (size < sizeof(*in) + sizeof(*arg) || size - sizeof(*in) - sizeof(*arg) != arg->size ||
         in->nodeid != ACTIVE_INODE || !is_inode_of(arg->fh, ACTIVE_INODE) ||
         arg->write_flags & ~(uint32_t)KNOWN_WRITE_FLAGS)
-        return false;
+        return FASTPATH_PYTHONS;
     if (!state.writable || !arg->size || arg->offset >= state.size ||
         arg->size > state.size - arg->offset)
-        return false;
+        return FASTPATH_PYTHONS;
     first = arg->offset >> state.shift;
     stop = clusters_of(arg->offset + arg->size);
-    if (any_set(&state.pending, first, stop))
-        return false;
-    for (int i = 0; i < state.frozen_count; i++)
-        if (state.frozen[i].first < stop && first < state.frozen[i].stop)
-            return false;
+    if (overlaps(&state.frozen, first, stop))
+        return FASTPATH_PYTHONS;
     for (int i = 0; i < state.dirty_count; i++)
         if (!holds(&state.dirty[i], stop)) /* the image has just grown */
-            return false;
+            return FASTPATH_PYTHONS;
+    if (any_set(&state.pending, first, stop))
+        return preserve(first, stop) ? FASTPATH_KEPT : FASTPATH_PYTHONS;
     for (int i = 0; i < state.dirty_count; i++)
         set_bits(&state.dirty[i], first, stop);
     note_write();
     if (!write_image(arg + 1, arg->size, arg->offset))
-        return false;
+        return FASTPATH_PYTHONS;
     counters.writes++;
     out.body.size = arg->size;
-    return send(device, &part, 1);
+    send(device, &part, 1);
+    return FASTPATH_ANSWERED;
+}
+
+/* ---- writes that wait for copies ------------------------------------------------------- */
+
+static bool keep(const void *request, size_t size)
+{
+    void *copy;
+
+    if (drain.kept_count == MAX_KEPT || drain.kept_bytes + size > MAX_KEPT_BYTES)
+        return false;
+    copy = malloc(size);
+    if (!copy)
+        return false;
+    memcpy(copy, request, size);
+    drain.kept[drain.kept_count++] = (struct kept){.request = copy, .size = size};
+    drain.kept_bytes += size;
+    return true;
+}
+
+static void drop_kept(int index)
+{
+    drain.kept_bytes -= drain.kept[index].size;
+    free(drain.kept[index].request);
+    drain.kept_count--;
+    memmove(&drain.kept[index], &drain.kept[index + 1],
+            (size_t)(drain.kept_count - index) * sizeof(drain.kept[0]));
+}
+
+static void hand_over(struct copy *copy)
+{
+    drain.handed[drain.handed_count] = (struct range){copy->first, copy->stop};
+    drain.numbers[drain.handed_count++] = copy->number;
+    pool_hand_over(copy);
+}
+
+/* Step 2 of a write for the copies that have ended. */
+static void land(void)
+{
+    const struct layer *receiver = &state.layers[state.receiver];
+    struct copy *copy;
+
+    while ((copy = pool_ended(false))) {
+        if (copy->error) {
+            drain.failed = true;
+            hand_over(copy);
+            continue;
+        }
+        set_bits(&receiver->done, copy->first, copy->stop);
+        clear_bits(&state.pending, copy->first, copy->stop);
+        drain.clusters += copy->stop - copy->first;
+        drain.written += (unsigned long long)copy->work.written;
+        drain.nanoseconds += (unsigned long long)copy->nanoseconds;
+        pool_free(copy);
+    }
+}
+
+void fastpath_progress(int device)
+{
+    if (!pool_count(false) || !pool_has_ended())
+        return;
+    land();
+    for (int i = 0; i < drain.kept_count;) {
+        struct kept *kept = &drain.kept[i];
+        enum fastpath_verdict verdict = FASTPATH_PYTHONS;
+        if (!kept->refused)
+            verdict = answer_write(device, kept->request, kept->size);
+        if (verdict == FASTPATH_ANSWERED) {
+            drop_kept(i);
+            continue;
+        }
+        kept->refused = verdict == FASTPATH_PYTHONS;
+        i++;
+    }
+}
+
+bool fastpath_wait(int device, long long nanoseconds)
+{
+    if (!pool_count(false))
+        return false;
+    if (!pool_has_ended() && !pool_wait(device, nanoseconds))
+        return false;
+    fastpath_progress(device);
+    return true;
+}
+
+void fastpath_settle(int device, bool patient)
+{
+    long long end = fastpath_now() + (patient ? SETTLE_TIME : 0);
+
+    while (pool_count(false)) {
+        long long left = end - fastpath_now();
+        if (left <= 0)
+            break;
+        if (pool_has_ended() || pool_wait(-1, left))
+            fastpath_progress(device);
+    }
+    for (struct copy *copy; (copy = pool_any());)
+        hand_over(copy);
+}
+
+/* Lists for Python of what it takes over. */
+static PyObject *handed_copies(void)
+{
+    PyObject *list = PyList_New(drain.handed_count);
+
+    for (int i = 0; list && i < drain.handed_count; i++) {
+        PyObject *item = Py_BuildValue("KKK", (unsigned long long)drain.numbers[i],
+                                       (unsigned long long)drain.handed[i].first,
+                                       (unsigned long long)drain.handed[i].stop);
+        if (!item)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, item);
+    }
+    return list;
+}
+
+static PyObject *kept_writes(void)
+{
+    PyObject *list = PyList_New(drain.kept_count);
+
+    for (int i = 0; list && i < drain.kept_count; i++) {
+        const struct fuse_in_header *in = drain.kept[i].request;
+        const struct fuse_write_in *arg = (const void *)(in + 1);
+        PyObject *item = Py_BuildValue(
+            "KKLy#", (unsigned long long)in->unique, (unsigned long long)arg->fh,
+            (long long)arg->offset, (const char *)(arg + 1), (Py_ssize_t)arg->size);
+        if (!item)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, item);
+    }
+    return list;
+}
+
+void fastpath_finish(int device)
+{
+    PyObject *copies, *writes, *result = NULL;
+
+    if (!drain.lent && !drain.handed_count && !drain.kept_count)
+        return;
+    copies = handed_copies();
+    writes = kept_writes();
+    if (copies && writes)
+        result = PyObject_CallFunction(
+            finisher, "KKKKOO", (unsigned long long)drain.lent, drain.written, drain.clusters,
+            drain.nanoseconds, copies, writes);
+    if (!result) { /* a bug; nobody must wait for ever */
+        PyErr_WriteUnraisable(finisher);
+        fastpath_clear();
+        for (int i = 0; i < drain.kept_count; i++) {
+            const struct fuse_in_header *in = drain.kept[i].request;
+            struct fuse_out_header out = {.len = sizeof(out), .error = -EIO,
+                                          .unique = in->unique};
+            struct iovec part = {&out, sizeof(out)};
+            send(device, &part, 1);
+        }
+    }
+    Py_XDECREF(result);
+    Py_XDECREF(copies);
+    Py_XDECREF(writes);
+    while (drain.kept_count)
+        drop_kept(drain.kept_count - 1);
+    memset(&drain, 0, sizeof(drain));
 }
 
 bool fastpath_wants(const void *request, size_t size)
@@ -550,14 +859,19 @@ bool fastpath_wants(const void *request, size_t size)
     return in->opcode == FUSE_READ || in->opcode == FUSE_WRITE;
 }
 
-bool fastpath_answer(int device, const void *request, size_t size)
+enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size)
 {
     const struct fuse_in_header *in = request;
+    enum fastpath_verdict verdict;
 
     if (!state.loaded || !fastpath_wants(request, size))
-        return false;
-    return in->opcode == FUSE_READ ? answer_read(device, in, size)
-                                   : answer_write(device, in, size);
+        return FASTPATH_PYTHONS;
+    if (in->opcode == FUSE_READ)
+        return answer_read(device, in, size) ? FASTPATH_ANSWERED : FASTPATH_PYTHONS;
+    verdict = answer_write(device, in, size);
+    if (verdict == FASTPATH_KEPT && !keep(request, size))
+        return FASTPATH_PYTHONS;
+    return verdict;
 }
 
 /* ---- for the Python module ------------------------------------------------------------- */
@@ -570,28 +884,69 @@ void fastpath_forget(void)
 int fastpath_traverse(visitproc visit, void *arg)
 {
     Py_VISIT(publisher);
+    Py_VISIT(lender);
+    Py_VISIT(finisher);
     return 0;
 }
 
 void fastpath_clear(void)
 {
     Py_CLEAR(publisher);
+    Py_CLEAR(lender);
+    Py_CLEAR(finisher);
 }
 
-PyObject *fastpath_set(PyObject *module, PyObject *publish)
+PyObject *fastpath_set(PyObject *module, PyObject *args)
 {
-    PyObject *previous = publisher;
+    PyObject *publish = Py_None, *lend = Py_None, *finish = Py_None;
     (void)module;
 
-    if (publish != Py_None && !PyCallable_Check(publish)) {
-        PyErr_SetString(PyExc_TypeError, "a publisher must be callable or None");
+    if (!PyArg_ParseTuple(args, "|OOO:set_fastpath", &publish, &lend, &finish))
+        return NULL;
+    if (publish != Py_None && (!PyCallable_Check(publish) || !PyCallable_Check(lend) ||
+                               !PyCallable_Check(finish))) {
+        PyErr_SetString(PyExc_TypeError, "the fast path needs three callables, or nothing");
         return NULL;
     }
-    if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) /* the record of activity */
-        publish = Py_None;
-    publisher = publish == Py_None ? NULL : Py_NewRef(publish);
-    Py_XDECREF(previous);
+    if (drain.lent || state.loaded) {
+        PyErr_SetString(PyExc_RuntimeError, "a drain is under way");
+        return NULL;
+    }
+    fastpath_clear();
+    if (publish != Py_None && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) { /* the record */
+        publisher = Py_NewRef(publish);
+        lender = Py_NewRef(lend);
+        finisher = Py_NewRef(finish);
+    }
     return PyBool_FromLong(publisher != NULL);
+}
+
+PyObject *fastpath_ended_copies(PyObject *module, PyObject *unused)
+{
+    PyObject *list = PyList_New(0);
+    struct copy *copy;
+    (void)module, (void)unused;
+
+    if (list && pool_descriptor() >= 0)
+        pool_clear(); /* first: one that ends after we looked makes it readable again */
+    while (list && (copy = pool_ended(true))) {
+        PyObject *item = Py_BuildValue("KiLL", (unsigned long long)copy->number, copy->error,
+                                       (long long)copy->work.written, copy->nanoseconds);
+        if (!item || PyList_Append(list, item)) {
+            Py_XDECREF(item);
+            Py_CLEAR(list);
+            break;
+        }
+        Py_DECREF(item);
+        pool_free(copy);
+    }
+    return list;
+}
+
+PyObject *fastpath_copies_fd(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyLong_FromLong(pool_descriptor());
 }
 
 PyObject *fastpath_handle_opened(PyObject *module, PyObject *args)
@@ -620,21 +975,32 @@ PyObject *fastpath_handle_closed(PyObject *module, PyObject *number)
 
 PyObject *fastpath_try(PyObject *module, PyObject *args)
 {
-    Py_buffer request;
-    int device;
-    bool answered;
+    PyObject *requests, *verdicts;
+    int device, patient;
     (void)module;
 
-    if (!PyArg_ParseTuple(args, "iy*:try_request", &device, &request))
+    if (!PyArg_ParseTuple(args, "iO!p:try_requests", &device, &PyList_Type, &requests, &patient))
         return NULL;
-    answered = fastpath_begin();
-    if (answered) {
-        answered = fastpath_answer(device, request.buf, (size_t)request.len);
-        fastpath_rest();
-        fastpath_end();
+    verdicts = PyList_New(0);
+    if (!verdicts || !fastpath_begin())
+        return verdicts;
+    for (Py_ssize_t i = 0; verdicts && i < PyList_GET_SIZE(requests); i++) {
+        PyObject *request = PyList_GET_ITEM(requests, i), *verdict = NULL;
+        char *bytes;
+        Py_ssize_t size;
+        if (!PyBytes_AsStringAndSize(request, &bytes, &size))
+            verdict = PyLong_FromLong((long)fastpath_answer(device, bytes, (size_t)size));
+        if (!verdict || PyList_Append(verdicts, verdict))
+            Py_CLEAR(verdicts);
+        Py_XDECREF(verdict);
     }
-    PyBuffer_Release(&request);
-    return PyBool_FromLong(answered);
+    while (patient && fastpath_wait(device, SECOND))
+        ;
+    fastpath_settle(device, false);
+    fastpath_rest();
+    fastpath_end();
+    fastpath_finish(device);
+    return verdicts;
 }
 
 PyObject *fastpath_statistics(PyObject *module, PyObject *unused)

@@ -20,6 +20,12 @@ enum fastpath_limits {
     FASTPATH_MAX_READ = 1 << 20,
 };
 
+enum fastpath_verdict {
+    FASTPATH_PYTHONS,  /* nothing was sent, and nothing changed but dirty bits */
+    FASTPATH_ANSWERED,
+    FASTPATH_KEPT,     /* a WRITE that waits for its copies; it will be answered */
+};
+
 /* A READ or WRITE that may be answered here?  Looks at the kind only. */
 INTERNAL bool fastpath_wants(const void *request, size_t size);
 
@@ -31,10 +37,20 @@ INTERNAL bool fastpath_is_on(void);
  * request then is Python's.  With the GIL. */
 INTERNAL bool fastpath_begin(void);
 
-/* Answer one request, of `size` bytes as they were read from `device`.  Returns false, with
- * nothing sent and nothing changed but dirty bits, if it is Python's.  After
+/* Answer one request, of `size` bytes as they were read from `device`.  After
  * fastpath_begin(). */
-INTERNAL bool fastpath_answer(int device, const void *request, size_t size);
+INTERNAL enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size);
+
+/* Go on with the writes whose copies have ended. */
+INTERNAL void fastpath_progress(int device);
+
+/* Wait for a copy to end, or a request, and go on with the writes.  Returns false when there
+ * is no copy under way or the time is over. */
+INTERNAL bool fastpath_wait(int device, long long nanoseconds);
+
+/* The drain ends: give copies a moment, if `patient`; those that are left become the
+ * engine's. */
+INTERNAL void fastpath_settle(int device, bool patient);
 
 /* May the filter wait a moment for the next request?  Not while Python has work. */
 INTERNAL bool fastpath_may_linger(void);
@@ -51,6 +67,9 @@ INTERNAL void fastpath_rest(void);
 /* Let go of the engine's state.  With the GIL. */
 INTERNAL void fastpath_end(void);
 
+/* After that: tell Python what was copied, and what it takes over.  With the GIL. */
+INTERNAL void fastpath_finish(int device);
+
 /* The session is gone: no handle is valid.  With the GIL. */
 INTERNAL void fastpath_forget(void);
 
@@ -59,7 +78,9 @@ INTERNAL int fastpath_traverse(visitproc visit, void *arg);
 INTERNAL void fastpath_clear(void);
 
 /* Functions of the module. */
-INTERNAL PyObject *fastpath_set(PyObject *module, PyObject *publish);
+INTERNAL PyObject *fastpath_set(PyObject *module, PyObject *args);
+INTERNAL PyObject *fastpath_ended_copies(PyObject *module, PyObject *unused);
+INTERNAL PyObject *fastpath_copies_fd(PyObject *module, PyObject *unused);
 INTERNAL PyObject *fastpath_handle_opened(PyObject *module, PyObject *args);
 INTERNAL PyObject *fastpath_handle_closed(PyObject *module, PyObject *number);
 INTERNAL PyObject *fastpath_try(PyObject *module, PyObject *args);

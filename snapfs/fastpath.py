@@ -8,9 +8,13 @@ the trio thread is in the filter, so that the state cannot change under it.  Wit
 from __future__ import annotations
 
 import mmap
+from collections.abc import Awaitable, Callable
+
+import trio
 
 from . import requestfilter
 from .cbw import Engine
+from .copier import Copy
 from .image import FileImage, Image
 from .pagecache import PageCache
 
@@ -24,8 +28,19 @@ class FastPath:
     the filter does not wait for more.
     """
 
-    def __init__(self, engine: Engine, page_cache: PageCache, activity: mmap.mmap) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        page_cache: PageCache,
+        activity: mmap.mmap,
+        nursery: trio.Nursery,
+    ) -> None:
         self.busy = 0
+        # Carries out a write that was handed over: unique, handle, offset, data.  Set by
+        # the FUSE face.
+        self.write: Callable[[int, int, int, bytes], Awaitable[None]]
+        self._nursery = nursery
+        self._copies: dict[int, Copy] = {}  # those taken over, by number; task-atomic
         self._engine = engine
         self._page_cache = page_cache
         self._activity = activity
@@ -33,11 +48,11 @@ class FastPath:
 
     def start(self) -> bool:
         """Switch it on; False if the filter cannot."""
-        return requestfilter.set_fastpath(self._publish)
+        return requestfilter.set_fastpath(self._publish, self._engine.copier.lend, self._finish)
 
     def stop(self) -> None:
         """Switch it off, before the engine goes."""
-        requestfilter.set_fastpath(None)
+        requestfilter.unset_fastpath()
         self.collect()
 
     def _publish(self) -> requestfilter.Published | None:
@@ -51,12 +66,14 @@ class FastPath:
             self.busy > 0,
             moment.dirty,
             moment.frozen,
+            moment.copying,
             [
                 (
                     FIRST_SNAPSHOT + layer.id,
                     layer.size,
                     _descriptor(layer.temp),
                     layer.readable and FIRST_SNAPSHOT + layer.id not in quarantined,
+                    layer.live,
                     layer.access,
                     layer.done,
                 )
@@ -65,6 +82,36 @@ class FastPath:
             moment.pending,
             self._activity,
         )
+
+    def _finish(
+        self,
+        lent: int,
+        written: int,
+        clusters: int,
+        nanoseconds: int,
+        copies: list[tuple[int, int, int]],
+        writes: list[tuple[int, int, int, bytes]],
+    ) -> None:
+        self._engine.copier.note_native(lent, written, clusters, nanoseconds / 1e9)
+        if copies and not self._copies:
+            self._nursery.start_soon(self._conclude_copies)
+        for number, first, stop in copies:
+            self._copies[number] = self._engine.copier.adopt(first, stop)
+        for write in writes:
+            self._nursery.start_soon(self.write, *write)
+
+    async def _conclude_copies(self) -> None:
+        """End the copies that were taken over, as they end; never abandons one."""
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                while self._copies:
+                    for number, error, written, nanoseconds in requestfilter.ended_copies():
+                        copy = self._copies.pop(number)
+                        nursery.start_soon(
+                            self._engine.copier.conclude, copy, error, written, nanoseconds / 1e9
+                        )
+                    if self._copies:
+                        await trio.lowlevel.wait_readable(requestfilter.copies_fd())
 
     def collect(self) -> dict[str, int]:
         """Add what was answered since the last time to the engine's counters.

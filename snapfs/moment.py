@@ -15,11 +15,16 @@ from .image import Image
 
 
 class LayerMoment(NamedTuple):
-    """One layer.  `readable`: its state does not forbid reading as a whole."""
+    """One layer.
+
+    `readable`: its state does not forbid reading as a whole.  The newest `live` one
+    receives copies.
+    """
 
     id: int
     size: int
     readable: bool
+    live: bool
     temp: Image
     access: bitarray
     done: bitarray
@@ -31,7 +36,7 @@ class Moment(NamedTuple):
     `writable`: a write may pass that lies inside the size, touches no pending
     cluster and none of `frozen` (ranges of clusters [first, stop)), and that
     first sets its bits in all of `dirty` (writable buffers) and announces itself
-    to the store.  `layers`: oldest first.
+    to the store.  `copying`: where copies are under way.  `layers`: oldest first.
     """
 
     image: Image
@@ -40,5 +45,6 @@ class Moment(NamedTuple):
     writable: bool
     pending: bitarray
     frozen: list[tuple[int, int]]
+    copying: list[tuple[int, int]]
     dirty: list[Any]
     layers: list[LayerMoment]

@@ -393,13 +393,19 @@ static void drop_previous(struct fuse_buf *buf)
     buf->mem = NULL;
 }
 
-/* Waits a moment for one more request.  Returns whether there is one. */
-static bool linger(int fd, long long started)
+/* Waits for copies under way, or a moment for one more request.  Returns whether to look for
+ * one. */
+static bool wait_for_more(int fd, long long started)
 {
     struct pollfd device = {.fd = fd, .events = POLLIN};
     struct timespec moment = {.tv_nsec = LINGER_NS};
+    long long left = started + fastpath_patience() - fastpath_now();
 
-    if (!fastpath_may_linger() || fastpath_now() - started > fastpath_patience())
+    if (left <= 0)
+        return false;
+    if (fastpath_wait(fd, left))
+        return true;
+    if (!fastpath_may_linger())
         return false;
     fastpath_rest();
     return ppoll(&device, 1, &moment, NULL) > 0;
@@ -422,8 +428,11 @@ static ssize_t drain(int fd, void *memory, PyThreadState **thread)
             continue;
         }
         if (size < 0) {
-            if (errno == EAGAIN && answered && linger(fd, started))
+            if (errno != EAGAIN)
+                break;
+            if (answered && wait_for_more(fd, started))
                 continue;
+            errno = EAGAIN;
             break;
         }
         if (!fastpath_is_on() || !fastpath_wants(memory, (size_t)size))
@@ -435,8 +444,9 @@ static ssize_t drain(int fd, void *memory, PyThreadState **thread)
             if (!begun)
                 break;
         }
-        if (!fastpath_answer(fd, memory, (size_t)size))
+        if (fastpath_answer(fd, memory, (size_t)size) == FASTPATH_PYTHONS)
             break;
+        fastpath_progress(fd);
         note_request(memory, (size_t)size);
         answered = true;
         if (fastpath_now() - started > fastpath_patience()) {
@@ -447,6 +457,7 @@ static ssize_t drain(int fd, void *memory, PyThreadState **thread)
     }
     if (begun) {
         int error = errno;
+        fastpath_settle(fd, true);
         fastpath_rest();
         errno = error;
     }
@@ -476,6 +487,7 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
     error = errno;
     PyEval_RestoreThread(thread);
     fastpath_end();
+    fastpath_finish(fd);
 
     last_was_direct_read = false;
     if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
@@ -712,6 +724,34 @@ static PyObject *reply_offset(PyObject *module, PyObject *args)
     return replied(fuse_reply_lseek(take_request(entry), (off_t)offset));
 }
 
+/* The answer to a WRITE that the fast path has handed over: libfuse does not know it. */
+static PyObject *reply_write(PyObject *module, PyObject *args)
+{
+    struct {
+        struct fuse_out_header header;
+        struct fuse_write_out body;
+    } out = {.header = {.len = sizeof(out)}};
+    unsigned long long unique;
+    unsigned size;
+    int error;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "KiI:reply_write", &unique, &error, &size))
+        return NULL;
+    if (error < 0 || error > MAX_ERRNO)
+        return PyErr_Format(PyExc_ValueError, "errno %d cannot answer a request", error);
+    out.header.unique = unique;
+    out.header.error = -error;
+    out.body.size = size;
+    if (error)
+        out.header.len = sizeof(out.header);
+    if (!session) {
+        counters.failed_replies++;
+        Py_RETURN_NONE;
+    }
+    return replied(write(fuse_session_fd(session), &out, out.header.len) < 0);
+}
+
 static PyObject *direct_read(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
@@ -798,12 +838,16 @@ static PyMethodDef methods[] = {
     {"attached", attached, METH_NOARGS, PyDoc_STR("attached() -> bool")},
     {"invalidate_range", invalidate_range, METH_VARARGS,
      PyDoc_STR("invalidate_range(ino, offset, length)")},
-    {"set_fastpath", fastpath_set, METH_O, PyDoc_STR("set_fastpath(publish) -> bool")},
+    {"set_fastpath", fastpath_set, METH_VARARGS,
+     PyDoc_STR("set_fastpath(publish=None, lend=None, finish=None) -> bool")},
+    {"ended_copies", fastpath_ended_copies, METH_NOARGS, PyDoc_STR("ended_copies() -> list")},
+    {"copies_fd", fastpath_copies_fd, METH_NOARGS, PyDoc_STR("copies_fd() -> int")},
+    {"reply_write", reply_write, METH_VARARGS, PyDoc_STR("reply_write(unique, error, size)")},
     {"handle_opened", fastpath_handle_opened, METH_VARARGS,
      PyDoc_STR("handle_opened(number, inode)")},
     {"handle_closed", fastpath_handle_closed, METH_O, PyDoc_STR("handle_closed(number)")},
-    {"try_request", fastpath_try, METH_VARARGS,
-     PyDoc_STR("try_request(device, request) -> bool")},
+    {"try_requests", fastpath_try, METH_VARARGS,
+     PyDoc_STR("try_requests(device, requests, patient) -> list")},
     {"fastpath_statistics", fastpath_statistics, METH_NOARGS,
      PyDoc_STR("fastpath_statistics() -> dict")},
     {"statistics", statistics, METH_NOARGS, PyDoc_STR("statistics() -> dict")},

@@ -29,7 +29,9 @@ __all__ = [
     "LseekHandler",
     "attached",
     "configure",
+    "copies_fd",
     "direct_read",
+    "ended_copies",
     "fastpath_statistics",
     "handle_closed",
     "handle_opened",
@@ -37,10 +39,12 @@ __all__ = [
     "load",
     "reply_error",
     "reply_offset",
+    "reply_write",
     "set_fastpath",
     "set_handlers",
     "statistics",
-    "try_request",
+    "try_requests",
+    "unset_fastpath",
 ]
 
 FallocateHandler = Callable[[int, int, int, int, int, int], object]
@@ -54,14 +58,16 @@ Published = tuple[
     bool,
     list[object],
     list[tuple[int, int]],
-    list[tuple[int, int, int, bool, object, object]],
+    list[tuple[int, int]],
+    list[tuple[int, int, int, bool, bool, object, object]],
     object,
     object,
 ]
 """The engine's state: descriptor and size of the image, log2 of the cluster size, whether
-writes may pass, whether a task is in a handler; dirty bitmaps; frozen ranges of clusters;
-layers, oldest first (inode, size, descriptor of the temp image, readable, access, done);
-pending; the page with the record of activity.  Bitmaps and page are writable buffers."""
+writes may pass, whether a task is in a handler; dirty bitmaps; frozen ranges of clusters,
+and those being copied; layers, oldest first (inode, size, descriptor of the temp image,
+readable, live, access, done); pending; the page with the record of activity.
+Bitmaps and page are writable buffers."""
 
 LseekHandler = Callable[[int, int, int, int, int], object]
 """(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""
@@ -166,15 +172,52 @@ def invalidate_range(ino: int, offset: int, length: int) -> None:
     _requestfilter.invalidate_range(ino, offset, length)
 
 
-def set_fastpath(publish: Callable[[], Published | None] | None) -> bool:
-    """Switch the fast path (fastpath.c) on or, with None, off; whether it is on now.
+def set_fastpath(
+    publish: Callable[[], Published | None],
+    lend: Callable[[int], int],
+    finish: Callable[
+        [int, int, int, int, list[tuple[int, int, int]], list[tuple[int, int, int, bytes]]], None
+    ],
+) -> bool:
+    """Switch the fast path (fastpath.c) on; False if it cannot be on this machine.
 
-    `publish` is called synchronously in the trio thread, within a call to pyfuse3, whenever
-    requests come that might be answered.  What it returns is used until that call returns, and
-    the buffers are held as long; None: not now.  If it raises or returns nonsense the exception
-    goes to sys.unraisablehook and the fast path is off from then on.
+    All three are called synchronously in the trio thread, within a call to pyfuse3 that drains
+    /dev/fuse.  What `publish` returns is used until that call returns, and the buffers are held
+    as long; None: not now.  `lend(bytes)` lends temp space for copies and returns how much.
+
+    `finish` is called at the end of a drain in which space was lent or copies were made:
+    `finish(lent, written, clusters, nanoseconds, copies, writes)`, bytes lent, and written by
+    copies that landed, of so many clusters, in that time; copies (number, first and last
+    cluster, exclusive) that are Python's from now on, see `ended_copies`; and writes (unique,
+    handle, offset, data) that Python is to carry out and answer by `reply_write`.
+
+    If `publish` or `finish` raises, or returns nonsense, the exception goes to
+    sys.unraisablehook and the fast path is off from then on.
     """
-    return _requestfilter.set_fastpath(publish)
+    return _requestfilter.set_fastpath(publish, lend, finish)
+
+
+def unset_fastpath() -> None:
+    """Switch the fast path off."""
+    _requestfilter.set_fastpath()
+
+
+def ended_copies() -> list[tuple[int, int, int, int]]:
+    """Copies that are Python's and have ended: (number, errno or 0, bytes, nanoseconds).
+
+    Each is returned once.  No copies are made natively while one of Python's is left.
+    """
+    return _requestfilter.ended_copies()
+
+
+def copies_fd() -> int:
+    """A descriptor that is readable when a copy has ended since the last look."""
+    return _requestfilter.copies_fd()
+
+
+def reply_write(unique: int, error: int, size: int) -> None:
+    """Answer a WRITE that was handed to `finish`: with an errno, or 0 and the bytes written."""
+    _requestfilter.reply_write(unique, error, size)
 
 
 def handle_opened(number: int, inode: int) -> None:
@@ -187,12 +230,13 @@ def handle_closed(number: int) -> None:
     _requestfilter.handle_closed(number)
 
 
-def try_request(device: int, request: bytes) -> bool:
-    """Answer one request as if it had been read from `device`; False if it is Python's.
+def try_requests(device: int, requests: list[bytes], *, patient: bool = True) -> list[int]:
+    """Answer requests as if they had been read from `device` in one drain.  For tests.
 
-    For tests: what a drain does, without a kernel.
+    For each 0: Python's, 1: answered, 2: a write that was kept until its copies had landed.
+    Unless `patient` the drain ends before they can.
     """
-    return _requestfilter.try_request(device, request)
+    return _requestfilter.try_requests(device, requests, patient)
 
 
 def fastpath_statistics() -> dict[str, int]:

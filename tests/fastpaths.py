@@ -6,11 +6,12 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import pytest
 import trio
 from attrs import define, field
 
@@ -48,9 +49,10 @@ def write_request(
     inode: int = ACTIVE,
     size: int | None = None,
     flags: int = 0,
+    unique: int = 8,
 ) -> bytes:
     body = IO_IN.pack(handle, offset, len(data) if size is None else size, flags, 0, 0, 0)
-    header = IN_HEADER.pack(80 + len(data), WRITE, 8, inode, 0, 0, 1, 0, 0)
+    header = IN_HEADER.pack(80 + len(data), WRITE, unique, inode, 0, 0, 1, 0, 0)
     return header + body + bytes(data)
 
 
@@ -72,13 +74,15 @@ class Rig:
     engine: Engine
     fast: FastPath
     quarantine: Quarantine
+    nursery: trio.Nursery
     kernel: socket.socket
     device: socket.socket
     handles: dict[int, int] = field(factory=dict)  # of snapshots, by layer id
+    handed: list[tuple[int, int, int]] = field(factory=list)  # unique, offset, errno
 
     @classmethod
     @asynccontextmanager
-    async def make(cls, image: Path, *, on: bool = True) -> AsyncIterator[Rig]:
+    async def make(cls, image: Path, *, on: bool = True, **settings: Any) -> AsyncIterator[Rig]:
         """The image's engine, closed in order at the end."""
         store = await Store.open(str(image), cluster_size=CLUSTER, limiter=trio.CapacityLimiter(4))
         kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -86,11 +90,12 @@ class Rig:
         async with trio.open_nursery() as nursery:
             engine = Engine(
                 store.image, store.geometry, store, nursery,
-                layers=store.layers, next_id=store.next_id, settings=Settings(),
+                layers=store.layers, next_id=store.next_id, settings=Settings(**settings),
             )  # fmt: skip
             quarantine = Quarantine()
-            fast = FastPath(engine, cast(PageCache, quarantine), store.activity_page)
-            rig = cls(store, engine, fast, quarantine, kernel, device)
+            fast = FastPath(engine, cast(PageCache, quarantine), store.activity_page, nursery)
+            rig = cls(store, engine, fast, quarantine, nursery, kernel, device)
+            fast.write = rig._write
             requestfilter.handle_opened(ACTIVE_HANDLE, ACTIVE)
             if on:
                 fast.start()
@@ -110,20 +115,56 @@ class Rig:
             requestfilter.handle_opened(100 + layer.id, FIRST_SNAPSHOT + layer.id)
         return self.handles[layer.id]
 
-    def send(self, request: bytes) -> tuple[int, bytes] | None:
-        """Errno and data of the reply; None if the fast path leaves the request to Python."""
-        answered = requestfilter.try_request(self.device.fileno(), request)
-        replies = []
+    def replies(self) -> dict[int, tuple[int, bytes]]:
+        """Errno and data of the replies that were sent, by the unique of the request."""
+        found: dict[int, tuple[int, bytes]] = {}
         with contextlib.suppress(BlockingIOError):
             while True:
-                replies.append(self.kernel.recv(1 << 18))
-        assert len(replies) == answered
-        if not answered:
+                reply = self.kernel.recv(1 << 18)
+                length, error, unique = OUT_HEADER.unpack_from(reply)
+                assert length == len(reply)
+                assert unique not in found
+                found[unique] = error, reply[OUT_HEADER.size :]
+        return found
+
+    def drain(self, *requests: bytes, patient: bool = True) -> list[int]:
+        """What one drain makes of requests: 0 for Python's, 1 answered, 2 kept."""
+        return requestfilter.try_requests(self.device.fileno(), list(requests), patient=patient)
+
+    def send(self, request: bytes) -> tuple[int, bytes] | None:
+        """Errno and data of the reply; None if the fast path leaves the request to Python."""
+        verdicts = self.drain(request)
+        replies = self.replies()
+        if verdicts in ([], [0]):
+            assert {} == replies
             return None
-        length, error, unique = OUT_HEADER.unpack_from(replies[0])
-        assert length == len(replies[0])
+        ((unique, reply),) = replies.items()
         assert unique == IN_HEADER.unpack_from(request)[2]
-        return error, replies[0][OUT_HEADER.size :]
+        return reply
+
+    @staticmethod
+    @contextlib.contextmanager
+    def readable_never(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+        """Let no end of a copy be heard of before the function that it gives is called."""
+        wait = trio.lowlevel.wait_readable
+        released = trio.Event()
+
+        async def never(fd: int) -> None:
+            if not released.is_set():
+                await released.wait()
+            else:
+                await wait(fd)
+
+        monkeypatch.setattr("trio.lowlevel.wait_readable", never)
+        yield released.set
+
+    async def _write(self, unique: int, handle: int, offset: int, data: bytes) -> None:
+        error = 0
+        try:
+            await self.engine.write(offset, data)
+        except OSError as failure:
+            error = failure.errno or 0
+        self.handed.append((unique, offset, error))
 
     def activity(self) -> tuple[int, ...]:
         """under_way, least, most, mtime, ctime of the record."""

@@ -189,7 +189,7 @@ cbw.Engine.read = broken
 
 @contextlib.contextmanager
 def patched(mount, content: bytes, patch: str, *options: str):
-    disk = mount(content, *options, start=False)
+    disk = mount(content, "no_fastpath", *options, start=False)  # Python's copies
     daemon = Patched(disk, patch)
     try:
         yield disk, daemon

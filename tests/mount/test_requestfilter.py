@@ -556,7 +556,8 @@ def test_an_aborted_connection_does_not_spin(running: Mount, filtered: bool) -> 
 def test_under_sanitizers(tmp_path: Path) -> None:
     """An address and undefined-behaviour sanitizer build does all of it without a report."""
     package = Path(requestfilter.__file__).parent
-    sources = [package / "requestfilter.c", package / "fastpath.c"]
+    names = ("requestfilter", "fastpath", "copypool", "clusters")
+    sources = [package / f"{name}.c" for name in names]
     compiler = shutil.which("gcc")
     if not compiler or not sources[0].exists():
         pytest.skip("needs gcc and the source")
