@@ -217,7 +217,7 @@ class Copier:
 
     def note_native(self, lent: int, written: int, clusters: int, seconds: float) -> None:
         """Native copies of so many clusters have landed; the loan ends."""
-        self._space.take_back(lent, written)
+        self._space.take_back(lent, min(lent, written))
         self._space.note(written)
         self._counters.cbw_copies += clusters
         self._counters.cbw_bytes += written
@@ -249,7 +249,8 @@ class Copier:
             failed = [(copy.first, copy.stop)]
         clusters = 0 if number else copy.stop - copy.first
         try:
-            self.note_native(copy.lent, written, clusters, seconds)
+            self._space.take_back(copy.lent, copy.lent)
+            self.note_native(0, written, clusters, seconds)
             await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die
             log.exception("a copy ended with an unexpected error")

@@ -54,9 +54,9 @@
 enum {
     ACTIVE_INODE = 2,
     PAGE = 4096,
-    /* More of them than these, and everything goes to Python. */
-    MAX_LAYERS = 64,
-    MAX_BITMAPS = 64,
+    /* fastpath.py publishes nothing if there are more. */
+    MAX_LAYERS = 256,
+    MAX_BITMAPS = 256,
     MAX_RANGES = 256,
     /* WRITEs that wait for their copies, and bytes of them.  The kernel sends no more than
      * max_background at once, and one for each thread that writes synchronously. */

@@ -20,6 +20,8 @@ from .pagecache import PageCache
 
 FIRST_SNAPSHOT = 4096  # inode of a layer with id 0; that of `active` is 2, in fastpath.c too
 
+MOST = 256  # layers, dirty bitmaps or ranges in flight that fastpath.c has room for
+
 
 class FastPath:
     """The fast path of one mount.
@@ -57,6 +59,8 @@ class FastPath:
 
     def _publish(self) -> requestfilter.Published | None:
         moment = self._engine.moment()
+        if MOST < max(map(len, (moment.layers, moment.dirty, moment.frozen, moment.copying))):
+            return None
         quarantined = self._page_cache.quarantined()
         return (
             _descriptor(moment.image),

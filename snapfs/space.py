@@ -94,7 +94,7 @@ class TempSpace:
     def take_back(self, lent: int, written: int) -> None:
         """End a loan of which `written` bytes were used."""
         self._claimed -= lent
-        self._credit += max(0, lent - written)
+        self._credit += lent - written
 
     def explain(self) -> str:
         """Why a claim was not granted."""

@@ -534,6 +534,23 @@ async def test_bitmaps_can_grow_and_go_between_drains(image):
         assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 100 * CLUSTER, NEW))
 
 
+async def test_more_layers_or_ranges_than_there_is_room_for(image, monkeypatch):
+    async with Rig.make(image) as rig:
+        plain = rig.engine.moment()
+        layer = await rig.engine.create_snapshot("s")
+        for name, value in (
+            ("frozen", (1, 2)),
+            ("copying", (1, 2)),
+            ("dirty", bytearray(9)),
+            ("layers", rig.engine.moment().layers[0]),
+        ):
+            for count, answer in ((256, (0, OLD[:9])), (257, None), (0, (0, OLD[:9]))):
+                full = plain._replace(**{name: [value] * count})
+                monkeypatch.setattr(rig.engine, "moment", lambda full=full: full)
+                assert answer == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9)), name
+        assert layer.live
+
+
 async def test_an_empty_image(tmp_path):
     image = tmp_path / "empty"
     image.touch()
