@@ -27,9 +27,14 @@
  * is copied here before the engine has dealt with that.  So timeouts, failures and their
  * policy are Python's.
  *
- * What may block.  Reads use RWF_NOWAIT.  So do writes where the file system can (XFS,
- * btrfs).  ext4 cannot: there a write of a part of a page first makes sure that the page is
- * cached, since it would be read otherwise; and when a write has taken long, for dirty-page
+ * What may block.  Reads use RWF_NOWAIT.  One that finds a page missing has begun to read
+ * ahead (filemap_get_pages() in mm/filemap.c): the request is kept and tried again, by all
+ * the rules, until the data is there; after 2 ms it is Python's, and so are cold requests for
+ * a while, since that disk is slow.
+ *
+ * Writes use RWF_NOWAIT where the file system can (XFS, btrfs).  ext4 cannot: there a write of
+ * a part of a page first makes sure that the page is cached, since it would be read otherwise,
+ * and is kept like a read if it is not; and when a write has taken long, for dirty-page
  * throttling or a journal that waits for the disk, the following ones go to Python's threads
  * for a while.
  */
@@ -58,7 +63,7 @@ enum {
     MAX_LAYERS = 256,
     MAX_BITMAPS = 256,
     MAX_RANGES = 256,
-    /* WRITEs that wait for their copies, and bytes of them.  The kernel sends no more than
+    /* Requests that wait for copies or data, and bytes of them.  The kernel sends no more than
      * max_background at once, and one for each thread that writes synchronously. */
     MAX_KEPT = 128,
     MAX_KEPT_BYTES = 16 << 20,
@@ -81,6 +86,11 @@ enum {
 /* For copies to end after the drain has; then they are the engine's.  Long for a page cache, and
  * what a disk that hangs costs the others once: nothing is copied here until it is over. */
 #define SETTLE_TIME (10 * SECOND / 1000)
+/* For data to come from the disk after the drain has ended, how often to look, and how long
+ * not to wait for any after some did not come. */
+#define COLD_TIME (2 * SECOND / 1000)
+#define COLD_NAP (30 * SECOND / 1000000)
+#define COLD_PAUSE (SECOND / 2)
 
 struct range {
     uint64_t first, stop; /* clusters */
@@ -128,6 +138,7 @@ static PyObject *lender, *finisher; /* not NULL when publisher is not */
 static char *reply;           /* FASTPATH_MAX_READ bytes, or NULL until needed */
 static bool write_nowait = true; /* until the file system says it cannot */
 static long long slow_until;  /* writes go to Python before this time */
+static long long cold_until;  /* cold requests go to Python before this time */
 static bool recorded;         /* we have set under_way, and must clear it */
 static struct {
     uint64_t number, inode;
@@ -135,7 +146,7 @@ static struct {
 
 static struct {
     unsigned long long reads, writes, snapshot_reads; /* answered */
-    unsigned long long slow_writes, failed_replies;
+    unsigned long long slow_writes, failed_replies, cold; /* cold: kept for their data */
 } counters;
 
 /* Of the drain that is under way. */
@@ -144,10 +155,12 @@ static struct {
         void *request;
         size_t size;
         bool refused; /* the engine is to carry it out */
+        bool cold;    /* waits for data */
     } kept[MAX_KEPT];
     struct range handed[POOL_SIZE]; /* copies that are Python's now, and their numbers */
     uint64_t numbers[POOL_SIZE];
     int kept_count, handed_count;
+    int cold_count; /* of kept */
     size_t kept_bytes;
     bool failed;      /* a copy has: no more copies here */
     uint64_t lent;    /* bytes of temp space that we may use */
@@ -435,39 +448,47 @@ static bool is_inode_of(uint64_t number, uint64_t inode)
 
 /* Whatever the kernel says to it, the request has been answered: it was interrupted, or the
  * mount is gone. */
-static bool send(int device, const struct iovec *parts, int count)
+static void send(int device, const struct iovec *parts, int count)
 {
     if (writev(device, parts, count) < 0)
         counters.failed_replies++;
-    return true;
 }
 
-static bool send_data(int device, uint64_t unique, size_t length)
+static void send_data(int device, uint64_t unique, size_t length)
 {
     struct fuse_out_header out = {.len = (uint32_t)(sizeof(out) + length), .unique = unique};
     struct iovec parts[2] = {{&out, sizeof(out)}, {reply, length}};
 
-    return send(device, parts, length ? 2 : 1);
+    send(device, parts, length ? 2 : 1);
 }
 
-/* All of [offset, offset+length) into the reply at `position`, from the page cache. */
-static bool read_cached(int fd, size_t position, size_t length, uint64_t offset)
+/* Reads all of [offset, offset+length) from the page cache; FASTPATH_KEPT: it is not there. */
+static enum fastpath_verdict read_cached(int fd, void *data, size_t length, uint64_t offset)
 {
-    struct iovec part = {reply + position, length};
+    struct iovec part = {data, length};
+    ssize_t count = preadv2(fd, &part, 1, (off_t)offset, RWF_NOWAIT);
 
-    return preadv2(fd, &part, 1, (off_t)offset, RWF_NOWAIT) == (ssize_t)length;
+    if (count == (ssize_t)length)
+        return FASTPATH_ANSWERED;
+    return count >= 0 || errno == EAGAIN ? FASTPATH_KEPT : FASTPATH_PYTHONS;
 }
 
-static bool read_active(int device, uint64_t unique, uint64_t offset, size_t length)
+static enum fastpath_verdict read_active(int device, uint64_t unique, uint64_t offset,
+                                         size_t length)
 {
+    enum fastpath_verdict verdict = FASTPATH_ANSWERED;
+
     if (offset >= state.size)
         length = 0;
     else if (length > state.size - offset)
         length = (size_t)(state.size - offset);
-    if (length && !read_cached(state.image, 0, length, offset))
-        return false;
-    counters.reads++;
-    return send_data(device, unique, length);
+    if (length)
+        verdict = read_cached(state.image, reply, length, offset);
+    if (verdict == FASTPATH_ANSWERED) {
+        counters.reads++;
+        send_data(device, unique, length);
+    }
+    return verdict;
 }
 
 /* The file in which the snapshot state.layers[index] finds a cluster. */
@@ -479,8 +500,8 @@ static int source(int index, uint64_t cluster)
     return state.image;
 }
 
-static bool read_snapshot(int device, const struct fuse_in_header *in, uint64_t offset,
-                          size_t length)
+static enum fastpath_verdict read_snapshot(int device, const struct fuse_in_header *in,
+                                           uint64_t offset, size_t length)
 {
     const struct layer *layer;
     size_t done = 0;
@@ -489,80 +510,79 @@ static bool read_snapshot(int device, const struct fuse_in_header *in, uint64_t 
     while (index < state.layer_count && state.layers[index].inode != in->nodeid)
         index++;
     if (index == state.layer_count)
-        return false;
+        return FASTPATH_PYTHONS;
     layer = &state.layers[index];
     if (!layer->readable)
-        return false;
+        return FASTPATH_PYTHONS;
     if (offset >= layer->size)
         length = 0;
     else if (length > layer->size - offset)
         length = (size_t)(layer->size - offset);
     if (length && !all_set(&layer->access, offset >> state.shift, clusters_of(offset + length)))
-        return false;
+        return FASTPATH_PYTHONS;
     while (done < length) { /* a run of one source at a time */
         uint64_t cluster = (offset + done) >> state.shift, end;
         size_t count;
+        enum fastpath_verdict verdict;
         int fd = source(index, cluster);
         do
             end = ++cluster << state.shift;
         while (end < offset + length && source(index, cluster) == fd);
         count = (size_t)((end < offset + length ? end : offset + length) - (offset + done));
-        if (!read_cached(fd, done, count, offset + done))
-            return false;
+        verdict = read_cached(fd, reply + done, count, offset + done);
+        if (verdict != FASTPATH_ANSWERED)
+            return verdict;
         done += count;
     }
     counters.snapshot_reads++;
-    return send_data(device, in->unique, length);
+    send_data(device, in->unique, length);
+    return FASTPATH_ANSWERED;
 }
 
-static bool answer_read(int device, const struct fuse_in_header *in, size_t size)
+static enum fastpath_verdict answer_read(int device, const struct fuse_in_header *in,
+                                         size_t size)
 {
     const struct fuse_read_in *arg = (const void *)(in + 1);
 
     if (size != sizeof(*in) + sizeof(*arg) || arg->size > FASTPATH_MAX_READ ||
         arg->offset > INT64_MAX - FASTPATH_MAX_READ || !is_inode_of(arg->fh, in->nodeid))
-        return false;
+        return FASTPATH_PYTHONS;
     if (in->nodeid == ACTIVE_INODE)
         return read_active(device, in->unique, arg->offset, arg->size);
     return read_snapshot(device, in, arg->offset, arg->size);
 }
 
-/* Is the page that holds the byte in the page cache? */
-static bool is_cached(uint64_t offset)
-{
-    char byte;
-    struct iovec part = {&byte, 1};
-
-    return preadv2(state.image, &part, 1, (off_t)offset, RWF_NOWAIT) == 1;
-}
-
-/* Writes all of it, without waiting for the disk as far as that can be known; false: Python
- * is to write it, again or for the first time. */
-static bool write_image(const void *data, size_t length, uint64_t offset)
+/* Writes all of it, without waiting for the disk as far as that can be known.  If it is
+ * Python's, some of it may have been written.  FASTPATH_KEPT: nothing has, a page is cold. */
+static enum fastpath_verdict write_image(const void *data, size_t length, uint64_t offset)
 {
     struct iovec part = {(void *)data, length};
     long long started;
     ssize_t written;
+    enum fastpath_verdict cached = FASTPATH_ANSWERED;
+    char byte;
 
     if (write_nowait) {
         written = pwritev2(state.image, &part, 1, (off_t)offset, RWF_NOWAIT);
         if (written >= 0 || errno != EOPNOTSUPP)
-            return written == (ssize_t)length;
+            return written == (ssize_t)length ? FASTPATH_ANSWERED : FASTPATH_PYTHONS;
         write_nowait = false;
     }
-    if (offset % PAGE && !is_cached(offset))
-        return false;
-    if ((offset + length) % PAGE && !is_cached(offset + length - 1))
-        return false;
+    if (offset % PAGE)
+        cached = read_cached(state.image, &byte, 1, offset);
+    if (cached == FASTPATH_ANSWERED && (offset + length) % PAGE)
+        cached = read_cached(state.image, &byte, 1, offset + length - 1);
+    if (cached != FASTPATH_ANSWERED)
+        return cached;
     started = now(CLOCK_MONOTONIC);
     if (started < slow_until)
-        return false;
+        return FASTPATH_PYTHONS;
     written = pwrite(state.image, data, length, (off_t)offset);
     if (now(CLOCK_MONOTONIC) - started > SLOW_WRITE) {
         counters.slow_writes++;
         slow_until = now(CLOCK_MONOTONIC) + SLOW_PAUSE;
     }
-    return written == (ssize_t)length;
+    return written == (ssize_t)length ? FASTPATH_ANSWERED : FASTPATH_PYTHONS;
 }
 
 /* ---- step 1 of a write: copying -------------------------------------------------------- */
@@ -658,6 +678,7 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
     } out = {.header = {.len = sizeof(out), .unique = in->unique}};
     struct iovec part = {&out, sizeof(out)};
     uint64_t first, stop;
+    enum fastpath_verdict verdict;
 
     if (size < sizeof(*in) + sizeof(*arg) || size - sizeof(*in) - sizeof(*arg) != arg->size ||
         in->nodeid != ACTIVE_INODE || !is_inode_of(arg->fh, ACTIVE_INODE) ||
@@ -678,34 +699,60 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
     for (int i = 0; i < state.dirty_count; i++)
         set_bits(&state.dirty[i], first, stop);
     note_write();
-    if (!write_image(arg + 1, arg->size, arg->offset))
-        return FASTPATH_PYTHONS;
+    verdict = write_image(arg + 1, arg->size, arg->offset);
+    if (verdict != FASTPATH_ANSWERED)
+        return verdict;
     counters.writes++;
     out.body.size = arg->size;
     send(device, &part, 1);
     return FASTPATH_ANSWERED;
 }
 
-/* ---- writes that wait for copies ------------------------------------------------------- */
+/* ---- requests that wait for copies, or for data ---------------------------------------- */
 
-static bool keep(const void *request, size_t size)
+static bool waits_for_copy(const struct fuse_in_header *in)
+{
+    const struct fuse_write_in *arg = (const void *)(in + 1);
+
+    return in->opcode == FUSE_WRITE &&
+           any_set(&state.pending, arg->offset >> state.shift,
+                   clusters_of(arg->offset + arg->size));
+}
+
+/* What a request is now; FASTPATH_KEPT: it waits, and `cold` says whether for data. */
+static enum fastpath_verdict consider(int device, const void *request, size_t size, bool *cold)
+{
+    const struct fuse_in_header *in = request;
+    enum fastpath_verdict verdict =
+        in->opcode == FUSE_READ ? answer_read(device, in, size) : answer_write(device, in, size);
+
+    *cold = verdict == FASTPATH_KEPT && !waits_for_copy(request);
+    return verdict;
+}
+
+static bool keep(const void *request, size_t size, bool cold)
 {
     void *copy;
 
+    if (cold && now(CLOCK_MONOTONIC) < cold_until)
+        return false;
     if (drain.kept_count == MAX_KEPT || drain.kept_bytes + size > MAX_KEPT_BYTES)
         return false;
     copy = malloc(size);
     if (!copy)
         return false;
     memcpy(copy, request, size);
-    drain.kept[drain.kept_count++] = (struct kept){.request = copy, .size = size};
+    drain.kept[drain.kept_count++] = (struct kept){.request = copy, .size = size, .cold = cold};
     drain.kept_bytes += size;
+    drain.cold_count += cold;
+    counters.cold += cold;
     return true;
 }
 
 static void drop_kept(int index)
 {
     drain.kept_bytes -= drain.kept[index].size;
+    drain.cold_count -= drain.kept[index].cold;
     free(drain.kept[index].request);
     drain.kept_count--;
     memmove(&drain.kept[index], &drain.kept[index + 1],
@@ -740,46 +787,64 @@ static void land(void)
     }
 }
 
-void fastpath_progress(int device)
+/* Go through the kept requests. */
+static void try_again(int device)
 {
-    if (!pool_count(false) || !pool_has_ended())
-        return;
-    land();
     for (int i = 0; i < drain.kept_count;) {
         struct kept *kept = &drain.kept[i];
         enum fastpath_verdict verdict = FASTPATH_PYTHONS;
+        bool cold = false;
         if (!kept->refused)
-            verdict = answer_write(device, kept->request, kept->size);
+            verdict = consider(device, kept->request, kept->size, &cold);
         if (verdict == FASTPATH_ANSWERED) {
             drop_kept(i);
             continue;
         }
+        drain.cold_count += cold - kept->cold;
+        kept->cold = cold;
         kept->refused = verdict == FASTPATH_PYTHONS;
         i++;
     }
 }
 
+void fastpath_progress(int device)
+{
+    if (pool_count(false) && pool_has_ended()) {
+        land();
+        try_again(device);
+    }
+}
+
 bool fastpath_wait(int device, long long nanoseconds)
 {
-    if (!pool_count(false))
+    bool cold = drain.cold_count > 0;
+
+    if ((!pool_count(false) && !cold) || nanoseconds <= 0)
         return false;
-    if (!pool_has_ended() && !pool_wait(device, nanoseconds))
+    if (!pool_has_ended() &&
+        !pool_wait(device, cold && nanoseconds > COLD_NAP ? COLD_NAP : nanoseconds) && !cold)
         return false;
     fastpath_progress(device);
+    if (drain.cold_count)
+        try_again(device);
     return true;
 }
 
 void fastpath_settle(int device, bool patient)
 {
-    long long end = fastpath_now() + (patient ? SETTLE_TIME : 0);
+    long long started = fastpath_now();
 
-    while (pool_count(false)) {
-        long long left = end - fastpath_now();
-        if (left <= 0)
+    while (patient && (pool_count(false) || drain.cold_count)) {
+        long long passed = fastpath_now() - started;
+        if (passed > (pool_count(false) ? SETTLE_TIME : COLD_TIME))
             break;
-        if (pool_has_ended() || pool_wait(-1, left))
+        if (pool_has_ended() || pool_wait(-1, drain.cold_count ? COLD_NAP : SETTLE_TIME - passed))
             fastpath_progress(device);
+        if (drain.cold_count)
+            try_again(device);
     }
+    if (patient && drain.cold_count)
+        cold_until = fastpath_now() + COLD_PAUSE;
     for (struct copy *copy; (copy = pool_any());)
         hand_over(copy);
 }
@@ -801,36 +866,46 @@ static PyObject *handed_copies(void)
     return list;
 }
 
-static PyObject *kept_writes(void)
+static PyObject *kept_requests(uint32_t opcode)
 {
-    PyObject *list = PyList_New(drain.kept_count);
+    PyObject *list = PyList_New(0);
 
     for (int i = 0; list && i < drain.kept_count; i++) {
         const struct fuse_in_header *in = drain.kept[i].request;
-        const struct fuse_write_in *arg = (const void *)(in + 1);
-        PyObject *item = Py_BuildValue(
-            "KKLy#", (unsigned long long)in->unique, (unsigned long long)arg->fh,
-            (long long)arg->offset, (const char *)(arg + 1), (Py_ssize_t)arg->size);
-        if (!item)
-            Py_CLEAR(list);
+        const struct fuse_write_in *out = (const void *)(in + 1);
+        const struct fuse_read_in *read = (const void *)(in + 1);
+        PyObject *item;
+        if (in->opcode != opcode)
+            continue;
+        if (opcode == FUSE_WRITE)
+            item = Py_BuildValue("KKLy#", (unsigned long long)in->unique,
+                                 (unsigned long long)out->fh, (long long)out->offset,
+                                 (const char *)(out + 1), (Py_ssize_t)out->size);
         else
-            PyList_SET_ITEM(list, i, item);
+            item = Py_BuildValue("KKLIO", (unsigned long long)in->unique,
+                                 (unsigned long long)read->fh, (long long)read->offset,
+                                 (unsigned)read->size,
+                                 read->read_flags & FUSE_READ_LOCKOWNER ? Py_True : Py_False);
+        if (!item || PyList_Append(list, item))
+            Py_CLEAR(list);
+        Py_XDECREF(item);
     }
     return list;
 }
 
 void fastpath_finish(int device)
 {
-    PyObject *copies, *writes, *result = NULL;
+    PyObject *copies, *writes, *reads, *result = NULL;
 
     if (!drain.lent && !drain.handed_count && !drain.kept_count)
         return;
     copies = handed_copies();
-    writes = kept_writes();
-    if (copies && writes)
+    writes = copies ? kept_requests(FUSE_WRITE) : NULL;
+    reads = writes ? kept_requests(FUSE_READ) : NULL;
+    if (reads)
         result = PyObject_CallFunction(
-            finisher, "KKKKOO", (unsigned long long)drain.lent, drain.written, drain.clusters,
-            drain.nanoseconds, copies, writes);
+            finisher, "KKKKOOO", (unsigned long long)drain.lent, drain.written, drain.clusters,
+            drain.nanoseconds, copies, writes, reads);
     if (!result) { /* a bug; nobody must wait for ever */
         PyErr_WriteUnraisable(finisher);
         fastpath_clear();
@@ -845,6 +920,7 @@ void fastpath_finish(int device)
     Py_XDECREF(result);
     Py_XDECREF(copies);
     Py_XDECREF(writes);
+    Py_XDECREF(reads);
     while (drain.kept_count)
         drop_kept(drain.kept_count - 1);
     memset(&drain, 0, sizeof(drain));
@@ -861,15 +937,13 @@ bool fastpath_wants(const void *request, size_t size)
 
 enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size)
 {
-    const struct fuse_in_header *in = request;
     enum fastpath_verdict verdict;
+    bool cold;
 
     if (!state.loaded || !fastpath_wants(request, size))
         return FASTPATH_PYTHONS;
-    if (in->opcode == FUSE_READ)
-        return answer_read(device, in, size) ? FASTPATH_ANSWERED : FASTPATH_PYTHONS;
-    verdict = answer_write(device, in, size);
-    if (verdict == FASTPATH_KEPT && !keep(request, size))
+    verdict = consider(device, request, size, &cold);
+    if (verdict == FASTPATH_KEPT && !keep(request, size, cold))
         return FASTPATH_PYTHONS;
     return verdict;
 }
@@ -1006,8 +1080,8 @@ PyObject *fastpath_try(PyObject *module, PyObject *args)
 PyObject *fastpath_statistics(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
-    return Py_BuildValue("{sOsKsKsKsKsK}", "on", publisher ? Py_True : Py_False, "reads",
+    return Py_BuildValue("{sOsKsKsKsKsKsK}", "on", publisher ? Py_True : Py_False, "reads",
                          counters.reads, "writes", counters.writes, "snapshot_reads",
                          counters.snapshot_reads, "slow_writes", counters.slow_writes,
-                         "failed_replies", counters.failed_replies);
+                         "failed_replies", counters.failed_replies, "cold", counters.cold);
 }

@@ -23,7 +23,7 @@ enum fastpath_limits {
 enum fastpath_verdict {
     FASTPATH_PYTHONS,  /* nothing was sent, and nothing changed but dirty bits */
     FASTPATH_ANSWERED,
-    FASTPATH_KEPT,     /* a WRITE that waits for its copies; it will be answered */
+    FASTPATH_KEPT,     /* it waits for copies or for data; it will be answered */
 };
 
 /* A READ or WRITE that may be answered here?  Looks at the kind only. */
@@ -41,15 +41,15 @@ INTERNAL bool fastpath_begin(void);
  * fastpath_begin(). */
 INTERNAL enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size);
 
-/* Go on with the writes whose copies have ended. */
+/* Go on with the writes if copies have ended. */
 INTERNAL void fastpath_progress(int device);
 
-/* Wait for a copy to end, or a request, and go on with the writes.  Returns false when there
- * is no copy under way or the time is over. */
+/* Wait for a copy to end, data to come, or a request, and go on with what is kept.  Returns
+ * false when nothing is, or the time is over. */
 INTERNAL bool fastpath_wait(int device, long long nanoseconds);
 
-/* The drain ends: give copies a moment, if `patient`; those that are left become the
- * engine's. */
+/* The drain ends: give copies and cold requests a moment, if `patient`; what is left becomes
+ * the engine's. */
 INTERNAL void fastpath_settle(int device, bool patient);
 
 /* May the filter wait a moment for the next request?  Not while Python has work. */

@@ -38,9 +38,10 @@ class FastPath:
         nursery: trio.Nursery,
     ) -> None:
         self.busy = 0
-        # Carries out a write that was handed over: unique, handle, offset, data.  Set by
-        # the FUSE face.
+        # Carry out what was handed over: unique, handle, offset, and data, or length and
+        # whether it is a direct read.  Set by the FUSE face.
         self.write: Callable[[int, int, int, bytes], Awaitable[None]]
+        self.read: Callable[[int, int, int, int, bool], Awaitable[None]]
         self._nursery = nursery
         self._copies: dict[int, Copy] = {}  # those taken over, by number; task-atomic
         self._engine = engine
@@ -95,6 +96,7 @@ class FastPath:
         nanoseconds: int,
         copies: list[tuple[int, int, int]],
         writes: list[tuple[int, int, int, bytes]],
+        reads: list[tuple[int, int, int, int, bool]],
     ) -> None:
         self._engine.copier.note_native(lent, written, clusters, nanoseconds / 1e9)
         if copies and not self._copies:
@@ -103,6 +105,8 @@ class FastPath:
             self._copies[number] = self._engine.copier.adopt(first, stop)
         for write in writes:
             self._nursery.start_soon(self.write, *write)
+        for read in reads:
+            self._nursery.start_soon(self.read, *read)
 
     async def _conclude_copies(self) -> None:
         """End the copies that were taken over, as they end; never abandons one."""

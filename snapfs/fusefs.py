@@ -139,6 +139,7 @@ class SnapshotFS(pyfuse3.Operations):
         self._numbers = itertools.count(1)
         engine.barrier = functools.partial(page_cache.write_back, ACTIVE, "active")
         fast_path.write = self._write_kept
+        fast_path.read = self._read_kept
         requestfilter.set_handlers(fallocate=self._on_fallocate, lseek=self._on_lseek)
 
     # Errors
@@ -414,7 +415,9 @@ class SnapshotFS(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
         # Only a read that bypasses the page cache may be short: the kernel takes
         # a short read of pages for the end of the file, and cp would stop there.
-        partial = requestfilter.direct_read()
+        return await self._read(fh, off, size, requestfilter.direct_read())
+
+    async def _read(self, fh: int, off: int, size: int, partial: bool) -> Buffer:
         handle = self._handles[fh]
         if handle.layer is None:
             return await self._engine.read(off, size)
@@ -516,6 +519,20 @@ class SnapshotFS(pyfuse3.Operations):
             error = failure.errno
         finally:
             requestfilter.reply_write(unique, error, len(data))
+
+    async def _read_kept(self, unique: int, fh: int, offset: int, size: int, direct: bool) -> None:
+        """Carry out a read that the fast path has handed over, and answer it."""
+        error = errno.EINTR  # cancelled
+        data: Buffer = b""
+        try:
+            data = await self._read_guarded(fh, offset, size, direct)
+            error = 0
+        except pyfuse3.FUSEError as failure:
+            error = failure.errno
+        finally:
+            requestfilter.reply_read(unique, error, data)
+
+    _read_guarded = handler(_read)
 
     def _on_lseek(self, request: int, inode: int, fh: int, offset: int, whence: int) -> None:
         self._nursery.start_soon(self._lseek, request, fh, offset, whence)

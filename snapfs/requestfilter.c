@@ -39,6 +39,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum {
@@ -724,7 +725,33 @@ static PyObject *reply_offset(PyObject *module, PyObject *args)
     return replied(fuse_reply_lseek(take_request(entry), (off_t)offset));
 }
 
-/* The answer to a WRITE that the fast path has handed over: libfuse does not know it. */
+/* The answer to a READ that the fast path has handed over: libfuse does not know it. */
+static PyObject *reply_read(PyObject *module, PyObject *args)
+{
+    struct fuse_out_header out = {0};
+    unsigned long long unique;
+    Py_buffer data;
+    int error, result = -1;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "Kiy*:reply_read", &unique, &error, &data))
+        return NULL;
+    if (error < 0 || error > MAX_ERRNO || data.len > FASTPATH_MAX_READ) {
+        PyBuffer_Release(&data);
+        return PyErr_Format(PyExc_ValueError, "this cannot answer a read");
+    }
+    out.unique = unique;
+    out.error = -error;
+    out.len = (uint32_t)(sizeof(out) + (error ? 0 : (size_t)data.len));
+    if (session) {
+        struct iovec parts[2] = {{&out, sizeof(out)}, {data.buf, (size_t)data.len}};
+        result = writev(fuse_session_fd(session), parts, error || !data.len ? 1 : 2) < 0;
+    }
+    PyBuffer_Release(&data);
+    return replied(result);
+}
+
+/* The answer to a WRITE that the fast path has handed over. */
 static PyObject *reply_write(PyObject *module, PyObject *args)
 {
     struct {
@@ -842,6 +869,7 @@ static PyMethodDef methods[] = {
      PyDoc_STR("set_fastpath(publish=None, lend=None, finish=None) -> bool")},
     {"ended_copies", fastpath_ended_copies, METH_NOARGS, PyDoc_STR("ended_copies() -> list")},
     {"copies_fd", fastpath_copies_fd, METH_NOARGS, PyDoc_STR("copies_fd() -> int")},
+    {"reply_read", reply_read, METH_VARARGS, PyDoc_STR("reply_read(unique, error, data)")},
     {"reply_write", reply_write, METH_VARARGS, PyDoc_STR("reply_write(unique, error, size)")},
     {"handle_opened", fastpath_handle_opened, METH_VARARGS,
      PyDoc_STR("handle_opened(number, inode)")},

@@ -39,6 +39,7 @@ __all__ = [
     "load",
     "reply_error",
     "reply_offset",
+    "reply_read",
     "reply_write",
     "set_fastpath",
     "set_handlers",
@@ -176,7 +177,16 @@ def set_fastpath(
     publish: Callable[[], Published | None],
     lend: Callable[[int], int],
     finish: Callable[
-        [int, int, int, int, list[tuple[int, int, int]], list[tuple[int, int, int, bytes]]], None
+        [
+            int,
+            int,
+            int,
+            int,
+            list[tuple[int, int, int]],
+            list[tuple[int, int, int, bytes]],
+            list[tuple[int, int, int, int, bool]],
+        ],
+        None,
     ],
 ) -> bool:
     """Switch the fast path (fastpath.c) on; False if it cannot be on this machine.
@@ -185,11 +195,12 @@ def set_fastpath(
     /dev/fuse.  What `publish` returns is used until that call returns, and the buffers are held
     as long; None: not now.  `lend(bytes)` lends temp space for copies and returns how much.
 
-    `finish` is called at the end of a drain in which space was lent or copies were made:
-    `finish(lent, written, clusters, nanoseconds, copies, writes)`, bytes lent, and written by
-    copies that landed, of so many clusters, in that time; copies (number, first and last
+    `finish` is called at the end of a drain in which space was lent or something is left:
+    `finish(lent, written, clusters, nanoseconds, copies, writes, reads)`, bytes lent, and
+    written by copies that landed, of so many clusters, in that time; copies (number, first and last
     cluster, exclusive) that are Python's from now on, see `ended_copies`; and writes (unique,
-    handle, offset, data) that Python is to carry out and answer by `reply_write`.
+    handle, offset, data) and reads (unique, handle, offset, length, direct) that Python is to
+    carry out and answer by `reply_write` and `reply_read`.
 
     If `publish` or `finish` raises, or returns nonsense, the exception goes to
     sys.unraisablehook and the fast path is off from then on.
@@ -215,6 +226,11 @@ def copies_fd() -> int:
     return _requestfilter.copies_fd()
 
 
+def reply_read(unique: int, error: int, data: bytes | bytearray | memoryview) -> None:
+    """Answer a READ that was handed to `finish`: with an errno, or 0 and the data."""
+    _requestfilter.reply_read(unique, error, data)
+
+
 def reply_write(unique: int, error: int, size: int) -> None:
     """Answer a WRITE that was handed to `finish`: with an errno, or 0 and the bytes written."""
     _requestfilter.reply_write(unique, error, size)
@@ -233,8 +249,8 @@ def handle_closed(number: int) -> None:
 def try_requests(device: int, requests: list[bytes], *, patient: bool = True) -> list[int]:
     """Answer requests as if they had been read from `device` in one drain.  For tests.
 
-    For each 0: Python's, 1: answered, 2: a write that was kept until its copies had landed.
-    Unless `patient` the drain ends before they can.
+    For each 0: Python's, 1: answered, 2: kept until its copies had landed or its data had
+    come.  Unless `patient` the drain ends before that can be.
     """
     return _requestfilter.try_requests(device, requests, patient)
 
@@ -244,6 +260,7 @@ def fastpath_statistics() -> dict[str, int]:
 
     `on`: whether it is.  Requests answered: reads and writes of the image, snapshot_reads.
     slow_writes: those that took so long that the next ones were left to threads.
+    cold: those that waited for data from the disk.
     failed_replies: the kernel did not want them any more.
     """
     return _requestfilter.fastpath_statistics()

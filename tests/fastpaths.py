@@ -79,6 +79,7 @@ class Rig:
     device: socket.socket
     handles: dict[int, int] = field(factory=dict)  # of snapshots, by layer id
     handed: list[tuple[int, int, int]] = field(factory=list)  # unique, offset, errno
+    handed_reads: list[tuple[int, int, int, bool]] = field(factory=list)  # size, direct
 
     @classmethod
     @asynccontextmanager
@@ -96,6 +97,7 @@ class Rig:
             fast = FastPath(engine, cast(PageCache, quarantine), store.activity_page, nursery)
             rig = cls(store, engine, fast, quarantine, nursery, kernel, device)
             fast.write = rig._write
+            fast.read = rig._read
             requestfilter.handle_opened(ACTIVE_HANDLE, ACTIVE)
             if on:
                 fast.start()
@@ -141,6 +143,9 @@ class Rig:
         ((unique, reply),) = replies.items()
         assert unique == IN_HEADER.unpack_from(request)[2]
         return reply
+
+    async def _read(self, unique: int, handle: int, offset: int, size: int, direct: bool) -> None:
+        self.handed_reads.append((unique, offset, size, direct))
 
     @staticmethod
     @contextlib.contextmanager

@@ -488,7 +488,7 @@ async def test_a_handle_that_was_closed_and_another_in_its_slot(image):
         assert (0, OLD[:1]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE + 4096, 0, 1))
 
 
-async def test_what_is_not_in_the_page_cache_is_pythons(image):
+async def test_what_is_not_in_the_page_cache_waits_or_is_pythons(image):
     """Reads, and writes that would read a part of a page first."""
     async with Rig.make(image) as rig:
 
@@ -503,13 +503,40 @@ async def test_what_is_not_in_the_page_cache_is_pythons(image):
             drop()  # the failed read begins to read ahead
         else:
             pytest.skip("this file system keeps its pages")
-        assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
+        read = read_request(ACTIVE, ACTIVE_HANDLE, 5, 3 * CLUSTER, unique=3, flags=2)
+        assert [2] == rig.drain(read, patient=False)
+        assert {} == rig.replies()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [(3, 5, 3 * CLUSTER, True)] == rig.handed_reads
+        drop()
+        assert (0, OLD[5 : 5 + 3 * CLUSTER]) == rig.send(read)  # when it has come
         for offset, size in ((1, 1), (0, 1), (CLUSTER - 1, CLUSTER + 1), (0, CLUSTER + 1)):
             drop()
-            assert rig.send(write_request(ACTIVE_HANDLE, offset, bytes(size))) is None
+            request = write_request(ACTIVE_HANDLE, offset, b"y" * size)
+            assert [2] == rig.drain(request, patient=False)
+            assert {} == rig.replies()
+            await until_quiet(rig, 1)
+            assert [(8, offset, 0)] == rig.handed
+            rig.handed.clear()
+            drop()
+            assert written(size) == rig.send(request)
+        assert 5 <= rig.fast.collect()["cold"]
         assert rig.settled_activity() == rig.activity()
         assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 0, NEW))
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 1, b"x"))
+
+
+async def test_a_cold_read_of_a_snapshot(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.write(2 * CLUSTER, NEW)
+        for file in (rig.store.image, layer.temp):
+            os.fsync(file.fd)
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        request = read_request(FIRST_SNAPSHOT + layer.id, rig.handle(layer), 0, SIZE)
+        assert (0, OLD) == rig.send(request)
+        await rig.engine.discard(layer, 5 * CLUSTER, CLUSTER)
+        assert rig.send(request) is None
 
 
 async def test_a_write_that_fails_is_pythons(image, tmp_path):
