@@ -61,6 +61,16 @@ class Activity:
         finally:
             os.close(fd)
 
+    @property
+    def page(self) -> mmap.mmap:
+        """The mapped record, for whoever writes to the image beside us.
+
+        A change inside the image's size that begins while nothing is under way may
+        count itself as one, and must record as we do at its end, both between two
+        calls of ours; when something is under way a sign of life will do.
+        """
+        return self._mapping
+
     def begin(self) -> None:
         """Start recording: nothing is under way."""
         self._record()

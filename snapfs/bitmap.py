@@ -57,6 +57,11 @@ class Bitmap:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def bits(self) -> bitarray:
+        """The bits themselves, for their buffer; while that is held they can only be flipped."""
+        return self._bits
+
     def get(self, cluster: int) -> bool:
         """The bit of one cluster."""
         return bool(self._bits[cluster])

@@ -44,6 +44,7 @@ from .geometry import Geometry
 from .image import Buffer, Image
 from .keeper import LayerKeeper
 from .layers import LayerStack
+from .moment import LayerMoment, Moment
 from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
 from .space import TempSpace
@@ -122,7 +123,7 @@ class Engine:
             self.settings.temp_limit,
             self.settings.temp_reserve,
         )
-        self._copier = Copier(
+        self.copier = Copier(
             image,
             self._stack,
             geometry.cluster_size,
@@ -132,9 +133,9 @@ class Engine:
             self.space,
             lambda layer: self._start(self._keeper.dispose, layer),
         )
-        self._keeper.copier = self._copier
-        dirty.promise, dirty.forget = self._copier.promises.make, self._copier.promises.forget
-        self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self._copier.unpin)
+        self._keeper.copier = self.copier
+        dirty.promise, dirty.forget = self.copier.promises.make, self.copier.promises.forget
+        self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self.copier.unpin)
 
     def _start(
         self, call: Callable[[*_Arguments], Awaitable[None]], *arguments: *_Arguments
@@ -275,7 +276,7 @@ class Engine:
     async def _make_safe(self, offset: int, length: int) -> None:
         """Steps 1 to 4.  On return the range may be overwritten, until a snapshot is created."""
         clusters = self._geometry.touched(offset, length)
-        await self._copier.preserve(clusters.start, clusters.stop)
+        await self.copier.preserve(clusters.start, clusters.stop)
         # What lies between the end and a write beyond it becomes zeros of the image.
         start = min(offset, self.size)
         await self._record(start, offset + length - start)
@@ -287,7 +288,7 @@ class Engine:
         clusters = self._geometry.touched(offset, length)
         if not self.tracker.bitmaps.mark(clusters.start, clusters.stop):
             await self.tracker.record(clusters.start, clusters.stop)
-        await self._copier.promises.kept(clusters.start, clusters.stop)
+        await self.copier.promises.kept(clusters.start, clusters.stop)
 
     def _extended(self, size: int) -> None:
         if size > self.size:
@@ -495,10 +496,37 @@ class Engine:
         self.counters.discarded_bytes += layer.geometry.span(clusters.start, clusters.stop)[1]
         layer.withdraw(clusters.start, clusters.stop)
         if layer.commits is not None:
-            self._copier.promises.make(layer.commits.access, clusters.start, clusters.stop)
+            self.copier.promises.make(layer.commits.access, clusters.start, clusters.stop)
         dropped = self._stack.settle(clusters.start, clusters.stop)
-        await self._copier.punch(dropped)
-        await self._copier.promises.kept(clusters.start, clusters.stop)
+        await self.copier.punch(dropped)
+        await self.copier.promises.kept(clusters.start, clusters.stop)
+
+    # For the fast path
+
+    def moment(self) -> Moment:
+        """All that it takes to answer what needs no policy, until the next checkpoint."""
+        # What must be durable before a write lands takes a wait.
+        promises = any(layer.commits is not None for layer in self._stack) or any(
+            bitmap.parts is not None and bitmap.parts.commit is not None
+            for bitmap in self.tracker.bitmaps.recording()
+        )
+        return Moment(
+            self._image,
+            self._geometry.size,
+            self._geometry.cluster_size,
+            self._gate.open and not self.read_only and not promises,
+            self._stack.pending.bits,
+            [(read.first, read.stop) for read in self._frozen_reads],
+            self.copier.ranges,
+            self.tracker.bitmaps.buffers(),
+            [
+                LayerMoment(
+                    layer.id, layer.geometry.size, layer.state != "lost", layer.live, layer.temp,
+                    layer.access.bits, layer.done.bits,
+                )
+                for layer in self._stack
+            ],
+        )  # fmt: skip
 
     # Extents
 

@@ -71,6 +71,7 @@ class Copy(Request):
     layer: Layer
     voided: list[Run] = field(factory=list)  # given up meanwhile: must not land
     error: OSError | None = None  # of the newest cluster that failed
+    lent: int = 0  # bytes of temp space, if it is native
 
 
 class Copier:
@@ -220,6 +221,61 @@ class Copier:
         self._space.note(written)
         self._counters.cbw_copies += stop - first
         self._counters.cbw_bytes += written
+
+    # Copies that native code makes: those that it lands itself are only counted
+
+    @property
+    def ranges(self) -> list[Run]:
+        """Clusters on which copies are under way."""
+        return [(copy.first, copy.stop) for copy in self._copies]
+
+    def lend(self, length: int) -> int:
+        """Temp space for native copies, at most `length` bytes, until `note_native`."""
+        return self._space.lend(length)
+
+    def note_native(self, lent: int, written: int, clusters: int, seconds: float) -> None:
+        """Native copies of so many clusters have landed; the loan ends."""
+        self._space.take_back(lent, min(lent, written))
+        self._space.note(written)
+        self._counters.cbw_copies += clusters
+        self._counters.cbw_bytes += written
+        self._counters.cbw_seconds += seconds
+        if clusters:
+            self._failing = None
+
+    def adopt(self, first: int, stop: int) -> Copy:
+        """Take over a native copy that is under way or has failed, to be ended by `conclude`.
+
+        Until then it is one of the copies: writers wait for it, and it is not begun again.
+        """
+        layer = self._stack.receiver
+        assert layer is not None, "native code copies to the receiver only"
+        copy = Copy(first, stop, layer)
+        copy.lent = self._space.lend(layer.geometry.span(first, stop)[1])
+        self._copies.add(copy)
+        layer.pins += 1
+        return copy
+
+    async def conclude(self, copy: Copy, number: int, written: int, seconds: float) -> None:
+        """An adopted copy has ended; `number`: errno, 0 if all of it is there.
+
+        One that failed leaves its clusters pending: the writers that wait try themselves.
+        """
+        failed: list[Run] = []
+        if number:
+            copy.error = OSError(number, os.strerror(number))
+            failed = [(copy.first, copy.stop)]
+        clusters = 0 if number else copy.stop - copy.first
+        try:
+            self._space.take_back(copy.lent, copy.lent)
+            self.note_native(0, written, clusters, seconds)
+            await self.trash(self._land(copy, failed))
+        except Exception:  # a bug: the writer must not wait for ever, nor the mount die
+            log.exception("a copy ended with an unexpected error")
+            copy.error = copy.error or OSError(errno.EIO, os.strerror(errno.EIO))
+        finally:
+            self._copies.end(copy)
+            self.unpin(copy.layer)
 
     def _land(self, copy: Copy, failed: list[Run]) -> list[Dropped]:
         """Set done for what was copied and is still wanted; returns what to punch out."""

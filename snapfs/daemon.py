@@ -273,16 +273,19 @@ class Daemon:
         # Here, since it imports pyfuse3, which must find the filter loaded.
         import pyfuse3  # noqa: PLC0415
 
+        from .fastpath import FastPath  # noqa: PLC0415
         from .fusefs import MAX_TASKS, Ownership, SnapshotFS  # noqa: PLC0415
         from .pagecache import PageCache  # noqa: PLC0415
 
         options = self._config.options
         where = self._config.root
         cache = PageCache(self._outsider)
+        fast_path = FastPath(engine, cache, store.activity_page, nursery)
         fs = SnapshotFS(
             engine,
             store.image.fd,
             cache,
+            fast_path,
             nursery,
             state_dir=str(store.directory),
             ownership=Ownership(options.uid, options.gid, options.umask),
@@ -303,8 +306,11 @@ class Daemon:
                 self._config.image,
                 self._config.root,
                 options.durability,
+                fast_path.collect,
                 lambda: fs.unhealthy,
             )
+            if not options.no_fastpath and not fast_path.start():
+                log.warning("the fast path is off: this machine's byte order is not served")
             uids = frozenset({os.geteuid(), fs.owner()})
             server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
             async with trio.open_nursery() as serving:
@@ -319,6 +325,7 @@ class Daemon:
             clean = not self._stopping
         finally:
             _end_soon()
+            fast_path.stop()
             if not clean:
                 abort(cache.device, where)
             pyfuse3.close(unmount=clean)

@@ -15,6 +15,7 @@ from attrs import define
 from . import errors, requestfilter
 from .bitmapfs import BitmapTree
 from .cbw import Engine
+from .fastpath import FastPath
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from .pagecache import PAGE, PageCache
 from .snapshot import Layer
@@ -42,12 +43,14 @@ class FilterRequests:
         self,
         engine: Engine,
         page_cache: PageCache,
+        fast_path: FastPath,
         nursery: trio.Nursery,
         handles: Mapping[int, Handle],
         errno_of: Callable[[Exception, str], int],
     ) -> None:
         self._engine = engine
         self._page_cache = page_cache
+        self._fast_path = fast_path
         self._nursery = nursery
         self._handles = handles
         self._errno_of = errno_of
@@ -60,6 +63,7 @@ class FilterRequests:
 
     async def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
         reply = _Reply(request)
+        self._fast_path.busy += 1
         try:
             handle = self._handles[fh]
             if handle.content is not None:
@@ -77,6 +81,7 @@ class FilterRequests:
         except Exception as error:
             reply.error(self._errno_of(error, "fallocate"))
         finally:
+            self._fast_path.busy -= 1
             reply.error(errno.EINTR)  # cancelled
 
     async def _fallocate_active(self, mode: int, offset: int, length: int) -> None:
@@ -138,6 +143,7 @@ class FilterRequests:
 
     async def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
         reply = _Reply(request)
+        self._fast_path.busy += 1
         try:
             handle = self._handles[fh]
             layer = handle.layer
@@ -150,6 +156,7 @@ class FilterRequests:
         except Exception as error:
             reply.error(self._errno_of(error, "lseek"))
         finally:
+            self._fast_path.busy -= 1
             reply.error(errno.EINTR)  # cancelled
 
 

@@ -33,6 +33,7 @@ from attrs import frozen
 
 from . import bitmapfs, errors, requestfilter
 from .cbw import Engine
+from .fastpath import FIRST_SNAPSHOT, FastPath
 from .filterfs import FilterRequests, Handle
 from .image import Buffer
 from .pagecache import PageCache
@@ -44,7 +45,6 @@ ROOT = pyfuse3.ROOT_INODE
 ACTIVE = 2
 SNAPSHOTS = 3
 BITMAPS = bitmapfs.DIRECTORY
-FIRST_SNAPSHOT = 4096
 
 REPEAT_SECONDS = 60.0  # between two lines of the log about one kind of failure
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
@@ -76,12 +76,15 @@ def handler(
     async def wrapped(
         self: _Self, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs
     ) -> _Result:
+        self.fast_path.busy += 1
         try:
             return await method(self, *arguments, **keywords)
         except pyfuse3.FUSEError:
             raise
         except Exception as error:
             raise pyfuse3.FUSEError(self.errno_of(error, method.__name__)) from None
+        finally:
+            self.fast_path.busy -= 1
 
     return wrapped
 
@@ -110,6 +113,7 @@ class SnapshotFS(pyfuse3.Operations):
         engine: Engine,
         image_fd: int,
         page_cache: PageCache,
+        fast_path: FastPath,
         nursery: trio.Nursery,
         *,
         state_dir: str,
@@ -120,6 +124,7 @@ class SnapshotFS(pyfuse3.Operations):
         self.enable_writeback_cache = writeback_cache
         self.unhealthy: str | None = None  # the first unexpected exception
         self._logged: dict[tuple[str, int | None], float] = {}  # failures, and when
+        self.fast_path = fast_path
         self._engine = engine
         self._image_fd = image_fd
         self._page_cache = page_cache
@@ -129,7 +134,11 @@ class SnapshotFS(pyfuse3.Operations):
         self._handles: dict[int, Handle] = {}  # task-atomic
         self._numbers = itertools.count(1)
         engine.barrier = functools.partial(page_cache.write_back, ACTIVE, "active")
-        self._filtered = FilterRequests(engine, page_cache, nursery, self._handles, self.errno_of)
+        self._filtered = FilterRequests(
+            engine, page_cache, fast_path, nursery, self._handles, self.errno_of
+        )
+        fast_path.write = self._write_kept
+        fast_path.read = self._read_kept
 
     # Errors
 
@@ -372,6 +381,7 @@ class SnapshotFS(pyfuse3.Operations):
     def _new_handle(self, inode: int, layer: Layer | None, thread: int) -> int:
         number = next(self._numbers)
         self._handles[number] = Handle(inode, layer, self._page_cache.is_own(thread))
+        requestfilter.handle_opened(number, inode)
         return number
 
     @handler
@@ -413,6 +423,7 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: int) -> None:
+        requestfilter.handle_closed(fh)
         handle = self._handles.pop(fh)
         if handle.layer is not None:
             await self._engine.close_snapshot(handle.layer)
@@ -431,7 +442,9 @@ class SnapshotFS(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
         # Only a read that bypasses the page cache may be short: the kernel takes
         # a short read of pages for the end of the file, and cp would stop there.
-        partial = requestfilter.direct_read()
+        return await self._read(fh, off, size, requestfilter.direct_read())
+
+    async def _read(self, fh: int, off: int, size: int, partial: bool) -> Buffer:
         handle = self._handles[fh]
         if handle.content is not None:
             return handle.content[off : off + size]
@@ -446,6 +459,31 @@ class SnapshotFS(pyfuse3.Operations):
         if self._handles[fh].inode != ACTIVE:
             raise errors.ReadOnly("only active can be written")
         return await self._engine.write(off, buf)
+
+    async def _write_kept(self, unique: int, fh: int, offset: int, data: bytes) -> None:
+        """Carry out a write that the fast path has handed over, and answer it."""
+        error = errno.EINTR  # cancelled
+        try:
+            await self.write(fh, offset, data)
+            error = 0
+        except pyfuse3.FUSEError as failure:
+            error = failure.errno
+        finally:
+            requestfilter.reply_write(unique, error, len(data))
+
+    async def _read_kept(self, unique: int, fh: int, offset: int, size: int, direct: bool) -> None:
+        """Carry out a read that the fast path has handed over, and answer it."""
+        error = errno.EINTR  # cancelled
+        data: Buffer = b""
+        try:
+            data = await self._read_guarded(fh, offset, size, direct)
+            error = 0
+        except pyfuse3.FUSEError as failure:
+            error = failure.errno
+        finally:
+            requestfilter.reply_read(unique, error, data)
+
+    _read_guarded = handler(_read)
 
     # Extended attributes
 

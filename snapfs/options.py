@@ -84,6 +84,7 @@ class MountOptions:
     log_level: str = "info"
     read_only: bool = False
     writeback_cache: bool = False
+    no_fastpath: bool = False
     fuse: set[str] = field(factory=set)  # for libfuse
 
 
@@ -138,7 +139,7 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "umask": ("umask", _number("umask", 8)),
     "log-level": ("log_level", _choice("log-level", LOG_LEVELS)),
 }
-FLAGS = {"ro": "read_only", "writeback_cache": "writeback_cache"}
+FLAGS = {"ro": "read_only", "writeback_cache": "writeback_cache", "no_fastpath": "no_fastpath"}
 
 
 def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:

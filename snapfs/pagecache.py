@@ -92,6 +92,10 @@ class PageCache:
             inode == each and edges.overlap(offset, length) for each, edges in self._quarantined
         )
 
+    def quarantined(self) -> set[int]:
+        """Inodes of which some READ must fail for now."""
+        return {inode for inode, _ in self._quarantined}
+
     @asynccontextmanager
     async def punched(
         self, inode: int, name: str | None, start: int, end: int, size: int

@@ -112,6 +112,11 @@ class Gate:
         """Nobody is inside and nobody has closed the gate."""
         return not self._inside and not self._closed
 
+    @property
+    def open(self) -> bool:
+        """Can one get in without waiting?"""
+        return not self._closed
+
     @asynccontextmanager
     async def inside(self) -> AsyncIterator[None]:
         """Be inside for the length of the block; waits while the gate is closed."""

@@ -5,7 +5,7 @@
  * a shared object that is in the global scope before pyfuse3 is loaded stands in for
  *
  *   fuse_session_new[_versioned]  adds the two handlers, adjusts what is negotiated
- *   fuse_session_receive_buf      reads /dev/fuse itself
+ *   fuse_session_receive_buf      reads /dev/fuse itself, and answers what fastpath.c can
  *   fuse_session_process_buf      takes the receive buffer back
  *   fuse_session_destroy          forgets the session
  *
@@ -13,7 +13,8 @@
  *
  * What protects the state: pyfuse3 calls libfuse with the GIL held and Python calls the
  * module functions with the GIL held, so every static variable here is read and written
- * under the GIL only.  The two places that release it work on local copies.
+ * under the GIL, or in drain() by the trio thread, which is the only one to come there or to
+ * look at what is counted there.
  *
  * The receive buffer.  There is one.  receive() lends it to pyfuse3 in buf->mem;
  * fuse_session_process_buf() takes it back once the handler has been started, since by
@@ -21,23 +22,24 @@
  * keeps no buffer at all.  While it is lent it is an ordinary malloc block of pyfuse3's,
  * which may free() it at any time: nothing is wrong if process_buf is never called.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "fastpath.h"
+
 #define FUSE_USE_VERSION 35
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum {
@@ -46,6 +48,9 @@ enum {
     /* The kernel wants max_write and the headers (80 bytes), and at least 8 KiB. */
     BUFFER_SIZE = MAX_WRITE + (1 << 16),
     BUFFER_ALIGNMENT = 4096,
+    /* How long to wait for one more request before Python gets its turn: a trip through the
+     * event loop takes longer, and at queue depth 1 the next request comes within 20 us. */
+    LINGER_NS = 50 * 1000,
     /* Readahead and asynchronous direct I/O in flight; the kernel's default is 12. */
     MAX_BACKGROUND = 64,
     CONGESTION_THRESHOLD = 48,
@@ -286,6 +291,7 @@ static struct fuse_session *adopt_session(struct fuse_session *created)
     nonblocking = false;
     last_was_direct_read = false;
     forget_requests();
+    fastpath_forget();
     counters.sessions++;
     return created;
 }
@@ -345,6 +351,7 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
         session = NULL;
         last_was_direct_read = false;
         forget_requests(); /* they point into the session */
+        fastpath_forget();
         free(spare);
         spare = NULL;
         lent = NULL; /* pyfuse3's */
@@ -357,6 +364,7 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
 /* `size` bytes have been read, at least a header. */
 static void note_request(const struct fuse_in_header *header, size_t size)
 {
+    last_was_direct_read = false;
     counters.received++;
     counters.received_bytes += size;
     if (header->opcode == FUSE_WRITE) {
@@ -386,8 +394,81 @@ static void drop_previous(struct fuse_buf *buf)
     buf->mem = NULL;
 }
 
-/* Reads one request.  Returns its size or a negative errno, of which -EINTR makes pyfuse3
- * wait for the descriptor again. */
+/* Waits for copies under way, or a moment for one more request.  Returns whether to look for
+ * one. */
+static bool wait_for_more(int fd, long long started)
+{
+    struct pollfd device = {.fd = fd, .events = POLLIN};
+    struct timespec moment = {.tv_nsec = LINGER_NS};
+    long long left = started + fastpath_patience() - fastpath_now();
+
+    if (left <= 0)
+        return false;
+    if (fastpath_wait(fd, left))
+        return true;
+    if (!fastpath_may_linger())
+        return false;
+    fastpath_rest();
+    return ppoll(&device, 1, &moment, NULL) > 0;
+}
+
+/* Reads requests, answers those it can, and returns when one is Python's, or when there are
+ * none, or when it has had its time: Python's tasks are waiting meanwhile.  Returns as
+ * read(2) with errno set, EAGAIN in the last two cases.  Without the GIL, which `thread` gets
+ * for a moment. */
+static ssize_t drain(int fd, void *memory, PyThreadState **thread)
+{
+    long long started = fastpath_now();
+    bool answered = false, begun = false;
+    ssize_t size;
+
+    for (;;) {
+        size = read(fd, memory, BUFFER_SIZE);
+        if (size < 0 && errno == ENOENT) { /* interrupted while we read it */
+            counters.empty_receives++;
+            continue;
+        }
+        if (size < 0) {
+            if (errno != EAGAIN)
+                break;
+            if (answered && wait_for_more(fd, started))
+                continue;
+            errno = EAGAIN;
+            break;
+        }
+        if (!fastpath_is_on() || !fastpath_wants(memory, (size_t)size))
+            break;
+        if (!begun) {
+            PyEval_RestoreThread(*thread);
+            begun = fastpath_begin();
+            *thread = PyEval_SaveThread();
+            if (!begun)
+                break;
+        }
+        if (fastpath_answer(fd, memory, (size_t)size) == FASTPATH_PYTHONS)
+            break;
+        fastpath_progress(fd);
+        note_request(memory, (size_t)size);
+        answered = true;
+        if (fastpath_now() - started > fastpath_patience()) {
+            size = -1;
+            errno = EAGAIN;
+            break;
+        }
+    }
+    if (begun) {
+        int error = errno;
+        fastpath_settle(fd, true);
+        fastpath_rest();
+        errno = error;
+    }
+    if (size < 0 && errno == EAGAIN && !answered)
+        counters.empty_receives++;
+    return size;
+}
+
+/* Reads one request for pyfuse3.  Returns its size or a negative errno, of which -EINTR makes
+ * it wait for the descriptor again. */
 static int receive(struct fuse_session *se, struct fuse_buf *buf)
 {
     int fd = fuse_session_fd(se);
@@ -403,10 +484,13 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
         return -ENOMEM;
 
     thread = PyEval_SaveThread();
-    size = read(fd, memory, BUFFER_SIZE); /* a fast path would answer it here, and read on */
+    size = drain(fd, memory, &thread);
     error = errno;
     PyEval_RestoreThread(thread);
+    fastpath_end();
+    fastpath_finish(fd);
 
+    last_was_direct_read = false;
     if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
         note_request(memory, (size_t)size);
         lent = memory;
@@ -418,14 +502,7 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
     spare = memory;
     if (size >= 0)
         return -EIO; /* not even a header: not a FUSE device */
-    switch (error) {
-    case EAGAIN: /* the request was interrupted before we read it */
-    case ENOENT: /* or while we did */
-        counters.empty_receives++;
-        return -EINTR;
-    default:
-        return -error;
-    }
+    return error == EAGAIN ? -EINTR : -error;
 }
 
 /* What pyfuse3 is to hear of a receive.  The end of the connection is ENODEV, or
@@ -648,6 +725,60 @@ static PyObject *reply_offset(PyObject *module, PyObject *args)
     return replied(fuse_reply_lseek(take_request(entry), (off_t)offset));
 }
 
+/* The answer to a READ that the fast path has handed over: libfuse does not know it. */
+static PyObject *reply_read(PyObject *module, PyObject *args)
+{
+    struct fuse_out_header out = {0};
+    unsigned long long unique;
+    Py_buffer data;
+    int error, result = -1;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "Kiy*:reply_read", &unique, &error, &data))
+        return NULL;
+    if (error < 0 || error > MAX_ERRNO || data.len > FASTPATH_MAX_READ) {
+        PyBuffer_Release(&data);
+        return PyErr_Format(PyExc_ValueError, "this cannot answer a read");
+    }
+    out.unique = unique;
+    out.error = -error;
+    out.len = (uint32_t)(sizeof(out) + (error ? 0 : (size_t)data.len));
+    if (session) {
+        struct iovec parts[2] = {{&out, sizeof(out)}, {data.buf, (size_t)data.len}};
+        result = writev(fuse_session_fd(session), parts, error || !data.len ? 1 : 2) < 0;
+    }
+    PyBuffer_Release(&data);
+    return replied(result);
+}
+
+/* The answer to a WRITE that the fast path has handed over. */
+static PyObject *reply_write(PyObject *module, PyObject *args)
+{
+    struct {
+        struct fuse_out_header header;
+        struct fuse_write_out body;
+    } out = {.header = {.len = sizeof(out)}};
+    unsigned long long unique;
+    unsigned size;
+    int error;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "KiI:reply_write", &unique, &error, &size))
+        return NULL;
+    if (error < 0 || error > MAX_ERRNO)
+        return PyErr_Format(PyExc_ValueError, "errno %d cannot answer a request", error);
+    out.header.unique = unique;
+    out.header.error = -error;
+    out.body.size = size;
+    if (error)
+        out.header.len = sizeof(out.header);
+    if (!session) {
+        counters.failed_replies++;
+        Py_RETURN_NONE;
+    }
+    return replied(write(fuse_session_fd(session), &out, out.header.len) < 0);
+}
+
 static PyObject *direct_read(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
@@ -734,6 +865,19 @@ static PyMethodDef methods[] = {
     {"attached", attached, METH_NOARGS, PyDoc_STR("attached() -> bool")},
     {"invalidate_range", invalidate_range, METH_VARARGS,
      PyDoc_STR("invalidate_range(ino, offset, length)")},
+    {"set_fastpath", fastpath_set, METH_VARARGS,
+     PyDoc_STR("set_fastpath(publish=None, lend=None, finish=None) -> bool")},
+    {"ended_copies", fastpath_ended_copies, METH_NOARGS, PyDoc_STR("ended_copies() -> list")},
+    {"copies_fd", fastpath_copies_fd, METH_NOARGS, PyDoc_STR("copies_fd() -> int")},
+    {"reply_read", reply_read, METH_VARARGS, PyDoc_STR("reply_read(unique, error, data)")},
+    {"reply_write", reply_write, METH_VARARGS, PyDoc_STR("reply_write(unique, error, size)")},
+    {"handle_opened", fastpath_handle_opened, METH_VARARGS,
+     PyDoc_STR("handle_opened(number, inode)")},
+    {"handle_closed", fastpath_handle_closed, METH_O, PyDoc_STR("handle_closed(number)")},
+    {"try_requests", fastpath_try, METH_VARARGS,
+     PyDoc_STR("try_requests(device, requests, patient) -> list")},
+    {"fastpath_statistics", fastpath_statistics, METH_NOARGS,
+     PyDoc_STR("fastpath_statistics() -> dict")},
     {"statistics", statistics, METH_NOARGS, PyDoc_STR("statistics() -> dict")},
     {NULL, NULL, 0, NULL},
 };
@@ -775,6 +919,7 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     if (module == owner) {
         Py_VISIT(fallocate_handler);
         Py_VISIT(lseek_handler);
+        return fastpath_traverse(visit, arg);
     }
     return 0;
 }
@@ -784,6 +929,7 @@ static int clear(PyObject *module)
     if (module == owner) {
         Py_CLEAR(fallocate_handler);
         Py_CLEAR(lseek_handler);
+        fastpath_clear();
     }
     return 0;
 }

@@ -29,17 +29,46 @@ __all__ = [
     "LseekHandler",
     "attached",
     "configure",
+    "copies_fd",
     "direct_read",
+    "ended_copies",
+    "fastpath_statistics",
+    "handle_closed",
+    "handle_opened",
     "invalidate_range",
     "load",
     "reply_error",
     "reply_offset",
+    "reply_read",
+    "reply_write",
+    "set_fastpath",
     "set_handlers",
     "statistics",
+    "try_requests",
+    "unset_fastpath",
 ]
 
 FallocateHandler = Callable[[int, int, int, int, int, int], object]
 """(request, ino, fh, mode, offset, length); offset and length in bytes."""
+
+Published = tuple[
+    int,
+    int,
+    int,
+    bool,
+    bool,
+    list[object],
+    list[tuple[int, int]],
+    list[tuple[int, int]],
+    list[tuple[int, int, int, bool, bool, object, object]],
+    object,
+    object,
+]
+"""The engine's state: descriptor and size of the image, log2 of the cluster size, whether
+writes may pass, whether a task is in a handler; dirty bitmaps; frozen ranges of clusters,
+and those being copied; layers, oldest first (inode, size, descriptor of the temp image,
+readable, live, access, done); pending; the page with the record of activity.
+Bitmaps and page are writable buffers."""
 
 LseekHandler = Callable[[int, int, int, int, int], object]
 """(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""
@@ -142,6 +171,99 @@ def invalidate_range(ino: int, offset: int, length: int) -> None:
     session (any more), other OSErrors from the kernel.
     """
     _requestfilter.invalidate_range(ino, offset, length)
+
+
+def set_fastpath(
+    publish: Callable[[], Published | None],
+    lend: Callable[[int], int],
+    finish: Callable[
+        [
+            int,
+            int,
+            int,
+            int,
+            list[tuple[int, int, int]],
+            list[tuple[int, int, int, bytes]],
+            list[tuple[int, int, int, int, bool]],
+        ],
+        None,
+    ],
+) -> bool:
+    """Switch the fast path (fastpath.c) on; False if it cannot be on this machine.
+
+    All three are called synchronously in the trio thread, within a call to pyfuse3 that drains
+    /dev/fuse.  What `publish` returns is used until that call returns, and the buffers are held
+    as long; None: not now.  `lend(bytes)` lends temp space for copies and returns how much.
+
+    `finish` is called at the end of a drain in which space was lent or something is left:
+    `finish(lent, written, clusters, nanoseconds, copies, writes, reads)`, bytes lent, and
+    written by copies that landed, of so many clusters, in that time; copies (number, first and last
+    cluster, exclusive) that are Python's from now on, see `ended_copies`; and writes (unique,
+    handle, offset, data) and reads (unique, handle, offset, length, direct) that Python is to
+    carry out and answer by `reply_write` and `reply_read`.
+
+    If `publish` or `finish` raises, or returns nonsense, the exception goes to
+    sys.unraisablehook and the fast path is off from then on.
+    """
+    return _requestfilter.set_fastpath(publish, lend, finish)
+
+
+def unset_fastpath() -> None:
+    """Switch the fast path off."""
+    _requestfilter.set_fastpath()
+
+
+def ended_copies() -> list[tuple[int, int, int, int]]:
+    """Copies that are Python's and have ended: (number, errno or 0, bytes, nanoseconds).
+
+    Each is returned once.  No copies are made natively while one of Python's is left.
+    """
+    return _requestfilter.ended_copies()
+
+
+def copies_fd() -> int:
+    """A descriptor that is readable when a copy has ended since the last look."""
+    return _requestfilter.copies_fd()
+
+
+def reply_read(unique: int, error: int, data: bytes | bytearray | memoryview) -> None:
+    """Answer a READ that was handed to `finish`: with an errno, or 0 and the data."""
+    _requestfilter.reply_read(unique, error, data)
+
+
+def reply_write(unique: int, error: int, size: int) -> None:
+    """Answer a WRITE that was handed to `finish`: with an errno, or 0 and the bytes written."""
+    _requestfilter.reply_write(unique, error, size)
+
+
+def handle_opened(number: int, inode: int) -> None:
+    """The reply to an open will carry this handle; the fast path serves only what it knows."""
+    _requestfilter.handle_opened(number, inode)
+
+
+def handle_closed(number: int) -> None:
+    """The handle has been released."""
+    _requestfilter.handle_closed(number)
+
+
+def try_requests(device: int, requests: list[bytes], *, patient: bool = True) -> list[int]:
+    """Answer requests as if they had been read from `device` in one drain.  For tests.
+
+    For each 0: Python's, 1: answered, 2: kept until its copies had landed or its data had
+    come.  Unless `patient` the drain ends before that can be.
+    """
+    return _requestfilter.try_requests(device, requests, patient)
+
+
+def fastpath_statistics() -> dict[str, int]:
+    """Of the fast path since the process started.
+
+    `on`: whether it is.  Requests answered: reads and writes of the image, snapshot_reads.
+    slow_writes: those that took so long that the next ones were left to threads.
+    cold: those that waited for data from the disk.
+    failed_replies: the kernel did not want them any more.
+    """
+    return _requestfilter.fastpath_statistics()
 
 
 def statistics() -> dict[str, int]:

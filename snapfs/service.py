@@ -17,6 +17,7 @@ from .views import marked
 log = logging.getLogger(__name__)
 
 MAP_PAGE = 5000  # extents in one answer
+FAST_COUNTERS = ("requests", "reads", "writes", "snapshot_reads")  # of FastPath.collect
 
 
 class Commands:
@@ -28,12 +29,14 @@ class Commands:
         image: str,
         mountpoint: str,
         durability: str,
+        fast_path: Callable[[], Mapping[str, int]],
         trouble: Callable[[], str | None],
     ) -> None:
         self._engine = engine
         self._image = image
         self._mountpoint = mountpoint
         self._durability = durability
+        self._fast_path = fast_path  # `FastPath.collect`
         self._bitmaps = BitmapCommands(engine)
         self._trouble = trouble  # why the FUSE face is not healthy, if it is not
 
@@ -75,7 +78,9 @@ class Commands:
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The mount as a whole."""
         self._engine.refresh()
+        fast = self._fast_path()
         status = describe_engine(self._engine)
+        status["counters"] |= {f"fastpath_{kind}": fast[kind] for kind in FAST_COUNTERS}
         reason = self._trouble() or self._engine.unhealthy
         status["image"] = {"path": self._image, **status["image"]}
         status["mount"] = {
@@ -84,7 +89,7 @@ class Commands:
             "healthy": reason is None,
             "reason": reason,
             "durability": self._durability,
-            "fastpath": False,
+            "fastpath": bool(fast["on"]),
         }
         return status
 

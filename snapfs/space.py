@@ -72,6 +72,14 @@ class TempSpace:
     @contextmanager
     def claimed(self, length: int) -> Iterator[int]:
         """Hold up to `length` bytes for a copy during the block; gives how many."""
+        granted = self.lend(length)
+        try:
+            yield granted
+        finally:
+            self.take_back(granted, granted)
+
+    def lend(self, length: int) -> int:
+        """Hold up to `length` bytes for copies until `take_back`; how many it is."""
         if length > self._credit:
             room = self.room()
             granted = min(length, room)
@@ -81,10 +89,12 @@ class TempSpace:
             granted = length
         self._credit -= granted
         self._claimed += granted
-        try:
-            yield granted
-        finally:
-            self._claimed -= granted
+        return granted
+
+    def take_back(self, lent: int, written: int) -> None:
+        """End a loan of which `written` bytes were used."""
+        self._claimed -= lent
+        self._credit += lent - written
 
     def explain(self) -> str:
         """Why a claim was not granted."""

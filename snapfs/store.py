@@ -44,6 +44,7 @@ bitmaps are inconsistent in both cases.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import stat
 from collections.abc import Sequence
@@ -453,6 +454,11 @@ class Store:
 
     def write_finished(self) -> None:
         self._activity.finished()
+
+    @property
+    def activity_page(self) -> mmap.mmap:
+        """The record of changes under way; see `Activity.page`."""
+        return self._activity.page
 
     def beat(self) -> None:
         """Sign of life, to be given every `activity.BEAT_SECONDS`."""

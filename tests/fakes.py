@@ -553,7 +553,7 @@ def pending_of(engine: Engine) -> list[bool]:
 def in_flight(engine: Engine) -> int:
     """Requests in any list of the engine, and pins."""
     return (
-        len(engine._copier._copies)
+        len(engine.copier._copies)
         + len(engine._frozen_reads)
         + sum(layer.pins for layer in engine.layers)
         + sum(layer.pins - 1 for layer in engine._keeper.leaving)

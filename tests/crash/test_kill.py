@@ -68,10 +68,12 @@ def test_killed_at_any_moment_under_load(mount, seed):  # noqa: F811
                 for number in range(10_000):
                     offset = chance.randrange(SIZE - 3 * K64)
                     data = chance.randbytes(chance.choice((512, 4096, 2 * K64)))
-                    uncertain[:] = [(offset, data)]
-                    done = os.pwrite(fd, data, offset)  # short if killed between two requests
-                    content[offset : offset + done] = data[:done]
-                    uncertain[:] = [(offset + done, data[done:])]
+                    while data:  # a write that meets the end of the mount may be short
+                        uncertain[:] = [(offset, data)]
+                        count = os.pwrite(fd, data, offset)
+                        content[offset : offset + count] = data[:count]
+                        uncertain.clear()
+                        offset, data = offset + count, data[count:]
                     if number == after:
                         enough.set()
             except OSError as error:

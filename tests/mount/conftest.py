@@ -61,8 +61,13 @@ class Mounted:
         done = self.snapfs(verb, self.mountpoint, *arguments, "--json", check=check)
         return json.loads(done.stdout)
 
+    @property
+    def all_options(self) -> list[str]:
+        """With those of the whole run, such as no_fastpath."""
+        return [*self.options, *os.environ.get("SNAPFS_TEST_OPTIONS", "").split()]
+
     def start(self) -> Mounted:
-        options = [word for option in self.options for word in ("-o", option)]
+        options = [word for option in self.all_options for word in ("-o", option)]
         self.snapfs("mount", self.image, self.mountpoint, *options)
         status = self.snapfs("status", self.mountpoint, "--json", check=False)
         self.pid = json.loads(status.stdout)["mount"]["pid"]

@@ -34,7 +34,7 @@ def reached():
         self._reached, reached = os.pipe()
         go, self._go = os.pipe()
         ready, told = os.pipe()
-        options = [word for option in disk.options for word in ("-o", option)]
+        options = [word for option in disk.all_options for word in ("-o", option)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", START.format(patch=self.HOLD + patch), str(reached), str(go),
              disk.image, disk.mountpoint, *options, "-f", "--ready-fd", str(told)],

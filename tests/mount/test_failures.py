@@ -189,7 +189,7 @@ cbw.Engine.read = broken
 
 @contextlib.contextmanager
 def patched(mount, content: bytes, patch: str, *options: str):
-    disk = mount(content, *options, start=False)
+    disk = mount(content, "no_fastpath", *options, start=False)  # Python's copies
     daemon = Patched(disk, patch)
     try:
         yield disk, daemon
@@ -277,7 +277,7 @@ def test_a_snapshot_can_be_deleted_while_its_temp_storage_hangs(mount):
 
 def test_a_bug_costs_one_request_and_is_told(mount):
     content = os.urandom(4 * MIB)
-    disk = mount(content, start=False)
+    disk = mount(content, "no_fastpath", start=False)
     daemon = Patched(disk, BUG)
     fd = os.open(disk.active, os.O_RDONLY | os.O_DIRECT)
     with pytest.raises(OSError, match="Input/output"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 from fakes import CLUSTER, Bench
 
@@ -15,7 +17,8 @@ SIZE = 8 * CLUSTER
 @pytest.fixture
 async def commands(nursery):
     bench = Bench.make(nursery, b"1" * SIZE)
-    commands = Commands(bench.engine, "image", "/mnt", "process", lambda: None)
+    fast = lambda: defaultdict(int)  # noqa: E731
+    commands = Commands(bench.engine, "image", "/mnt", "process", fast, lambda: None)
     commands.engine = bench.engine
     return commands
 

@@ -1,0 +1,50 @@
+"""The engine's state at one instant, as plain data for whoever answers requests beside it.
+
+It is true until the next checkpoint and must not be kept longer.  The bits are
+the engine's own: while somebody holds a buffer of them their bitmap can neither
+grow nor be released.  Bit c of a bitmap is bit c % 8 of byte c // 8.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from bitarray import bitarray
+
+from .image import Image
+
+
+class LayerMoment(NamedTuple):
+    """One layer.
+
+    `readable`: its state does not forbid reading as a whole.  The newest `live` one
+    receives copies.
+    """
+
+    id: int
+    size: int
+    readable: bool
+    live: bool
+    temp: Image
+    access: bitarray
+    done: bitarray
+
+
+class Moment(NamedTuple):
+    """The image and its layers.
+
+    `writable`: a write may pass that lies inside the size, touches no pending
+    cluster and none of `frozen` (ranges of clusters [first, stop)), and that
+    first sets its bits in all of `dirty` (writable buffers) and announces itself
+    to the store.  `copying`: where copies are under way.  `layers`: oldest first.
+    """
+
+    image: Image
+    size: int
+    cluster_size: int
+    writable: bool
+    pending: bitarray
+    frozen: list[tuple[int, int]]
+    copying: list[tuple[int, int]]
+    dirty: list[Any]
+    layers: list[LayerMoment]

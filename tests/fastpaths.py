@@ -1,0 +1,187 @@
+"""An engine over real files whose requests may take the fast path, without a kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+from attrs import define, field
+
+from snapfs import requestfilter
+from snapfs.activity import _LAYOUT
+from snapfs.cbw import Engine
+from snapfs.copier import Settings
+from snapfs.fastpath import FIRST_SNAPSHOT, FastPath
+from snapfs.image import Buffer
+from snapfs.manifest import Durability
+from snapfs.pagecache import PageCache
+from snapfs.snapshot import Layer
+from snapfs.store import Store
+
+ACTIVE = 2
+READ, WRITE = 15, 16  # linux/fuse.h
+IN_HEADER = struct.Struct("<IIQQIIIHH")
+IO_IN = struct.Struct("<QQIIQII")  # fuse_read_in and fuse_write_in
+OUT_HEADER = struct.Struct("<IiQ")
+CLUSTER = 4096
+ACTIVE_HANDLE = 1
+
+
+def read_request(
+    inode: int, handle: int, offset: int, size: int, *, unique: int = 7, flags: int = 0
+) -> bytes:
+    body = IO_IN.pack(handle, offset, size, flags, 0, 0, 0)
+    return IN_HEADER.pack(80, READ, unique, inode, 0, 0, 1, 0, 0) + body
+
+
+def write_request(
+    handle: int,
+    offset: int,
+    data: Buffer,
+    *,
+    inode: int = ACTIVE,
+    size: int | None = None,
+    flags: int = 0,
+    unique: int = 8,
+) -> bytes:
+    body = IO_IN.pack(handle, offset, len(data) if size is None else size, flags, 0, 0, 0)
+    header = IN_HEADER.pack(80 + len(data), WRITE, unique, inode, 0, 0, 1, 0, 0)
+    return header + body + bytes(data)
+
+
+class Quarantine:
+    """A PageCache of which some inodes are quarantined."""
+
+    def __init__(self) -> None:
+        self.inodes: set[int] = set()
+
+    def quarantined(self) -> set[int]:
+        return self.inodes
+
+
+@define(eq=False)
+class Rig:
+    """An engine and its fast path."""
+
+    store: Store
+    engine: Engine
+    fast: FastPath
+    quarantine: Quarantine
+    nursery: trio.Nursery
+    kernel: socket.socket
+    device: socket.socket
+    handles: dict[int, int] = field(factory=dict)  # of snapshots, by layer id
+    handed: list[tuple[int, int, int]] = field(factory=list)  # unique, offset, errno
+    handed_reads: list[tuple[int, int, int, bool]] = field(factory=list)  # size, direct
+
+    @classmethod
+    @asynccontextmanager
+    async def make(
+        cls, image: Path, *, on: bool = True, durability: Durability = "process", **settings: Any
+    ) -> AsyncIterator[Rig]:
+        """The image's engine, closed in order at the end."""
+        store = await Store.open(
+            str(image), cluster_size=CLUSTER, durability=durability, limiter=trio.CapacityLimiter(4)
+        )
+        kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kernel.setblocking(False)
+        async with trio.open_nursery() as nursery:
+            engine = Engine(
+                store.image, store.geometry, store, nursery,
+                layers=store.layers, bitmaps=store.dirty, next_id=store.next_id,
+                settings=Settings(**settings),
+            )  # fmt: skip
+            quarantine = Quarantine()
+            fast = FastPath(engine, cast(PageCache, quarantine), store.activity_page, nursery)
+            rig = cls(store, engine, fast, quarantine, nursery, kernel, device)
+            fast.write = rig._write
+            fast.read = rig._read
+            requestfilter.handle_opened(ACTIVE_HANDLE, ACTIVE)
+            if on:
+                fast.start()
+            try:
+                yield rig
+            finally:
+                fast.stop()
+                nursery.cancel_scope.cancel()
+        await store.close(engine.layers, list(engine.tracker.bitmaps))
+        kernel.close()
+        device.close()
+
+    def handle(self, layer: Layer) -> int:
+        """A handle of a snapshot's file."""
+        if layer.id not in self.handles:
+            self.handles[layer.id] = 100 + layer.id
+            requestfilter.handle_opened(100 + layer.id, FIRST_SNAPSHOT + layer.id)
+        return self.handles[layer.id]
+
+    def replies(self) -> dict[int, tuple[int, bytes]]:
+        """Errno and data of the replies that were sent, by the unique of the request."""
+        found: dict[int, tuple[int, bytes]] = {}
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                reply = self.kernel.recv(1 << 18)
+                length, error, unique = OUT_HEADER.unpack_from(reply)
+                assert length == len(reply)
+                assert unique not in found
+                found[unique] = error, reply[OUT_HEADER.size :]
+        return found
+
+    def drain(self, *requests: bytes, patient: bool = True) -> list[int]:
+        """What one drain makes of requests: 0 for Python's, 1 answered, 2 kept."""
+        return requestfilter.try_requests(self.device.fileno(), list(requests), patient=patient)
+
+    def send(self, request: bytes) -> tuple[int, bytes] | None:
+        """Errno and data of the reply; None if the fast path leaves the request to Python."""
+        verdicts = self.drain(request)
+        replies = self.replies()
+        if verdicts in ([], [0]):
+            assert {} == replies
+            return None
+        ((unique, reply),) = replies.items()
+        assert unique == IN_HEADER.unpack_from(request)[2]
+        return reply
+
+    async def _read(self, unique: int, handle: int, offset: int, size: int, direct: bool) -> None:
+        self.handed_reads.append((unique, offset, size, direct))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def readable_never(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+        """Let no end of a copy be heard of before the function that it gives is called."""
+        wait = trio.lowlevel.wait_readable
+        released = trio.Event()
+
+        async def never(fd: int) -> None:
+            if not released.is_set():
+                await released.wait()
+            else:
+                await wait(fd)
+
+        monkeypatch.setattr("trio.lowlevel.wait_readable", never)
+        yield released.set
+
+    async def _write(self, unique: int, handle: int, offset: int, data: bytes) -> None:
+        error = 0
+        try:
+            await self.engine.write(offset, data)
+        except OSError as failure:
+            error = failure.errno or 0
+        self.handed.append((unique, offset, error))
+
+    def activity(self) -> tuple[int, ...]:
+        """under_way, least, most, mtime, ctime of the record."""
+        return tuple(_LAYOUT.unpack_from(self.store.activity_page)[1:6])
+
+    def settled_activity(self) -> tuple[int, ...]:
+        """What the record must be when nothing is under way."""
+        status = os.fstat(self.store.image.fd)
+        return 0, status.st_size, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,0 +1,682 @@
+"""What the fast path answers, and what it leaves to Python."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from fakes import check_bitmaps
+from fastpaths import (
+    ACTIVE,
+    ACTIVE_HANDLE,
+    CLUSTER,
+    IN_HEADER,
+    IO_IN,
+    READ,
+    WRITE,
+    Rig,
+    read_request,
+    write_request,
+)
+
+from snapfs import requestfilter
+from snapfs.fastpath import FIRST_SNAPSHOT
+from snapfs.reqlist import entered
+
+SIZE = 16 * CLUSTER + 100
+OLD = bytes(range(1, 252)) * (SIZE // 251 + 1)
+OLD = OLD[:SIZE]
+NEW = b"\xee" * CLUSTER
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> None:
+    requestfilter.load()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(OLD)
+    return path
+
+
+def written(size: int) -> tuple[int, bytes]:
+    return 0, struct.pack("<II", size, 0)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [(0, 1), (0, SIZE), (100, 9000), (SIZE - 1, 1), (SIZE - 10, 4096), (SIZE, 1), (SIZE + 9, 9)],
+)
+async def test_reads_of_active(image, offset, size):
+    async with Rig.make(image) as rig:
+        assert (0, OLD[offset : offset + size]) == rig.send(
+            read_request(ACTIVE, ACTIVE_HANDLE, offset, size)
+        )
+        rig.fast.collect()
+        assert 1 == rig.engine.counters.reads
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (5, 3 * CLUSTER), (SIZE - 7, 7), (0, SIZE)])
+async def test_writes_inside_the_image(image, offset, size):
+    data = os.urandom(size)
+    async with Rig.make(image) as rig:
+        assert written(size) == rig.send(write_request(ACTIVE_HANDLE, offset, data))
+        rig.fast.collect()
+        assert 1 == rig.engine.counters.writes
+        assert rig.settled_activity() == rig.activity()
+    assert OLD[:offset] + data + OLD[offset + size :] == image.read_bytes()
+
+
+async def test_a_write_past_the_end_is_pythons(image):
+    async with Rig.make(image) as rig:
+        for offset in (SIZE, SIZE - 1, SIZE - CLUSTER + 1, SIZE + CLUSTER, 1 << 62):
+            assert rig.send(write_request(ACTIVE_HANDLE, offset, NEW)) is None
+    assert OLD == image.read_bytes()
+
+
+async def test_a_pending_cluster_is_copied_before_it_is_written(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        request = write_request(ACTIVE_HANDLE, 3 * CLUSTER + 5, NEW)
+        assert [2] == rig.drain(request)
+        assert {8: written(CLUSTER)} == rig.replies()
+        assert [(3, 5)] == list(layer.done.runs(0, 17))
+        assert [(0, 3), (5, 17)] == list(rig.engine._stack.pending.runs(0, 17))
+        assert [1] == rig.drain(request)
+        assert {8: written(CLUSTER)} == rig.replies()
+        assert (0, OLD) == rig.send(
+            read_request(FIRST_SNAPSHOT + layer.id, rig.handle(layer), 0, SIZE)
+        )
+        rig.fast.collect()
+        counters = rig.engine.counters
+        assert (2, 2, 2 * CLUSTER) == (counters.writes, counters.cbw_copies, counters.cbw_bytes)
+        assert 0 < counters.cbw_seconds
+        assert 0 == rig.engine.space._claimed
+        assert rig.settled_activity() == rig.activity()
+        check_bitmaps(rig.engine)
+
+
+async def test_writes_to_one_cluster_share_a_copy(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        requests = [
+            write_request(ACTIVE_HANDLE, 5 * CLUSTER + 100 * n, bytes([n]) * 100, unique=n)
+            for n in range(1, 11)
+        ]
+        assert [2] * 10 == rig.drain(*requests)
+        assert set(range(1, 11)) == set(rig.replies())
+        assert (1, 0) == (rig.engine.counters.cbw_copies, len(rig.engine.copier._copies))
+        assert [(5, 6)] == list(layer.done.runs(0, 17))
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+    assert b"".join(bytes([n]) * 100 for n in range(1, 11)) in image.read_bytes()
+
+
+async def test_one_write_of_everything_copies_in_pieces(tmp_path):
+    image = tmp_path / "large.img"
+    content = os.urandom(1 << 20)
+    image.write_bytes(content)
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.write(100 * CLUSTER, NEW)
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, bytes(1 << 20)))
+        assert 256 == rig.engine.counters.cbw_copies
+        assert content == bytes(await rig.engine.read_snapshot(layer, 0, 1 << 20))
+    assert bytes(1 << 20) == image.read_bytes()
+
+
+async def test_zeros_and_holes_take_no_room(image):
+    with open(image, "r+b") as file:
+        file.truncate(40 * CLUSTER)
+        os.pwrite(file.fileno(), bytes(CLUSTER), 2 * CLUSTER)
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        for cluster in (2, 30, 39):
+            assert [2] == rig.drain(write_request(ACTIVE_HANDLE, cluster * CLUSTER, NEW))
+        assert 0 == layer.temp_bytes() == rig.engine.counters.cbw_bytes
+        assert [(2, 3), (30, 31), (39, 40)] == list(layer.done.runs(0, 40))
+        assert bytes(CLUSTER) == bytes(await rig.engine.read_snapshot(layer, 30 * CLUSTER, CLUSTER))
+
+
+async def test_the_short_last_cluster_is_copied(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, SIZE - 1, b"x"))
+        assert 100 == rig.engine.counters.cbw_bytes
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+
+
+async def test_the_newest_snapshot_that_lives_receives(image):
+    async with Rig.make(image) as rig:
+        old = await rig.engine.create_snapshot("old")
+        new = await rig.engine.create_snapshot("new")
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
+        assert (False, True) == (old.done.get(0), new.done.get(0))
+        await rig.engine.delete_snapshot("new")
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW))
+        assert (False, True) == (old.done.get(0), old.done.get(1))
+        assert OLD == bytes(await rig.engine.read_snapshot(old, 0, SIZE))
+        check_bitmaps(rig.engine)
+
+
+async def test_what_python_copies_is_pythons(image):
+    async with Rig.make(image) as rig:
+        await rig.engine.create_snapshot("s")
+        with entered(rig.engine.copier._copies, 3, 5):
+            assert rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER - 1, b"x")) is None
+            assert rig.send(write_request(ACTIVE_HANDLE, 2 * CLUSTER, NEW + b"x")) is None
+            assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
+
+
+async def test_copies_stay_inside_the_limit(image):
+    async with Rig.make(image, temp_limit=3 * CLUSTER) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
+        assert [0] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 3))
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 2))
+        assert [0] == rig.drain(write_request(ACTIVE_HANDLE, 5 * CLUSTER, NEW))
+        assert 3 * CLUSTER == layer.temp_bytes()
+        assert 0 == rig.engine.space._claimed
+
+
+async def until_quiet(rig: Rig, handed: int) -> None:
+    while len(rig.handed) < handed or rig.fast._copies:
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(0.001)  # a thread has to end
+
+
+async def test_copies_that_take_long_become_the_engines(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        requests = [write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n) for n in (1, 2, 4)]
+        assert [2, 2, 2] == rig.drain(*requests, patient=False)
+        assert {} == rig.replies()
+        assert {(1, 2), (2, 3), (4, 5)} == set(rig.engine.copier.ranges)
+        assert 3 == layer.pins
+        assert not layer.done.any(0, 17)
+        # until they are through nothing more is copied here
+        assert rig.send(write_request(ACTIVE_HANDLE, 9 * CLUSTER, NEW)) is None
+        await until_quiet(rig, 3)
+        assert [(1, CLUSTER, 0), (2, 2 * CLUSTER, 0), (4, 4 * CLUSTER, 0)] == sorted(rig.handed)
+        assert [(1, 3), (4, 5)] == list(layer.done.runs(0, 17))
+        assert (0, 0) == (layer.pins, rig.engine.space._claimed)
+        assert 3 == rig.engine.counters.cbw_copies
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 9 * CLUSTER, NEW))
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+        check_bitmaps(rig.engine)
+
+
+@pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
+async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch):
+    """Its end is kept from Python, as if the temp image did not answer."""
+    ended = requestfilter.ended_copies
+    async with Rig.make(image, cbw_timeout=0.05, on_cbw_error=policy) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        monkeypatch.setattr(requestfilter, "ended_copies", list)
+        with Rig.readable_never(monkeypatch) as let_go:
+            assert [2] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW), patient=False)
+            while not rig.handed:
+                await trio.testing.wait_all_tasks_blocked()
+                await trio.sleep(0.001)
+            lost = policy == "break-snapshot"
+            assert [(8, CLUSTER, 0 if lost else errno.ETIMEDOUT)] == rig.handed
+            assert [(1, 2)] == rig.engine.copier.ranges
+            # others are served: what needs no copy here, what does by Python
+            assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
+            assert rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, NEW)) is None
+            await rig.engine.write(5 * CLUSTER, NEW)
+            monkeypatch.setattr(requestfilter, "ended_copies", ended)
+            let_go()
+            await until_quiet(rig, 1)
+        assert (1 if lost else 0) == layer.lost
+        assert (not lost) == layer.done.get(1)
+        assert (1 if lost else 2) * CLUSTER == layer.temp_bytes()
+        assert 0 == layer.pins
+        check_bitmaps(rig.engine)
+
+
+async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        rig.drain(write_request(ACTIVE_HANDLE, 0, NEW), patient=False)
+        await rig.engine.discard(layer, 0, CLUSTER)
+        await until_quiet(rig, 1)
+        assert not layer.done.any(0, 17)
+        assert 0 == layer.temp_bytes()
+        check_bitmaps(rig.engine)
+
+
+@pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
+async def test_a_copy_that_fails_goes_to_the_policy(image, policy):
+    async with Rig.make(image, on_cbw_error=policy) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        good, null = os.dup(layer.temp.fd), os.open("/dev/full", os.O_RDWR)
+        os.dup2(null, layer.temp.fd)
+        requests = [write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n) for n in (1, 2)]
+        assert [2, 2] == rig.drain(*requests)
+        assert {} == rig.replies()
+        await until_quiet(rig, 2)
+        os.dup2(good, layer.temp.fd)
+        os.close(good)
+        os.close(null)
+        lost = policy == "break-snapshot"
+        errors = {error for _, _, error in rig.handed}
+        assert ({0} if lost else {errno.ENOSPC}) == errors
+        assert (2 if lost else 0, "incomplete" if lost else "ok") == (layer.lost, layer.state)
+        assert (0, 0) == (layer.pins, rig.engine.space._claimed)
+        assert rig.settled_activity() == rig.activity()
+        check_bitmaps(rig.engine)
+    assert (NEW * 2 if lost else OLD[CLUSTER : 3 * CLUSTER]) == image.read_bytes()[
+        CLUSTER : 3 * CLUSTER
+    ]
+
+
+async def test_more_writes_than_can_be_kept(image):
+    with open(image, "r+b") as file:
+        file.truncate(400 * CLUSTER)
+    async with Rig.make(image) as rig:
+        await rig.engine.create_snapshot("s")
+        requests = [
+            write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n + 1) for n in range(300)
+        ]
+        verdicts = rig.drain(*requests, patient=False)
+        assert {0, 2} == set(verdicts)
+        assert 128 == verdicts.count(2)
+        await until_quiet(rig, 128)
+        assert 128 == rig.engine.counters.cbw_copies
+
+
+async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(str(args.exc_value)))
+    async with Rig.make(image) as rig:
+        await rig.engine.create_snapshot("s")
+
+        def finish(*arguments):
+            copies = arguments[4]
+            while copies:  # end them, lest they are another test's
+                for ended in requestfilter.ended_copies():
+                    copies.remove(next(each for each in copies if each[0] == ended[0]))
+            raise LookupError("a bug")
+
+        requestfilter.set_fastpath(rig.fast._publish, rig.engine.copier.lend, finish)
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW), patient=False)
+        assert {8: (-errno.EIO, b"")} == rig.replies()
+        assert ["a bug"] == seen
+        assert not rig.fast.collect()["on"]
+
+
+async def test_a_frozen_read_keeps_writes_to_its_clusters_out(image):
+    async with Rig.make(image) as rig:
+        with entered(rig.engine._frozen_reads, 3, 5):
+            assert rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER - 1, b"x")) is None
+            assert rig.send(write_request(ACTIVE_HANDLE, 2 * CLUSTER, NEW + b"x")) is None
+            assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
+            assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 2 * CLUSTER, NEW))
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER - 1, b"x"))
+
+
+async def test_a_closed_gate_keeps_writes_out_and_reads_not(image):
+    async with Rig.make(image) as rig:
+        async with rig.engine._gate.closed():
+            assert rig.send(write_request(ACTIVE_HANDLE, 0, NEW)) is None
+            assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
+        assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 0, NEW))
+
+
+async def test_a_read_only_mount_writes_nothing(image):
+    async with Rig.make(image) as rig:
+        rig.engine.read_only = True
+        assert rig.send(write_request(ACTIVE_HANDLE, 0, NEW)) is None
+
+
+async def test_a_write_beside_one_of_pythons_leaves_the_record_to_it(image):
+    async with Rig.make(image) as rig:
+        rig.store.write_started(SIZE)
+        assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 0, NEW))
+        assert 1 == rig.activity()[0]
+        rig.store.write_finished()
+        assert rig.settled_activity() == rig.activity()
+
+
+async def test_dirty_bits_are_set_before_the_write_and_need_room(image, monkeypatch):
+    async with Rig.make(image) as rig:
+        first, second = bytearray(3), bytearray(3)
+        plain = rig.engine.moment
+
+        def with_dirty(*bitmaps):
+            monkeypatch.setattr(rig.engine, "moment", lambda: plain()._replace(dirty=list(bitmaps)))
+
+        with_dirty(first, second)
+        assert written(2) == rig.send(write_request(ACTIVE_HANDLE, 9 * CLUSTER - 1, b"xy"))
+        assert bytes([0, 0b11, 0]) == first == second
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, SIZE - 1, b"x"))
+        assert bytes([0, 0b11, 1]) == first
+        short = bytearray(1)
+        with_dirty(first, short)
+        assert rig.send(write_request(ACTIVE_HANDLE, 8 * CLUSTER, b"x")) is None
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"x"))
+        assert bytes([1]) == short
+
+
+async def test_a_dirty_bitmap_has_what_is_written_natively(image):
+    async with Rig.make(image) as rig:
+        await rig.engine.tracker.add("b")
+        layer = await rig.engine.create_snapshot("s")
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER, b"x"))
+        assert layer.done.get(3)
+        clusters = rig.engine.geometry.clusters
+        bits = rig.engine.tracker.bitmaps.wanted("b", clusters)
+        assert [3] == [cluster for cluster in range(clusters) if bits[cluster]]
+
+
+@pytest.mark.parametrize("what", ["snapshot", "bitmap"])
+async def test_what_must_be_durable_before_a_write_is_not_written_natively(image, what):
+    async with Rig.make(image, durability="power") as rig:
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"x"))
+        if what == "snapshot":
+            await rig.engine.create_snapshot("s")
+        else:
+            await rig.engine.tracker.add("b")
+        assert rig.send(write_request(ACTIVE_HANDLE, 0, b"x")) is None
+
+
+async def test_reads_of_snapshots_find_their_sources(image):
+    async with Rig.make(image) as rig:
+        first = await rig.engine.create_snapshot("first")
+        await rig.engine.write(0, NEW)
+        second = await rig.engine.create_snapshot("second")
+        await rig.engine.write(CLUSTER, b"\xdd" * CLUSTER * 2)
+        for layer, content in ((first, OLD), (second, NEW + OLD[CLUSTER:])):
+            inode = FIRST_SNAPSHOT + layer.id
+            for offset, size in ((0, SIZE), (CLUSTER - 1, 2), (SIZE - 1, 9), (SIZE, 9), (77, 0)):
+                assert (0, content[offset : offset + size]) == rig.send(
+                    read_request(inode, rig.handle(layer), offset, size)
+                )
+        rig.fast.collect()
+        assert 10 == rig.engine.counters.snapshot_reads
+
+
+async def test_what_may_not_be_read_of_a_snapshot_is_pythons(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        inode, handle = FIRST_SNAPSHOT + layer.id, rig.handle(layer)
+        await rig.engine.discard(layer, 2 * CLUSTER, CLUSTER)
+        assert rig.send(read_request(inode, handle, 2 * CLUSTER - 1, 2)) is None
+        assert rig.send(read_request(inode, handle, 3 * CLUSTER - 1, 1)) is None
+        assert rig.send(read_request(inode, handle, 0, SIZE)) is None
+        assert (0, OLD[: 2 * CLUSTER]) == rig.send(read_request(inode, handle, 0, 2 * CLUSTER))
+        rig.quarantine.inodes.add(inode)
+        assert rig.send(read_request(inode, handle, 0, 1)) is None
+        rig.quarantine.inodes.clear()
+        layer.degrade("lost", "a test")
+        assert rig.send(read_request(inode, handle, 0, 1)) is None
+
+
+async def test_a_snapshot_that_is_gone_is_pythons(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        inode, handle = FIRST_SNAPSHOT + layer.id, rig.handle(layer)
+        await rig.engine.delete_snapshot("s")
+        assert rig.send(read_request(inode, handle, 0, 1)) is None
+
+
+async def test_a_snapshot_keeps_its_end_when_the_image_shrinks_and_grows(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        inode, handle = FIRST_SNAPSHOT + layer.id, rig.handle(layer)
+        await rig.engine.resize(3 * CLUSTER + 5)
+        assert (0, OLD) == rig.send(read_request(inode, handle, 0, SIZE))
+        assert (0, OLD[3 * CLUSTER : 3 * CLUSTER + 5]) == rig.send(
+            read_request(ACTIVE, ACTIVE_HANDLE, 3 * CLUSTER, CLUSTER)
+        )
+        assert rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER, NEW)) is None
+        await rig.engine.resize(40 * CLUSTER)
+        assert (0, bytes(CLUSTER)) == rig.send(
+            read_request(ACTIVE, ACTIVE_HANDLE, 39 * CLUSTER, CLUSTER)
+        )
+        assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 39 * CLUSTER, NEW))
+        assert (0, OLD) == rig.send(read_request(inode, handle, 0, 40 * CLUSTER))
+
+
+@pytest.mark.parametrize("what", ["read", "write"])
+async def test_a_request_that_lies_is_pythons(image, what):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        inode, handle = FIRST_SNAPSHOT + layer.id, rig.handle(layer)
+        await rig.engine.write(0, OLD[: 4 * CLUSTER])  # nothing is pending there
+        before = image.read_bytes()
+        if what == "read":
+            good = read_request(ACTIVE, ACTIVE_HANDLE, 0, 100)
+            bad = [
+                read_request(ACTIVE, handle, 0, 1),  # another file's
+                read_request(inode, ACTIVE_HANDLE, 0, 1),
+                read_request(ACTIVE, 0, 0, 1),
+                read_request(ACTIVE, ACTIVE_HANDLE + 4096, 0, 1),  # the same slot
+                read_request(1, ACTIVE_HANDLE, 0, 1),
+                read_request(inode + 1, handle, 0, 1),
+                read_request(ACTIVE, ACTIVE_HANDLE, 0, (1 << 20) + 1),
+                read_request(ACTIVE, ACTIVE_HANDLE, 0, (1 << 32) - 1),
+                read_request(ACTIVE, ACTIVE_HANDLE, (1 << 64) - 1, 1),
+                read_request(inode, handle, (1 << 63) - 1, 1),
+                read_request(inode, handle, (1 << 64) - 4096, 4096),
+            ]
+        else:
+            good = write_request(ACTIVE_HANDLE, 0, NEW)
+            bad = [
+                write_request(ACTIVE_HANDLE, 0, NEW, size=CLUSTER + 1),
+                write_request(ACTIVE_HANDLE, 0, NEW, size=CLUSTER - 1),
+                write_request(ACTIVE_HANDLE, 0, NEW, size=(1 << 32) - 1),
+                write_request(ACTIVE_HANDLE, 0, b""),
+                write_request(ACTIVE_HANDLE, (1 << 64) - 1, NEW),
+                write_request(ACTIVE_HANDLE, (1 << 64) - CLUSTER, NEW),
+                write_request(ACTIVE_HANDLE, (1 << 63) - 1, NEW),
+                write_request(ACTIVE_HANDLE, 0, NEW, flags=1 << 3),
+                write_request(handle, 0, NEW),
+                write_request(handle, 0, NEW, inode=inode),
+                write_request(ACTIVE_HANDLE, 0, NEW, inode=inode),
+                write_request(0, 0, NEW),
+            ]
+        kind = READ if what == "read" else WRITE
+        for size in (0, 1, 39, 40, 79, len(good) - 1, len(good) + 1):
+            header = IN_HEADER.pack(size, kind, 7, ACTIVE, 0, 0, 1, 0, 0)
+            bad.append((header + good[40:] + b"x")[:size])
+            bad.append(header + good[40:])  # the header's length is not the request's
+        for request in bad:
+            assert rig.send(request) is None, request[:80]
+        requestfilter.handle_closed(ACTIVE_HANDLE)
+        assert rig.send(good) is None
+        assert before == image.read_bytes()
+
+
+@pytest.mark.parametrize("flags", [0, 1, 2, 4, 7])
+async def test_known_flags_of_a_write_change_nothing(image, flags):
+    async with Rig.make(image) as rig:
+        assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 0, NEW, flags=flags))
+
+
+async def test_a_handle_that_was_closed_and_another_in_its_slot(image):
+    async with Rig.make(image) as rig:
+        requestfilter.handle_opened(ACTIVE_HANDLE + 4096, ACTIVE)
+        assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
+        requestfilter.handle_closed(ACTIVE_HANDLE)  # does not know it any more
+        assert (0, OLD[:1]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE + 4096, 0, 1))
+
+
+async def test_what_is_not_in_the_page_cache_waits_or_is_pythons(image):
+    """Reads, and writes that would read a part of a page first."""
+    async with Rig.make(image) as rig:
+
+        def drop() -> None:
+            os.fsync(rig.store.image.fd)
+            os.posix_fadvise(rig.store.image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+        drop()
+        try:
+            os.preadv(rig.store.image.fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            drop()  # the failed read begins to read ahead
+        else:
+            pytest.skip("this file system keeps its pages")
+        read = read_request(ACTIVE, ACTIVE_HANDLE, 5, 3 * CLUSTER, unique=3, flags=2)
+        assert [2] == rig.drain(read, patient=False)
+        assert {} == rig.replies()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [(3, 5, 3 * CLUSTER, True)] == rig.handed_reads
+        drop()
+        assert (0, OLD[5 : 5 + 3 * CLUSTER]) == rig.send(read)  # when it has come
+        for offset, size in ((1, 1), (0, 1), (CLUSTER - 1, CLUSTER + 1), (0, CLUSTER + 1)):
+            drop()
+            request = write_request(ACTIVE_HANDLE, offset, b"y" * size)
+            assert [2] == rig.drain(request, patient=False)
+            assert {} == rig.replies()
+            await until_quiet(rig, 1)
+            assert [(8, offset, 0)] == rig.handed
+            rig.handed.clear()
+            drop()
+            assert written(size) == rig.send(request)
+        assert 5 <= rig.fast.collect()["cold"]
+        assert rig.settled_activity() == rig.activity()
+        assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 0, NEW))
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 1, b"x"))
+
+
+async def test_a_cold_read_of_a_snapshot(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.write(2 * CLUSTER, NEW)
+        for file in (rig.store.image, layer.temp):
+            os.fsync(file.fd)
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        request = read_request(FIRST_SNAPSHOT + layer.id, rig.handle(layer), 0, SIZE)
+        assert (0, OLD) == rig.send(request)
+        await rig.engine.discard(layer, 5 * CLUSTER, CLUSTER)
+        assert rig.send(request) is None
+
+
+async def test_a_write_that_fails_is_pythons(image, tmp_path):
+    async with Rig.make(image) as rig:
+        fd = os.open(image, os.O_RDONLY)
+        good = os.dup(rig.store.image.fd)
+        os.dup2(fd, rig.store.image.fd)  # writing is EBADF
+        assert rig.send(write_request(ACTIVE_HANDLE, 0, NEW)) is None
+        os.dup2(good, rig.store.image.fd)
+        os.close(fd)
+        os.close(good)
+        assert rig.settled_activity() == rig.activity()
+
+
+async def test_bitmaps_can_grow_and_go_between_drains(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        inode, handle = FIRST_SNAPSHOT + layer.id, rig.handle(layer)
+        assert (0, OLD[:1]) == rig.send(read_request(inode, handle, 0, 1))
+        await rig.engine.write(100 * CLUSTER, NEW)
+        await rig.engine.delete_snapshot("s")
+        assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 100 * CLUSTER, NEW))
+
+
+async def test_more_layers_or_ranges_than_there_is_room_for(image, monkeypatch):
+    async with Rig.make(image) as rig:
+        plain = rig.engine.moment()
+        layer = await rig.engine.create_snapshot("s")
+        for name, value in (
+            ("frozen", (1, 2)),
+            ("copying", (1, 2)),
+            ("dirty", bytearray(9)),
+            ("layers", rig.engine.moment().layers[0]),
+        ):
+            for count, answer in ((256, (0, OLD[:9])), (257, None), (0, (0, OLD[:9]))):
+                full = plain._replace(**{name: [value] * count})
+                monkeypatch.setattr(rig.engine, "moment", lambda full=full: full)
+                assert answer == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9)), name
+        assert layer.live
+
+
+async def test_an_empty_image(tmp_path):
+    image = tmp_path / "empty"
+    image.touch()
+    async with Rig.make(image) as rig:
+        assert (0, b"") == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 4096))
+        assert rig.send(write_request(ACTIVE_HANDLE, 0, b"x")) is None
+
+
+@pytest.mark.parametrize(
+    "state",
+    [7, (), (1, 2), (0, 1, 12, True, False, [], [], [], [], bytearray(), bytearray(56))],
+    ids=["not a tuple", "empty", "short", "bitmap too short"],
+)
+async def test_nonsense_switches_it_off(image, state, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(str(args.exc_value)))
+    async with Rig.make(image) as rig:
+        requestfilter.set_fastpath(lambda: state, int, print)
+        assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
+        assert 1 == len(seen)
+        assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
+        assert 1 == len(seen)
+        assert not rig.fast.collect()["on"]
+
+
+async def test_off_or_not_now_everything_is_pythons(image):
+    async with Rig.make(image, on=False) as rig:
+        assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
+        requestfilter.set_fastpath(lambda: None, int, print)
+        assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
+        assert rig.fast.collect()["on"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_junk_is_answered_by_nobody_or_truly(image, seed):
+    """Requests with random bytes in them: what is answered is what they say."""
+    chance = random.Random(seed)
+    content = bytearray(OLD)
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.discard(layer, 12 * CLUSTER, CLUSTER)
+        handle, inode = rig.handle(layer), FIRST_SNAPSHOT + layer.id
+        answered = 0
+        for _ in range(5000):
+            data = chance.randbytes(chance.randrange(9000))
+            request = bytearray(
+                chance.choice(
+                    (
+                        read_request(ACTIVE, ACTIVE_HANDLE, chance.randrange(SIZE), 4096),
+                        read_request(inode, handle, chance.randrange(SIZE), CLUSTER * 3),
+                        write_request(ACTIVE_HANDLE, chance.randrange(SIZE), data),
+                    )
+                )
+            )
+            for _ in range(chance.randrange(4)):
+                request[chance.randrange(min(len(request), 80))] = chance.choice(
+                    (0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256))
+                )
+            del request[chance.choice((len(request), chance.randrange(len(request) + 1))) :]
+            reply = rig.send(bytes(request))
+            if reply is None:
+                continue
+            answered += 1
+            _, kind, _, inode_, *_ = IN_HEADER.unpack_from(request)
+            _, offset, size, *_ = IO_IN.unpack_from(request, IN_HEADER.size)
+            if kind == WRITE:
+                assert written(size) == reply
+                assert (ACTIVE, size) == (inode_, len(request) - 80)
+                content[offset : offset + size] = request[80:]
+            else:
+                source = content if inode_ == ACTIVE else OLD
+                assert (0, bytes(source[offset : offset + size])) == reply
+                assert inode_ == ACTIVE or not {12} & set(
+                    layer.geometry.touched(offset, min(size, SIZE - offset))
+                )
+        assert answered > 500
+        first = 12 * CLUSTER
+        assert OLD[:first] == bytes(await rig.engine.read_snapshot(layer, 0, first))
+        check_bitmaps(rig.engine)
+    assert content == image.read_bytes()
