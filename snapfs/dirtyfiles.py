@@ -91,6 +91,10 @@ class DirtyFiles:
             self._files[bitmap_id] = file, commit
         return _parts(mapping, commit)
 
+    def names(self) -> list[str]:
+        """What files there are.  Blocks."""
+        return os.listdir(self._fd)
+
     # Recovery
 
     def recover(
