@@ -68,6 +68,11 @@ def tree(path: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+def outside(found: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """What of a tree is not in the state directory."""
+    return {key: each for key, each in found.items() if ".snapfs" not in key}
+
+
 def seen(report: Report) -> list[tuple[str, str]]:
     """Grade and place of all that is not a note."""
     return [(str(each.grade), each.where) for each in report.findings if each.grade != "note"]
@@ -139,6 +144,15 @@ def made(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def leftover_link(state: Path) -> None:
+    (state.parent / "elsewhere").mkdir()
+    (state / "snapshots/8").symlink_to(state.parent / "elsewhere")
+
+
+def leftover_pipe(state: Path) -> None:
+    os.mkfifo(state / "bitmaps/8")
+
+
 def both(*damages: Callable[[Path], None]) -> Callable[[Path], None]:
     def damage(state: Path) -> None:
         for each in damages:
@@ -179,6 +193,8 @@ REPAIRABLE = [
     (cut("activity", 5), "repairable", "activity", "5 bytes"),
     (made("snapshots/77"), "leftover", "snapshots/77", "no list"),
     (made("snapshots/01"), "leftover", "snapshots/01", "no list"),
+    (leftover_link, "leftover", "snapshots/8", "no list"),
+    (leftover_pipe, "leftover", "bitmaps/8", "no list"),
     (stored("bitmaps/9", 0, b"x"), "leftover", "bitmaps/9", "no list"),
     (stored("manifest.json.new", 0, b"{"), "leftover", "manifest.json.new", "finished"),
     (stored("control.sock", 0, b""), "leftover", "control.sock", "died"),
@@ -248,6 +264,7 @@ async def test_what_needs_a_decision_is_said_and_left_alone(image, damage, grade
     if where != "bitmaps":
         with pytest.raises(StateError):
             await opened(image)
+    assert outside(before) == outside(tree(image.parent))
 
 
 UNUSABLE = [
@@ -509,12 +526,13 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def mutate(value: Any, mutations: list[tuple[float, str, Any]]) -> Any:
-    """Values of a JSON document replaced or left out."""
+def mutate(value: Any, mutations: list[tuple[Any, str, Any]]) -> Any:
+    """Values of a JSON document replaced or left out: at a path, or that share of all paths."""
     box = {"top": value}
-    for share, action, new in mutations:
+    for place, action, new in mutations:
         paths = places(box)[1:]
-        *inner, last = paths[int(share * len(paths))]
+        path = place if isinstance(place, tuple) else paths[int(place * len(paths))]
+        *inner, last = path
         at: Any = box
         for key in inner:
             at = at[key]
@@ -546,26 +564,26 @@ def assert_contained(template: Path, damage: Callable[[Path], None]) -> None:
         os.symlink(parent / "canary" / "temp", state_of(image) / "manifest.json.new")
         damage(state_of(image))
         before = tree(parent)
-        outside = {key: each for key, each in before.items() if ".snapfs" not in key}
-
-        def still_outside() -> dict[str, tuple[Any, ...]]:
-            return {key: each for key, each in tree(parent).items() if ".snapfs" not in key}
-
         for repair in (False, True):
             try:
                 check(str(state_of(image)), repair=repair)
             except (SnapfsError, OSError):
                 pass
-            assert (outside if repair else before) == (still_outside() if repair else tree(parent))
+            after = tree(parent)
+            assert outside(before) == outside(after)
+            assert repair or before == after
         try:
             trio.run(open_and_close, image)
         except (SnapfsError, OSError):
             pass
-        assert outside == still_outside()
+        assert outside(before) == outside(tree(parent))
 
 
 @given(mutations=MUTATIONS)
-@example(mutations=[(0.5, "set", "../../canary")])
+@example(mutations=[(("top", "layers", 0, "id"), "set", "../../canary")])
+@example(mutations=[(("top", "layers", 1, "size"), "set", 1 << 70)])
+@example(mutations=[(("top", "layers", 1, "size"), "set", 1 << 61)])
+@example(mutations=[(("top", "image", "path"), "set", "a\0b")])
 def test_no_manifest_is_a_traceback_or_a_way_out(template, mutations):
     def damage(state: Path) -> None:
         path = state / "manifest.json"
