@@ -82,7 +82,7 @@ class Activity:
         is no record.
         """
         magic, under_way, least, most, mtime, ctime, alive = _LAYOUT.unpack_from(self._mapping)
-        if magic != _MAGIC:
+        if magic != _MAGIC or least < 0:
             raise StateError("activity in the state directory holds no record")
         if not under_way:
             return image.change_since(evolve(known, size=least, mtime_ns=mtime, ctime_ns=ctime))

@@ -45,6 +45,21 @@ def file_bytes(clusters: int) -> int:
     return HEAD_BYTES + max(1, -(-clusters // bits_per_page)) * PAGE_BYTES
 
 
+def is_plausible(size: int) -> bool:
+    """Can the file of a bitmap have that many bytes?"""
+    return size >= HEAD_BYTES + PAGE_BYTES and size % PAGE_BYTES == 0
+
+
+def distrusted(head: bytes | mmap.mmap) -> str | None:
+    """Why the bits are not to be trusted, by the head of their file; None: they are."""
+    magic, length = _HEAD.unpack_from(head)
+    if magic != _MAGIC or length > MAX_REASON_BYTES:
+        return "its file is damaged"
+    if length:
+        return head[_HEAD.size : _HEAD.size + length].decode(errors="replace")
+    return None
+
+
 def _parts(mapping: mmap.mmap, commit: GroupCommit | None) -> DirtyParts:
     buffer = memoryview(mapping)[HEAD_BYTES:]
     bits = Bitmap(buffer.nbytes * 8, buffer)
@@ -91,6 +106,10 @@ class DirtyFiles:
             self._files[bitmap_id] = file, commit
         return _parts(mapping, commit)
 
+    def names(self) -> list[str]:
+        """What files there are.  Blocks."""
+        return os.listdir(self._fd)
+
     # Recovery
 
     def recover(
@@ -120,7 +139,7 @@ class DirtyFiles:
             fd = statefiles.open_file(self._fd, str(record.id))
             try:
                 size = os.fstat(fd).st_size
-                if size < HEAD_BYTES + PAGE_BYTES or size % PAGE_BYTES:
+                if not is_plausible(size):
                     raise StateError(f"its file has {size} bytes")
                 mapping = statefiles.map_file(fd, size)
             finally:
@@ -129,11 +148,8 @@ class DirtyFiles:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             log.error("bitmap %s cannot be read: %s", record.name, reason)
             return DirtyBitmap(record.id, record.name, None, f"it cannot be read: {reason}")
-        magic, length = _HEAD.unpack_from(mapping)
-        if magic != _MAGIC or length > MAX_REASON_BYTES:
-            return DirtyBitmap(record.id, record.name, None, "its file is damaged")
-        if length:
-            reason = mapping[_HEAD.size : _HEAD.size + length].decode(errors="replace")
+        reason = distrusted(mapping)
+        if reason is not None:
             return DirtyBitmap(record.id, record.name, None, reason)
         bitmap = DirtyBitmap(record.id, record.name, self._mapped(record.id, mapping))
         if size < file_bytes(clusters):

@@ -225,6 +225,11 @@ class FileImage:
         for start, stop in _data_inside(self.fd, [(offset, offset + length)], sys.maxsize)[0]:
             _punch(self.fd, start, stop - start)
 
+    def data_bytes(self, offset: int, length: int) -> int:
+        """How much of the range is data, not holes.  Blocks."""
+        extents = _data_inside(self.fd, [(offset, offset + length)], sys.maxsize)[0]
+        return sum(stop - start for start, stop in extents)
+
     async def zero(self, offset: int, length: int) -> None:
         await self._offload(_zero, self.fd, offset, length)
 

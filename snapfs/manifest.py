@@ -23,6 +23,8 @@ from .snapshot import LayerRecord, check_name
 Durability = Literal["process", "power"]
 
 VERSION = 2
+MAX_NUMBER = 1 << 62  # below it sizes, times and their sums fit into 64 bits
+MAX_ERRNO = 4095  # MAX_ERRNO of Linux
 MAX_BYTES = 16 << 20  # a manifest of this size has some 50,000 snapshots
 
 
@@ -102,11 +104,15 @@ class Manifest:
         if not isinstance(value, dict):
             raise StateError(f"{where} is not a JSON object")
         version = value.get("version")
+        if not isinstance(version, int):
+            raise StateError(f"{where} has no version")
         if version != VERSION:
             raise StateError(f"{where} has version {version!r}; this snapfs reads {VERSION}")
         try:
             manifest = _converter.structure(value, cls)
             manifest._check()
+        except RecursionError:
+            raise StateError(f"{where} is damaged: it is nested too deeply") from None
         except (cattrs.BaseValidationError, InvalidName, ValueError, TypeError) as error:
             raise StateError(f"{where} is damaged: {'; '.join(_reasons(error))}") from None
         return manifest
@@ -122,9 +128,14 @@ class Manifest:
         for layer in self.layers:
             if layer.name is not None:
                 check_name(layer.name)
-            if min(layer.size, layer.lost, layer.granted, layer.blocks) < 0:
+            counts = (layer.size, layer.lost, layer.granted, layer.blocks)
+            if min(counts) < 0:
                 raise ValueError(f"snapshot {layer.id} has a negative number")
-
+            times = (abs(layer.created_ns), abs(layer.since_ns or 0))
+            if max(*counts, *times) >= MAX_NUMBER or not 0 <= (layer.errno or 0) <= MAX_ERRNO:
+                raise ValueError(f"snapshot {layer.id} has a number that is too large")
+        if self.next_id >= MAX_NUMBER:
+            raise ValueError("next_id is too large")
         self._check_bitmaps(set(ids))
 
     def _check_bitmaps(self, taken: set[int]) -> None:

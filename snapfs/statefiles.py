@@ -55,6 +55,11 @@ def open_file(parent: int, name: str, flags: int = os.O_RDWR) -> int:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise StateError(f"{name} in the state directory is not a regular file")
+        if os.fstat(fd).st_nlink > 1:  # cp -al: what is written here would change the copy
+            raise StateError(
+                f"{name} in the state directory has another name as well (a hard link); "
+                "replace it by a copy of its own"
+            )
         _check_owner(fd, name)
     except BaseException:
         os.close(fd)
@@ -196,11 +201,13 @@ def sync_file(parent: int, name: str) -> None:
 def remove_tree(path: str | os.PathLike[str], *, parent: int | None = None) -> None:
     """Remove a directory of ours with its files, or a file; nothing if it is not there.
 
-    Never follows a link out of it (shutil.rmtree works with descriptors).
+    Never follows a link out of it (shutil.rmtree works with descriptors), and
+    opens directories only: a FIFO would block.
     """
     try:
-        shutil.rmtree(path, dir_fd=parent)
+        if stat.S_ISDIR(os.stat(path, dir_fd=parent, follow_symlinks=False).st_mode):
+            shutil.rmtree(path, dir_fd=parent)
+        else:
+            os.unlink(path, dir_fd=parent)
     except FileNotFoundError:
         pass
-    except NotADirectoryError:
-        os.unlink(path, dir_fd=parent)

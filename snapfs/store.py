@@ -108,6 +108,25 @@ def open_image(path: str, *, read_only: bool) -> int:
     return fd
 
 
+def distrust(known: Manifest, stamp: ImageStamp, activity: Activity) -> tuple[str | None, bool]:
+    """Why what is mapped does not tell of the image as it is, if so; and is it all wrong?
+
+    `stamp`: of the image now.  Raises StateError if `activity` is needed and no record.
+    """
+    if not known.layers and not known.bitmaps:
+        return None, False
+    rebooted = not known.clean and known.boot_id != boot_id()
+    if rebooted and known.durability != "power":
+        return "the machine went down without unmounting", True
+    if known.clean:
+        change = stamp.change_since(known.image)
+    elif rebooted:
+        change = activity.change_since_boot(known.image, stamp)
+    else:
+        change = activity.change_since(known.image, stamp)
+    return change and f"the image was changed while it was not mounted: {change}", False
+
+
 class Store:
     """The state directory of a mounted image; implements `LayerStore`.
 
@@ -197,6 +216,8 @@ class Store:
                 store._enter(path, image_fd, cluster_size)
                 return store
             except BaseException:
+                for layer in store.layers:
+                    layer.temp.close()
                 store._release()
                 if made:
                     statefiles.remove_tree(directory)
@@ -221,6 +242,11 @@ class Store:
         known = self._read_manifest()
         self._activity = Activity.open(self._fd, image_fd)
         if known is None:
+            if os.listdir(self._snapshots_fd) or self.bitmaps.names():
+                raise StateError(
+                    f"{self.directory}/manifest.json is missing, which says what the snapshots and "
+                    "bitmaps there are; put it back, or remove the directory and them with it"
+                )
             size = DEFAULT_CLUSTER_SIZE if cluster_size is None else cluster_size
             known = Manifest(VERSION, size, stamp, boot_id(), True, 1)
         elif cluster_size not in (None, known.cluster_size):
@@ -263,7 +289,7 @@ class Store:
 
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
         """Load the layers of the manifest and bring them to a state between transitions."""
-        self._remove_unlisted({layer.id for layer in known.layers})
+        self._remove_unlisted({str(layer.id) for layer in known.layers})
         self._harden = self._power or known.durability == "power"
         if self._power and known.layers:
             os.fdatasync(self.image.fd)
@@ -272,7 +298,7 @@ class Store:
             if layer is not None:
                 self.layers.append(layer)
         stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
-        reason, distrusted = self._distrust(known, stamp)
+        reason, distrusted = distrust(known, stamp, self._activity)
         if reason is not None:
             self._mark_lost(stack, reason, distrusted)
         for layer in self.layers:
@@ -305,7 +331,11 @@ class Store:
             if record.name is None and os.fstat(temp_fd).st_size < record.size:
                 os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
             temp = self._open_temp(temp_fd, record.size)
-            parts = self._parts(record.id, fd, geometry, temp, create=False)
+            try:
+                parts = self._parts(record.id, fd, geometry, temp, create=False)
+            except BaseException:
+                temp.close()
+                raise
         except FileNotFoundError as error:
             if record.name is None:
                 return None
@@ -342,21 +372,6 @@ class Store:
             raise InUse("a temp image in the state directory is in use by another process")
         return FileImage(fd, limiter=self._temp_limiter)
 
-    def _distrust(self, known: Manifest, stamp: ImageStamp) -> tuple[str | None, bool]:
-        """Why what is mapped does not tell of the image as it is, if so; and is it all wrong?"""
-        if not known.layers and not known.bitmaps:
-            return None, False
-        rebooted = not known.clean and known.boot_id != boot_id()
-        if rebooted and known.durability != "power":
-            return "the machine went down without unmounting", True
-        if known.clean:
-            change = stamp.change_since(known.image)
-        elif rebooted:
-            change = self._activity.change_since_boot(known.image, stamp)
-        else:
-            change = self._activity.change_since(known.image, stamp)
-        return change and f"the image was changed while it was not mounted: {change}", False
-
     def _mark_lost(self, stack: LayerStack, reason: str, wrong: bool) -> None:
         need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
         for layer in self.layers:
@@ -375,9 +390,9 @@ class Store:
         except OSError as error:
             self.notices.append(f"cannot free space in a temp image: {error.strerror}")
 
-    def _remove_unlisted(self, listed: set[int]) -> None:
+    def _remove_unlisted(self, listed: set[str]) -> None:
         for name in os.listdir(self._snapshots_fd):
-            if not (name.isascii() and name.isdigit() and int(name) in listed):
+            if name not in listed:
                 statefiles.remove_tree(name, parent=self._snapshots_fd)
                 self.notices.append(f"removed what was left of snapshot number {name}")
 

@@ -7,11 +7,11 @@ import argparse
 from .. import __version__
 from ..errors import UsageError
 from ..options import parse_size
-from . import backupparser, bitmaps, commands
+from . import backupparser, bitmaps, checking, commands
 
 VERBS = (
     "mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "diff",
-    "bitmap", "limit", *backupparser.VERBS,
+    "bitmap", "limit", "check", *backupparser.VERBS,
 )  # fmt: skip
 
 
@@ -110,6 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("size", type=_limit, metavar="SIZE", help="or none")
     _add_json(verb)
     verb.set_defaults(run=commands.limit)
+
+    verb = verbs.add_parser("check", help="look a state directory over, not mounted")
+    verb.add_argument("state", metavar="STATE", help="the state directory, or its image")
+    verb.add_argument("--repair", action="store_true", help="put right what needs no guess")
+    _add_json(verb)
+    verb.set_defaults(run=checking.check)
 
     backupparser.add_to(verbs)
     return parser

@@ -401,3 +401,77 @@ async def test_a_manifest_with_a_bad_bitmap_is_refused(image, old, new):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(StateError, match="damaged"):
         await opened(image)
+
+
+# Bad input that must not get further than a sentence
+
+
+def deeply_nested(state: Path) -> None:
+    text = '{"version": 2, "image": ' + "[" * 20_000 + "]" * 20_000 + "}"
+    (state / "manifest.json").write_text(text)
+
+
+def nested_version(state: Path) -> None:
+    (state / "manifest.json").write_text('{"version": ' + "[" * 900 + "]" * 900 + "}")
+
+
+def without_manifest(state: Path) -> None:
+    (state / "manifest.json").unlink()
+
+
+def hard_link(state: Path) -> None:
+    os.link(state / "snapshots/1/temp", state.parent / "other-name")
+
+
+def no_record(state: Path) -> None:
+    damage_manifest(clean=False)(state)
+    with open(state / "activity", "r+b") as file:
+        file.seek(16)
+        file.write(b"\xff" * 8)  # the size is -1
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (deeply_nested, "damaged|not JSON"),
+        (nested_version, "no version|not JSON"),
+        (without_manifest, "manifest.json is missing"),
+        (hard_link, "hard link"),
+        (no_record, "no record"),
+        (damage_layer(size=1 << 70, name=None), "too large"),
+        (damage_layer(lost=1 << 70), "too large"),
+        (damage_layer(since_ns=-(1 << 70)), "too large"),
+        (damage_layer(errno=1 << 40), "too large"),
+        (damage_manifest(next_id=1 << 70), "too large"),
+    ],
+)
+async def test_bad_input_is_refused_in_words(image, damage, words):
+    await session(image, create("a"), write(0, b"x"))
+    damage(state_of(image))
+    kept = (state_of(image) / "snapshots/1/temp").read_bytes()
+    with pytest.raises(StateError, match=words):
+        await opened(image)
+    assert kept == (state_of(image) / "snapshots/1/temp").read_bytes()
+
+
+async def test_a_leftover_that_is_a_link_or_a_pipe_is_removed(image, tmp_path):
+    await session(image, create("a"))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_bytes(b"mine")
+    (state_of(image) / "snapshots/7").symlink_to(kept)
+    os.mkfifo(state_of(image) / "snapshots/8")
+    (state_of(image) / "snapshots/01").mkdir()
+    await session(image, expect("a", OLD))
+    assert ["1"] == os.listdir(state_of(image) / "snapshots")
+    assert b"mine" == (kept / "file").read_bytes()
+
+
+async def test_a_refused_state_is_let_go_of(image):
+    await session(image, create("a"), create("b"))
+    done = state_of(image) / "snapshots/2/done"
+    done.rename(image.parent / "away")
+    with pytest.raises(StateError, match="lacks its file done"):
+        await opened(image)
+    (image.parent / "away").rename(done)
+    await session(image, expect("a", OLD))

@@ -1,0 +1,493 @@
+"""A state directory looked over while it is not mounted, and repaired where no guess is needed.
+
+Everything is read as the next mount would (`store.py`), but nothing is written
+unless a repair is asked for, and then only inside the state directory.
+The grades of what is found are in `findings.py`.
+
+A repair removes what is in no list, clears bits beyond the end, takes the
+right to write away from others, and makes an empty record of losses anew after
+a clean unmount, when the list has those numbers too.  Nothing of a snapshot is
+touched while the manifest cannot be read, and no temp data is freed while the
+image is not the one it belongs to.
+
+All functions block.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import stat
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import trio
+
+from . import dirtyfiles, statefiles
+from .activity import FILE_BYTES, Activity
+from .bitmap import Bitmap, buffer_size
+from .dirty import BitmapRecord
+from .errors import InUse, NotFound, StateError, UsageError
+from .findings import Grade, Inspector, Report, Unusable, make_empty, overwrite, printable, read_all
+from .geometry import Geometry
+from .image import FileImage
+from .layers import LayerStack
+from .locks import lock_exclusively, lock_image
+from .manifest import MAX_BYTES, ImageStamp, Manifest
+from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
+from .store import CONTROL_SOCKET, distrust
+
+MAX_BITMAP_BYTES = 1 << 30  # read into memory: 512 TiB of the default clusters
+KNOWN = {
+    "manifest.json", "activity", "lock", "reserve", CONTROL_SOCKET, "snapshots", "bitmaps",
+    "manifest.json.new", "daemon.log",
+}  # fmt: skip
+
+
+def check(path: str, *, repair: bool = False) -> Report:
+    """Look a state directory over; `path` is it, or its image.
+
+    Raises NotFound or UsageError if it is neither, InUse if it is mounted,
+    StateError if the directory itself cannot be trusted, and OSError.
+    """
+    directory, image = _find(path)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        checker = _Checker(directory, fd, repair)
+        checker.run(image)
+        return checker.report
+    finally:
+        os.close(fd)
+
+
+def _find(path: str) -> tuple[str, str | None]:
+    """The state directory, and the image if that was named."""
+    image = None
+    directory = os.path.abspath(path)
+    if os.path.isfile(path):
+        image = os.path.realpath(path)
+        directory = f"{image}.snapfs"
+    if os.path.islink(directory):
+        raise StateError(f"{directory} is a symbolic link; name the directory itself")
+    if not os.path.lexists(directory):
+        raise NotFound(f"there is no state directory {directory}")
+    if not os.path.isdir(directory):
+        raise UsageError(f"{directory} is not a directory")
+    if not KNOWN & set(os.listdir(directory)) - {"daemon.log"}:
+        raise UsageError(f"{directory} is not a state directory of snapfs")
+    return directory, image
+
+
+class _Checker(Inspector):
+    """One check of one directory."""
+
+    def __init__(self, directory: str, fd: int, repair: bool) -> None:
+        super().__init__(directory, fd, repair)
+        self._limiter = trio.CapacityLimiter(1)  # FileImage wants one; nothing uses it
+
+    # The order of things
+
+    def run(self, image: str | None) -> None:
+        """Fill the report."""
+        lock_fd = self._lock()
+        try:
+            self.check_status(self.fd, ".", stat.S_ISDIR)
+            self._small_files()
+            known = self._manifest()
+            if known is not None:
+                self._all_of(known, image)
+        except Unusable:
+            pass  # the directory itself
+        finally:
+            if lock_fd >= 0:
+                os.close(lock_fd)
+
+    def _lock(self) -> int:
+        """Lock the directory as a mount does, so that none begins meanwhile."""
+        mounted = InUse(f"{self.directory} is mounted; run snapfs umount first")
+        try:
+            fd = self.open(self.fd, "lock", "lock")
+        except FileNotFoundError:
+            if self._answers():
+                raise mounted from None
+            if not self.repair:
+                self.found(Grade.NOTE, "lock", "is missing; the next mount makes it")
+                return -1
+            fd = statefiles.open_file(self.fd, "lock", os.O_RDWR | os.O_CREAT)
+        except Unusable:
+            why = self.report.findings[-1].text
+            raise StateError(f"lock in {self.directory} {why}") from None
+        if not lock_exclusively(fd):
+            os.close(fd)
+            raise mounted
+        return fd
+
+    def _answers(self) -> bool:
+        """Does a daemon answer on the control socket?"""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            try:
+                client.connect(f"/proc/self/fd/{self.fd}/{CONTROL_SOCKET}")
+            except OSError:
+                return False
+        return True
+
+    def _small_files(self) -> None:
+        names = set(os.listdir(self.fd))
+        for name in sorted(names - KNOWN):
+            self.found(Grade.NOTE, name, "is not known to snapfs and left alone")
+        if CONTROL_SOCKET in names:
+            self.leftover(self.fd, CONTROL_SOCKET, CONTROL_SOCKET, "of a daemon that died")
+        try:
+            mode = os.stat("reserve", dir_fd=self.fd, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                self.found(
+                    Grade.REPAIRABLE, "reserve", "is not a regular file",
+                    partial(statefiles.remove, self.fd, "reserve"),
+                )  # fmt: skip
+            else:
+                with self.opened(self.fd, "reserve", "reserve"):
+                    pass
+        except FileNotFoundError:
+            self.found(Grade.NOTE, "reserve", "is missing; it is made when there is room")
+        except Unusable:
+            pass
+
+    def _manifest(self) -> Manifest | None:
+        """The manifest; None if there is none, which is reported unless nothing needs it."""
+        where = "manifest.json"
+        try:
+            with self.opened(self.fd, where, where) as fd:
+                data = read_all(fd, MAX_BYTES + 1)
+                if len(data) > MAX_BYTES:
+                    raise StateError(f"{where} is larger than {MAX_BYTES} bytes")
+                known = Manifest.loads(bytes(data), where)
+        except Unusable:
+            return None
+        except FileNotFoundError:
+            if self._names("snapshots") or self._names("bitmaps"):
+                text = "is missing, which says what the snapshots and bitmaps are"
+                self.found(Grade.DAMAGE, where, text)
+            return None
+        except (StateError, OSError) as error:
+            why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            self.found(Grade.DAMAGE, where, why.removeprefix(f"{where} "))
+            return None
+        if os.path.lexists(f"/proc/self/fd/{self.fd}/{where}.new"):
+            self.leftover(self.fd, f"{where}.new", f"{where}.new", "was never finished")
+        return known
+
+    def _names(self, name: str) -> list[str]:
+        """What is in a directory; nothing if it is missing or cannot be used."""
+        try:
+            with self.opened(self.fd, name, name, "directory") as fd:
+                return sorted(os.listdir(fd))
+        except (FileNotFoundError, Unusable):
+            return []
+
+    def _all_of(self, known: Manifest, image: str | None) -> None:
+        self.report.clean = known.clean
+        self.report.snapshots = sum(record.name is not None for record in known.layers)
+        self.report.bitmaps = len(known.bitmaps)
+        stamp = self._stamp(known, image)
+        activity = self._activity(known)
+        reason, wrong, judged = None, False, False
+        if stamp is not None and activity is not None:
+            try:
+                reason, wrong = distrust(known, stamp, activity)
+                judged = True
+            except StateError:
+                self.found(
+                    Grade.DAMAGE, "activity",
+                    "holds no record, so nobody can tell whether the image was changed "
+                    "since the daemon died",
+                )  # fmt: skip
+        trusted = judged and reason is None
+        layers = self._layers(known, trusted)
+        try:
+            if judged and stamp is not None and len(layers) == len(known.layers):
+                self._foresee(known, stamp, layers, reason, wrong)
+        finally:
+            for layer in layers:
+                layer.temp.close()
+        self._bitmaps(known, stamp, reason)
+
+    # The image
+
+    def _stamp(self, known: Manifest, image: str | None) -> ImageStamp | None:
+        """What the image looks like now; O_PATH, so that nothing is opened for a look."""
+        beside = self.directory.removesuffix(".snapfs")
+        if image is None and beside != self.directory and os.path.isfile(beside):
+            image = os.path.realpath(beside)
+        path = image or known.image.path
+        self.report.image = printable(path)
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:  # ValueError: not a path at all
+            if known.layers or known.bitmaps:
+                why = error.strerror if isinstance(error, OSError) else "not a path"
+                text = f"the image {path} is not there ({why}); name it instead of the directory"
+                self.found(Grade.DAMAGE, "manifest.json", text)
+            return None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                self.found(Grade.DAMAGE, "manifest.json", f"the image {path} is not a file")
+                return None
+            return ImageStamp.of(path, fd)
+        finally:
+            os.close(fd)
+
+    def _activity(self, known: Manifest) -> Activity | None:
+        where = "activity"
+        record = mmap.mmap(-1, FILE_BYTES)
+        try:
+            with self.opened(self.fd, where, where) as fd:
+                size = os.fstat(fd).st_size
+                if size in (0, FILE_BYTES):
+                    record[:size] = read_all(fd, size)
+                else:
+                    text = f"has {size} bytes and must have {FILE_BYTES}"
+                    if known.clean:  # then nobody needs it
+                        remove = partial(statefiles.remove, self.fd, where)
+                        self.found(Grade.REPAIRABLE, where, text, remove)
+                    else:
+                        self.found(Grade.DAMAGE, where, text)
+                        return None
+        except FileNotFoundError:
+            pass
+        except Unusable:
+            return None
+        return Activity(record, -1)
+
+    # Snapshots
+
+    def _layers(self, known: Manifest, trusted: bool) -> list[Layer]:
+        """The layers that can be read, on copies of their bitmaps; their temps are open."""
+        layers: list[Layer] = []
+        try:
+            with self.opened(self.fd, "snapshots", "snapshots", "directory") as snapshots:
+                listed = {str(record.id) for record in known.layers}
+                for name in sorted(set(os.listdir(snapshots)) - listed):
+                    self.leftover(snapshots, name, f"snapshots/{name}", "is in no list")
+                for record in known.layers:
+                    layer = self._layer(snapshots, record, known, trusted)
+                    if layer is not None:
+                        layers.append(layer)
+        except FileNotFoundError:
+            for record in known.layers:
+                self._missing(record, f"snapshots/{record.id}")
+        except Unusable:
+            pass
+        except BaseException:
+            for layer in layers:
+                layer.temp.close()
+            raise
+        return layers
+
+    def _missing(self, record: LayerRecord, where: str) -> None:
+        if record.name is None:
+            self.found(Grade.LEFTOVER, where, "was being removed; the next mount forgets it")
+        else:
+            text = f"is missing: the data of snapshot {record.name!r} is gone"
+            self.found(Grade.LOST, where, text)
+
+    def _layer(
+        self, snapshots: int, record: LayerRecord, known: Manifest, trusted: bool
+    ) -> Layer | None:
+        where = f"snapshots/{record.id}"
+        bits = Geometry(record.size, known.cluster_size).clusters
+        temp = -1
+        try:
+            with self.opened(snapshots, str(record.id), where, "directory") as fd:
+                parts = [
+                    self._try(record, f"{where}/{name}", partial(read, fd, f"{where}/{name}"))
+                    for name, read in (
+                        ("access", partial(self._bits, name="access", bits=bits)),
+                        ("done", partial(self._bits, name="done", bits=bits)),
+                        ("losses", partial(self._losses, fresh=known.clean)),
+                        ("temp", partial(self._temp, record=record)),
+                    )
+                ]
+                access, done, losses, temp = (-1 if part is None else part for part in parts)
+                if None in parts:
+                    if temp >= 0:
+                        os.close(temp)
+                    return None
+                found = LayerParts(
+                    Bitmap(bits, access), Bitmap(bits, done),
+                    FileImage(temp, limiter=self._limiter), losses,
+                )  # fmt: skip
+                layer = Layer.from_record(record, found, known.cluster_size)
+                if trusted:
+                    self._undone(fd, layer, f"{where}/temp")
+        except FileNotFoundError:
+            self._missing(record, where)
+            return None
+        except Unusable:
+            return None
+        if layer.live and layer.state != "ok":
+            text = f"snapshot {layer.name!r} is {layer.state}: {layer.reason}"
+            self.found(Grade.LOST, where, text)
+        return layer
+
+    def _try(self, record: LayerRecord, where: str, read: Callable[[], Any]) -> Any:
+        """What `read` gives; None if that was reported."""
+        try:
+            return read()
+        except FileNotFoundError:
+            self._missing(record, where)
+        except Unusable:
+            pass
+        except OSError as error:
+            self.found(Grade.DAMAGE, where, f"cannot be read: {error.strerror}")
+        return None
+
+    def _bits(self, directory: int, where: str, *, name: str, bits: int) -> bytearray:
+        """A copy of a bitmap."""
+        size = max(1, buffer_size(bits))
+        with self.opened(directory, name, where) as fd:
+            found = os.fstat(fd).st_size
+            if found != size:
+                text = f"has {found} bytes; for {bits} clusters it must have {size}"
+                self.found(Grade.DAMAGE, where, text)
+                raise Unusable
+            if size > MAX_BITMAP_BYTES:
+                self.found(Grade.DAMAGE, where, f"has {size} bytes, too many to look at")
+                raise Unusable
+            data = read_all(fd, size)
+        if bits % 8 and data[-1] >> bits % 8:
+            data[-1] &= (1 << bits % 8) - 1
+            self.found(
+                Grade.REPAIRABLE, where, "has bits set beyond the end of the snapshot",
+                partial(overwrite, directory, name, size - 1, bytes(data[-1:])),
+            )  # fmt: skip
+        return data
+
+    def _losses(self, directory: int, where: str, *, fresh: bool) -> bytearray:
+        """The record of losses; `fresh`: the list has its numbers too, so it can be made anew."""
+        try:
+            with self.opened(directory, "losses", where) as fd:
+                found = os.fstat(fd).st_size
+                if found == LOSSES_BYTES:
+                    return read_all(fd, LOSSES_BYTES)
+        except FileNotFoundError:
+            if not fresh:
+                raise
+            make = partial(make_empty, directory, "losses", LOSSES_BYTES)
+            self.found(Grade.REPAIRABLE, where, "is missing", make)
+            return bytearray(LOSSES_BYTES)
+        self.found(Grade.DAMAGE, where, f"has {found} bytes and must have {LOSSES_BYTES}")
+        raise Unusable
+
+    def _temp(self, directory: int, where: str, *, record: LayerRecord) -> int:
+        """The temp image, open to read."""
+        fd = self.open(directory, "temp", where)
+        try:
+            if not lock_image(fd, writable=True):
+                raise InUse(f"{self.directory}/{where} is in use by another process; end it first")
+            found = os.fstat(fd).st_size
+            if record.name is None and found < record.size:
+                self.found(Grade.LEFTOVER, where, "was being removed; the next mount goes on")
+            elif found != record.size:
+                text = f"has {found} bytes and must have {record.size}"
+                self.found(Grade.DAMAGE, where, text)
+                raise Unusable
+            return fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _undone(self, directory: int, layer: Layer, where: str) -> None:
+        """Temp data without a done bit: a copy that was under way."""
+        assert isinstance(layer.temp, FileImage)
+        ranges = [
+            layer.geometry.whole(first, stop)
+            for first, stop in layer.done.runs(0, len(layer.done), False)
+        ]
+        count = sum(layer.temp.data_bytes(*each) for each in ranges)
+        if count:
+
+            def punch() -> None:
+                temp = FileImage(statefiles.open_file(directory, "temp"), limiter=self._limiter)
+                try:
+                    for each in ranges:
+                        temp.punch_data(*each)
+                finally:
+                    temp.close()
+
+            self.found(
+                Grade.LEFTOVER, where, f"has {count} bytes of a copy that was not finished", punch
+            )
+
+    def _foresee(
+        self,
+        known: Manifest,
+        stamp: ImageStamp,
+        layers: list[Layer],
+        reason: str | None,
+        wrong: bool,
+    ) -> None:
+        """What the next mount would do with the layers; done on the copies."""
+        stack = LayerStack(layers, Geometry(stamp.size, known.cluster_size).clusters)
+        if reason is not None:
+            needing = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
+            for layer in layers:
+                if layer.live and layer.state != "lost" and (wrong or layer.id in needing):
+                    text = f"snapshot {layer.name!r} will be lost: {reason}"
+                    self.found(Grade.LOST, f"snapshots/{layer.id}", text)
+            return
+        for layer in layers:
+            if not layer.live:
+                layer.withdraw(0, layer.geometry.clusters)
+        dropped = {layer.id for layer, _ in stack.settle(0, stack.clusters)}
+        for layer in layers:
+            if not layer.live and layer.is_empty():
+                text = "no snapshot needs it any more; the next mount removes it"
+                self.found(Grade.LEFTOVER, f"snapshots/{layer.id}", text)
+            elif layer.id in dropped:
+                text = "has clusters that no snapshot needs any more; the next mount frees them"
+                self.found(Grade.LEFTOVER, f"snapshots/{layer.id}/temp", text)
+
+    # Dirty bitmaps
+
+    def _bitmaps(self, known: Manifest, stamp: ImageStamp | None, reason: str | None) -> None:
+        try:
+            with self.opened(self.fd, "bitmaps", "bitmaps", "directory") as directory:
+                listed = {str(record.id) for record in known.bitmaps}
+                for name in sorted(set(os.listdir(directory)) - listed):
+                    self.leftover(directory, name, f"bitmaps/{name}", "is in no list")
+                for record in known.bitmaps:
+                    why = self._distrusted(directory, record, known, stamp) or reason
+                    if why is not None:
+                        self._inconsistent(record, why)
+        except FileNotFoundError:
+            for record in known.bitmaps:
+                self._inconsistent(record, "it is missing")
+        except Unusable:
+            pass
+
+    def _inconsistent(self, record: BitmapRecord, why: str) -> None:
+        text = f"bitmap {record.name!r} is inconsistent: {why}"
+        self.found(Grade.LOST, f"bitmaps/{record.id}", text)
+
+    def _distrusted(
+        self, directory: int, record: BitmapRecord, known: Manifest, stamp: ImageStamp | None
+    ) -> str | None:
+        """Why the next mount would not trust the file of a bitmap, if so."""
+        try:
+            with self.opened(directory, str(record.id), f"bitmaps/{record.id}") as fd:
+                size = os.fstat(fd).st_size
+                head = bytes(read_all(fd, dirtyfiles.HEAD_BYTES))
+        except FileNotFoundError:
+            return "it is missing"
+        except Unusable:
+            return "it cannot be read"
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
+        if not dirtyfiles.is_plausible(size):
+            return f"its file has {size} bytes"
+        clusters = 0 if stamp is None else Geometry(stamp.size, known.cluster_size).clusters
+        if size < dirtyfiles.file_bytes(clusters):
+            return f"its file has no room for the {clusters} clusters of the image"
+        return dirtyfiles.distrusted(head)
