@@ -54,23 +54,21 @@ from attrs import evolve
 
 from . import statefiles
 from .activity import Activity
-from .bitmap import Bitmap
 from .dirty import BitmapRecord, DirtyBitmap
 from .dirtyfiles import DirtyFiles
 from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage
-from .layerfiles import LayerFiles
 from .layers import LayerStack
+from .layerstore import LayerDirectory
 from .locks import lock_exclusively, lock_image
 from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
-from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
+from .snapshot import Layer, LayerParts, LayerRecord
 
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
 STATE_THREADS = 4
-LAYER_FILES = ("temp", "done", "losses", "access")
 
 
 def boot_id() -> str:
@@ -122,24 +120,20 @@ class Store:
         self.layers: list[Layer] = []
         self.dirty: list[DirtyBitmap] = []  # recovered, for the engine to take over
         self.bitmaps: DirtyFiles
+        self._layers: LayerDirectory
         self.notices: list[str] = []
         self._fd = directory_fd
-        self._snapshots_fd = -1
         self._lock_fd = -1
-        self._limiter = limiter  # of the image
-        # Of their own: storage that hangs must not take the threads of another.
-        self._temp_limiter = trio.CapacityLimiter(limiter.total_tokens)
+        self._temp_threads = int(limiter.total_tokens)  # as many as for the image
         self._state_limiter = trio.CapacityLimiter(STATE_THREADS)
         self._manifest: Manifest
         self._activity: Activity
         self._read_only = False
         self._made = False
         self._power = False
-        self._harden = False  # what is loaded must be durable
         self._gone: list[int] = []  # layers whose files go once a list without them is saved
-        self._files: dict[int, LayerFiles] = {}  # by layer id, with durability=power
         self._activity_fd = -1
-        self._opened_bitmaps = False
+        self._opened_layers = self._opened_bitmaps = False
 
     @classmethod
     async def open(
@@ -208,11 +202,10 @@ class Store:
         self._lock_fd = statefiles.open_file(self._fd, "lock", os.O_RDWR | os.O_CREAT)
         if not lock_exclusively(self._lock_fd):
             raise InUse(f"the state directory {self.directory} is in use by another snapfs")
-        try:
-            os.mkdir("snapshots", 0o700, dir_fd=self._fd)
-        except FileExistsError:
-            pass
-        self._snapshots_fd = statefiles.open_directory("snapshots", parent=self._fd)
+        self._layers = LayerDirectory.open(
+            self._fd, self.directory, self._state_limiter, self._temp_threads
+        )
+        self._opened_layers = True
         self.bitmaps = DirtyFiles.open(self._fd, self._state_limiter, self._power)
         self._opened_bitmaps = True
         statefiles.remove(self._fd, CONTROL_SOCKET)
@@ -244,7 +237,7 @@ class Store:
             os.fdatasync(self._activity_fd)
         self._write_manifest()
         for layer_id in self._gone:
-            self._remove_layer(layer_id)
+            self._layers.remove(layer_id)
 
     def _read_manifest(self) -> Manifest | None:
         try:
@@ -262,12 +255,13 @@ class Store:
 
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
         """Load the layers of the manifest and bring them to a state between transitions."""
-        self._remove_unlisted({layer.id for layer in known.layers})
-        self._harden = self._power or known.durability == "power"
+        self.notices += self._layers.remove_unlisted({layer.id for layer in known.layers})
+        self._layers.power = self._power
+        self._layers.harden = self._power or known.durability == "power"
         if self._power and known.layers:
             os.fdatasync(self.image.fd)
         for record in known.layers:
-            layer = self._load(record, known.cluster_size)
+            layer = self._layers.load(record, known.cluster_size)
             if layer is not None:
                 self.layers.append(layer)
         stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
@@ -288,58 +282,6 @@ class Store:
         clusters = Geometry(stamp.size, known.cluster_size).clusters
         self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, reason)
         self.notices += notices
-
-    def _load(self, record: LayerRecord, cluster_size: int) -> Layer | None:
-        """A layer as it was left; None if it is nameless and was being removed."""
-        geometry = Geometry(record.size, cluster_size)
-        where = f"{self.directory}/snapshots/{record.id}"
-        try:
-            fd = statefiles.open_directory(str(record.id), parent=self._snapshots_fd)
-        except FileNotFoundError:
-            if record.name is None:
-                return None
-            raise StateError(f"{where} with the data of snapshot {record.name!r} is gone") from None
-        try:
-            temp_fd = statefiles.open_file(fd, "temp")
-            if record.name is None and os.fstat(temp_fd).st_size < record.size:
-                os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
-            temp = self._open_temp(temp_fd, record.size)
-            parts = self._parts(record.id, fd, geometry, temp, create=False)
-        except FileNotFoundError as error:
-            if record.name is None:
-                return None
-            raise StateError(f"{where} lacks its file {error.filename}") from None
-        finally:
-            os.close(fd)
-        return Layer.from_record(record, parts, cluster_size)
-
-    def _parts(
-        self, record_id: int, fd: int, geometry: Geometry, temp: FileImage, *, create: bool
-    ) -> LayerParts:
-        """Map the files of a layer in the directory `fd`, to be synced as the mount wants it."""
-        bits = geometry.clusters
-        access = statefiles.map_bitmap(fd, "access", bits, create=create)
-        done = statefiles.map_bitmap(fd, "done", bits, create=create)
-        losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=create)
-        if self._harden:  # before anything is freed, or relies on it
-            for name in LAYER_FILES:
-                statefiles.sync_file(fd, name)
-        if not self._power:
-            return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
-        mappings = {"done": done, "access": access, "losses": losses}
-        files = LayerFiles.open(fd, temp, mappings, bits, self._state_limiter)
-        self._files[record_id] = files
-        return files.parts
-
-    def _open_temp(self, fd: int, size: int) -> FileImage:
-        if os.fstat(fd).st_size != size:
-            found = os.fstat(fd).st_size
-            os.close(fd)
-            raise StateError(f"a temp image has {found} bytes and must have {size}")
-        if not lock_image(fd, writable=True):
-            os.close(fd)
-            raise InUse("a temp image in the state directory is in use by another process")
-        return FileImage(fd, limiter=self._temp_limiter)
 
     def _distrust(self, known: Manifest, stamp: ImageStamp) -> tuple[str | None, bool]:
         """Why what is mapped does not tell of the image as it is, if so; and is it all wrong?"""
@@ -374,12 +316,6 @@ class Store:
         except OSError as error:
             self.notices.append(f"cannot free space in a temp image: {error.strerror}")
 
-    def _remove_unlisted(self, listed: set[int]) -> None:
-        for name in os.listdir(self._snapshots_fd):
-            if not (name.isascii() and name.isdigit() and int(name) in listed):
-                statefiles.remove_tree(name, parent=self._snapshots_fd)
-                self.notices.append(f"removed what was left of snapshot number {name}")
-
     # What the engine calls
 
     @property
@@ -394,28 +330,8 @@ class Store:
 
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
         return await trio.to_thread.run_sync(
-            self._create_layer, layer_id, geometry, limiter=self._state_limiter
+            self._layers.create, layer_id, geometry, limiter=self._state_limiter
         )
-
-    def _create_layer(self, layer_id: int, geometry: Geometry) -> LayerParts:
-        name = str(layer_id)
-        os.mkdir(name, 0o700, dir_fd=self._snapshots_fd)
-        try:
-            fd = statefiles.open_directory(name, parent=self._snapshots_fd)
-            try:
-                temp_fd = statefiles.make_file(fd, "temp", geometry.size)
-                lock_image(temp_fd, writable=True)
-                temp = FileImage(temp_fd, limiter=self._temp_limiter)
-                parts = self._parts(layer_id, fd, geometry, temp, create=True)
-                if self._power:
-                    os.fsync(fd)
-                    os.fsync(self._snapshots_fd)
-                return parts
-            finally:
-                os.close(fd)
-        except BaseException:
-            self._remove_layer(layer_id)
-            raise
 
     async def save(
         self,
@@ -431,22 +347,15 @@ class Store:
         statefiles.keep_reserve(self._fd)
 
     async def remove(self, layer_id: int) -> None:
-        files = self._files.pop(layer_id, None)
-        if files is not None:
-            files.close()
-        await trio.to_thread.run_sync(self._remove_layer, layer_id, limiter=self._state_limiter)
-
-    def _remove_layer(self, layer_id: int) -> None:
-        statefiles.remove_tree(str(layer_id), parent=self._snapshots_fd)
+        self._layers.forget(layer_id)
+        await trio.to_thread.run_sync(self._layers.remove, layer_id, limiter=self._state_limiter)
 
     def free_bytes(self) -> int:
-        found = os.fstatvfs(self._snapshots_fd)
-        return found.f_bavail * found.f_frsize
+        return self._layers.free_bytes()
 
     def default_reserve(self) -> int:
         """Bytes to leave free for the image, which may be sparse: 1 GiB, or 5 % if that is less."""
-        found = os.fstatvfs(self._snapshots_fd)
-        return min(1 << 30, found.f_blocks * found.f_frsize // 20)
+        return self._layers.default_reserve()
 
     def write_started(self, size: int) -> None:
         self._activity.started(size)
@@ -499,13 +408,7 @@ class Store:
         try:
             if not self._read_only:
                 os.fsync(self.image.fd)  # with its times, which the stamp has
-            for layer in layers:
-                fd = statefiles.open_directory(str(layer.id), parent=self._snapshots_fd)
-                try:
-                    for name in LAYER_FILES:
-                        statefiles.sync_file(fd, name)
-                finally:
-                    os.close(fd)
+            self._layers.sync(layers)
             self.bitmaps.sync(bitmaps)
             if clean:
                 self._manifest = evolve(
@@ -523,11 +426,10 @@ class Store:
             self.image.close()
 
     def _release(self) -> None:
-        for files in self._files.values():
-            files.close()
-        self._files.clear()
+        if self._opened_layers:
+            self._layers.close()
         if self._opened_bitmaps:
             self.bitmaps.close()
-        for fd in (self._activity_fd, self._snapshots_fd, self._lock_fd, self._fd):
+        for fd in (self._activity_fd, self._lock_fd, self._fd):
             if fd >= 0:
                 os.close(fd)
