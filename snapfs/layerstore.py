@@ -6,10 +6,11 @@ What they are, and what recovery makes of them, is at the head of store.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import trio
+from attrs import evolve
 
 from . import statefiles
 from .bitmap import Bitmap
@@ -19,8 +20,16 @@ from .image import FileImage
 from .layerfiles import LayerFiles
 from .locks import lock_image
 from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
+from .tempdirs import TempDirs
 
-LAYER_FILES = ("temp", "done", "losses", "access")
+MAPPED_FILES = ("done", "losses", "access")
+
+
+def _check_temp(temp: FileImage, size: int) -> None:
+    if temp.size() != size:
+        raise StateError(f"a temp image has {temp.size()} bytes and must have {size}")
+    if not lock_image(temp.fd, writable=True):
+        raise InUse("a temp image in the state directory is in use by another process")
 
 
 class LayerDirectory:
@@ -39,7 +48,9 @@ class LayerDirectory:
         self._temp_limiter = trio.CapacityLimiter(threads)
         self.power = False
         self.harden = False
+        self.temps = TempDirs("", None)  # set by the store, before anything is loaded or made
         self._files: dict[int, LayerFiles] = {}  # by layer id, with power
+        self._outside: dict[int, str] = {}  # by layer id, directories of temp images elsewhere
 
     @classmethod
     def open(
@@ -66,11 +77,16 @@ class LayerDirectory:
                 return None
             raise StateError(f"{where} with the data of snapshot {record.name!r} is gone") from None
         try:
-            temp_fd = statefiles.open_file(fd, "temp")
-            if record.name is None and os.fstat(temp_fd).st_size < record.size:
-                os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
-            temp = self._open_temp(temp_fd, record.size)
-            parts = self._parts(record.id, fd, geometry, temp, create=False)
+            temp_fd = statefiles.open_file(*self._find_temp(record, fd))
+            temp = FileImage(temp_fd, limiter=self._temp_limiter)
+            try:
+                if record.name is None and temp.size() < record.size:
+                    os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
+                _check_temp(temp, record.size)
+                parts = self._parts(record.id, fd, geometry, temp, create=False)
+            except BaseException:
+                temp.close()
+                raise
         except FileNotFoundError as error:
             if record.name is None:
                 return None
@@ -78,6 +94,33 @@ class LayerDirectory:
         finally:
             os.close(fd)
         return Layer.from_record(record, parts, cluster_size)
+
+    def _find_temp(self, record: LayerRecord, fd: int) -> tuple[int, str]:
+        """The directory and name of a temp image that is there."""
+        if record.temp_dir is None:
+            return fd, "temp"
+        whose = "a deleted snapshot" if record.name is None else f"snapshot {record.name!r}"
+        place = self.temps.find(record.temp_dir, record.id, whose)
+        self._outside[record.id] = record.temp_dir
+        return place
+
+    def _temp_of(self, layer_id: int, fd: int) -> tuple[int, str]:
+        """The directory and name of a temp image; `fd` is of the layer's directory."""
+        outside = self._outside.get(layer_id)
+        return (
+            (fd, "temp")
+            if outside is None
+            else (self.temps.open(outside), self.temps.name(layer_id))
+        )
+
+    def placed(self, records: Sequence[LayerRecord]) -> tuple[LayerRecord, ...]:
+        """The records with the directories that their temp images are in.  Does not block."""
+        return tuple(evolve(each, temp_dir=self._outside.get(each.id)) for each in records)
+
+    def _sync(self, layer_id: int, fd: int) -> None:
+        statefiles.sync_file(*self._temp_of(layer_id, fd))
+        for name in MAPPED_FILES:
+            statefiles.sync_file(fd, name)
 
     def _parts(
         self, layer_id: int, fd: int, geometry: Geometry, temp: FileImage, *, create: bool
@@ -88,8 +131,7 @@ class LayerDirectory:
         done = statefiles.map_bitmap(fd, "done", bits, create=create)
         losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=create)
         if self.harden:  # before anything is freed, or relies on it
-            for name in LAYER_FILES:
-                statefiles.sync_file(fd, name)
+            self._sync(layer_id, fd)
         if not self.power:
             return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
         mappings = {"done": done, "access": access, "losses": losses}
@@ -97,19 +139,19 @@ class LayerDirectory:
         self._files[layer_id] = files
         return files.parts
 
-    def _open_temp(self, fd: int, size: int) -> FileImage:
-        if os.fstat(fd).st_size != size:
-            found = os.fstat(fd).st_size
-            os.close(fd)
-            raise StateError(f"a temp image has {found} bytes and must have {size}")
-        if not lock_image(fd, writable=True):
-            os.close(fd)
-            raise InUse("a temp image in the state directory is in use by another process")
-        return FileImage(fd, limiter=self._temp_limiter)
+    def remove_unlisted(
+        self, records: Sequence[LayerRecord], temp_dirs: Iterable[str | None]
+    ) -> list[str]:
+        """Remove the files of layers that are in no list; says which.
 
-    def remove_unlisted(self, listed: set[int]) -> list[str]:
-        """Remove the files of layers that are in no list; says which."""
+        `temp_dirs`: where temp images may be.
+        """
+        listed = {record.id for record in records}
         notices = []
+        for path in {*temp_dirs, *(record.temp_dir for record in records)}:
+            if path is not None:
+                here = {record.id for record in records if record.temp_dir == path}
+                notices += self.temps.remove_leftovers(path, here)
         for name in os.listdir(self._fd):
             if not (name.isascii() and name.isdigit() and int(name) in listed):
                 statefiles.remove_tree(name, parent=self._fd)
@@ -125,19 +167,34 @@ class LayerDirectory:
         try:
             fd = statefiles.open_directory(name, parent=self._fd)
             try:
-                temp_fd = statefiles.make_file(fd, "temp", geometry.size)
-                lock_image(temp_fd, writable=True)
+                temp_fd = self._make_temp(layer_id, fd, geometry.size)
                 temp = FileImage(temp_fd, limiter=self._temp_limiter)
-                parts = self._parts(layer_id, fd, geometry, temp, create=True)
-                if self.power:
-                    os.fsync(fd)
-                    os.fsync(self._fd)
-                return parts
+                try:
+                    lock_image(temp_fd, writable=True)
+                    parts = self._parts(layer_id, fd, geometry, temp, create=True)
+                    if self.power:
+                        os.fsync(fd)
+                        os.fsync(self._fd)
+                        os.fsync(self._temp_of(layer_id, fd)[0])
+                    return parts
+                except BaseException:
+                    temp.close()
+                    raise
             finally:
                 os.close(fd)
         except BaseException:
+            self.forget(layer_id)
             self.remove(layer_id)
             raise
+
+    def _make_temp(self, layer_id: int, fd: int, size: int) -> int:
+        if self.temps.new is None:
+            return statefiles.make_file(fd, "temp", size)
+        temp_fd = statefiles.make_file(
+            self.temps.open(self.temps.new), self.temps.name(layer_id), size
+        )
+        self._outside[layer_id] = self.temps.new  # not before: what is there already is not ours
+        return temp_fd
 
     def forget(self, layer_id: int) -> None:
         """Close what serves to sync a layer that is about to be removed.  Does not block."""
@@ -147,18 +204,33 @@ class LayerDirectory:
 
     def remove(self, layer_id: int) -> None:
         """Remove the files of a layer, if they are there."""
-        statefiles.remove_tree(str(layer_id), parent=self._fd)
+        try:
+            outside = self._outside.get(layer_id)
+            if outside is not None:
+                statefiles.remove(self.temps.open(outside), self.temps.name(layer_id))
+                del self._outside[layer_id]
+        finally:
+            statefiles.remove_tree(str(layer_id), parent=self._fd)
 
     # Room
 
+    @property
+    def temp_directory(self) -> str:
+        """Where new temp images go."""
+        return self.temps.new or str(self._where)
+
+    def _room(self) -> os.statvfs_result:
+        new = self.temps.new
+        return os.fstatvfs(self._fd if new is None else self.temps.open(new))
+
     def free_bytes(self) -> int:
         """Space that is left for temp images."""
-        found = os.fstatvfs(self._fd)
+        found = self._room()
         return found.f_bavail * found.f_frsize
 
     def default_reserve(self) -> int:
         """Bytes to leave free for the image, which may be sparse: 1 GiB, or 5 % if that is less."""
-        found = os.fstatvfs(self._fd)
+        found = self._room()
         return min(1 << 30, found.f_blocks * found.f_frsize // 20)
 
     # The end
@@ -168,8 +240,7 @@ class LayerDirectory:
         for layer in layers:
             fd = statefiles.open_directory(str(layer.id), parent=self._fd)
             try:
-                for name in LAYER_FILES:
-                    statefiles.sync_file(fd, name)
+                self._sync(layer.id, fd)
             finally:
                 os.close(fd)
 
@@ -178,4 +249,5 @@ class LayerDirectory:
         for files in self._files.values():
             files.close()
         self._files.clear()
+        self.temps.close()
         os.close(self._fd)

@@ -11,6 +11,7 @@
         snapshots/ID/losses     mapped record of what could not be kept
         snapshots/ID/temp       temp image
         bitmaps/ID              mapped dirty bitmap (dirtyfiles.py)
+    TEMP_DIR/ID-LAYER.temp      with temp-dir= (tempdirs.py): the temp image instead
 
 What happens when the daemon dies (the page cache survives it, so every write
 that returned is there), and what the next mount does:
@@ -45,14 +46,13 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 from attrs import evolve
 
-from . import statefiles
+from . import statefiles, tempdirs
 from .activity import Activity
 from .dirty import BitmapRecord, DirtyBitmap
 from .dirtyfiles import DirtyFiles
@@ -61,9 +61,10 @@ from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage
 from .layers import LayerStack
 from .layerstore import LayerDirectory
-from .locks import lock_exclusively, lock_image
+from .locks import lock_exclusively, open_image
 from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
 from .snapshot import Layer, LayerParts, LayerRecord
+from .tempdirs import TempDirs
 
 log = logging.getLogger(__name__)
 
@@ -74,35 +75,6 @@ STATE_THREADS = 4
 def boot_id() -> str:
     """Identifies this boot of the kernel (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def open_image(path: str, *, read_only: bool) -> int:
-    """Open and lock an image file.  Blocks.
-
-    Raises UsageError or InUse, which name the remedy, and OSError.
-    """
-    try:
-        kind = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise UsageError(f"there is no image {path}") from None
-    if stat.S_ISBLK(kind):
-        raise UsageError(f"{path} is a block device; snapfs serves image files only")
-    if not stat.S_ISREG(kind):
-        what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
-        raise UsageError(f"{path} is {what}; snapfs serves image files")
-    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-    try:
-        fd = os.open(path, flags)
-    except PermissionError:
-        if not read_only and os.access(path, os.R_OK):
-            raise UsageError(f"{path} cannot be written; mount it with -o ro") from None
-        raise UsageError(f"{path} cannot be read: permission denied") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
-    if not lock_image(fd, writable=not read_only):
-        os.close(fd)
-        raise InUse(f"{path} is in use by another process, such as another snapfs or QEMU")
-    return fd
 
 
 class Store:
@@ -144,16 +116,18 @@ class Store:
         cluster_size: int | None = None,
         read_only: bool = False,
         durability: Durability = "process",
+        temp_dir: str | None = None,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         """Lock the image and its state directory, made if need be, and recover.
 
-        `cluster_size` None: as before, else the default.  Raises UsageError,
+        `cluster_size` None: as before, else the default.  `temp_dir`: see
+        `tempdirs.choose`.  Raises UsageError,
         InUse, MountError, StateError and OSError; then nothing is held or left behind.
         """
         return await trio.to_thread.run_sync(
-            cls._open, image_path, state_dir, cluster_size, read_only, durability, limiter,
-            limiter=limiter,
+            cls._open, image_path, state_dir, cluster_size, read_only, durability, temp_dir,
+            limiter, limiter=limiter,
         )  # fmt: skip
 
     @classmethod
@@ -164,6 +138,7 @@ class Store:
         cluster_size: int | None,
         read_only: bool,
         durability: Durability,
+        temp_dir: str | None,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         path = os.path.realpath(image_path)
@@ -187,9 +162,11 @@ class Store:
                 store._read_only = read_only
                 store._made = made
                 store._power = durability == "power"
-                store._enter(path, image_fd, cluster_size)
+                store._enter(path, image_fd, cluster_size, temp_dir)
                 return store
             except BaseException:
+                for layer in store.layers:
+                    layer.temp.close()
                 store._release()
                 if made:
                     statefiles.remove_tree(directory)
@@ -198,7 +175,9 @@ class Store:
             image.close()
             raise
 
-    def _enter(self, path: str, image_fd: int, cluster_size: int | None) -> None:
+    def _enter(
+        self, path: str, image_fd: int, cluster_size: int | None, temp_dir: str | None
+    ) -> None:
         self._lock_fd = statefiles.open_file(self._fd, "lock", os.O_RDWR | os.O_CREAT)
         if not lock_exclusively(self._lock_fd):
             raise InUse(f"the state directory {self.directory} is in use by another snapfs")
@@ -222,6 +201,7 @@ class Store:
                     f"{known.cluster_size}; delete them to change it to {cluster_size}"
                 )
             known = evolve(known, cluster_size=cluster_size)
+        known = self._place_temps(known, temp_dir)
         self._recover(known, stamp)
         self._manifest = evolve(
             known,
@@ -229,7 +209,7 @@ class Store:
             boot_id=boot_id(),
             clean=False,
             durability="power" if self._power else "process",
-            layers=tuple(layer.record() for layer in self.layers),
+            layers=self._layers.placed([layer.record() for layer in self.layers]),
         )
         self._activity.begin()
         if self._power:
@@ -251,11 +231,24 @@ class Store:
             raise StateError(f"{where} is larger than {MAX_BYTES} bytes")
         return Manifest.loads(data, where)
 
+    def _place_temps(self, known: Manifest, wanted: str | None) -> Manifest:
+        """Find out where temp images are and shall be; leftovers are removed."""
+        home = tempdirs.home_of(self._fd)
+        former = known.id if known.home != home and known.id else None
+        temp_id = tempdirs.id_at(former, home) if former else known.id or tempdirs.new_id()
+        used = {layer.temp_dir for layer in known.layers}
+        new = tempdirs.choose(wanted, str(self.directory), known.temp_dir, used)
+        temps = TempDirs(temp_id, new, former)
+        self._layers.temps = temps
+        if new is not None:
+            temps.open(new)
+        self.notices += self._layers.remove_unlisted(known.layers, (known.temp_dir, new))
+        return evolve(known, id=temp_id, home=home, temp_dir=new)
+
     # Recovery
 
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
         """Load the layers of the manifest and bring them to a state between transitions."""
-        self.notices += self._layers.remove_unlisted({layer.id for layer in known.layers})
         self._layers.power = self._power
         self._layers.harden = self._power or known.durability == "power"
         if self._power and known.layers:
@@ -339,7 +332,7 @@ class Store:
         geometry: Geometry,
         bitmaps: Sequence[BitmapRecord] = (),
     ) -> None:
-        self._manifest = self._manifest.with_lists(tuple(records), tuple(bitmaps))
+        self._manifest = self._manifest.with_lists(self._layers.placed(records), tuple(bitmaps))
         await trio.to_thread.run_sync(self._write_manifest, limiter=self._state_limiter)
 
     def _write_manifest(self) -> None:
@@ -349,6 +342,17 @@ class Store:
     async def remove(self, layer_id: int) -> None:
         self._layers.forget(layer_id)
         await trio.to_thread.run_sync(self._layers.remove, layer_id, limiter=self._state_limiter)
+
+    @property
+    def temp_directory(self) -> str:
+        """Where new temp images go."""
+        return self._layers.temp_directory
+
+    @property
+    def temp_directories(self) -> set[str]:
+        """All directories outside of this one that temp images are in, or go to."""
+        found = {self._manifest.temp_dir, *(each.temp_dir for each in self._manifest.layers)}
+        return {path for path in found if path is not None}
 
     def free_bytes(self) -> int:
         return self._layers.free_bytes()
@@ -415,7 +419,7 @@ class Store:
                     self._manifest,
                     image=ImageStamp.of(self._manifest.image.path, self.image.fd),
                     clean=True,
-                    layers=tuple(layer.record() for layer in layers),
+                    layers=self._layers.placed([layer.record() for layer in layers]),
                     bitmaps=tuple(BitmapRecord(each.id, each.name) for each in bitmaps),
                 )
                 self._write_manifest()

@@ -15,7 +15,7 @@ SIZE = 8 * CLUSTER
 @pytest.fixture
 async def commands(nursery):
     bench = Bench.make(nursery, b"1" * SIZE)
-    commands = Commands(bench.engine, "image", "/mnt", "process", lambda: None)
+    commands = Commands(bench.engine, "image", "/mnt", "process", "/temp", lambda: None)
     commands.engine = bench.engine
     return commands
 

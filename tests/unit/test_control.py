@@ -61,7 +61,7 @@ def message(chance: random.Random) -> bytes:
 async def serving(path: str) -> AsyncIterator[Bench]:
     async with trio.open_nursery() as nursery:
         bench = Bench.make(nursery, pattern(1, SIZE))
-        commands = Commands(bench.engine, "image", "/mnt", "process", lambda: None)
+        commands = Commands(bench.engine, "image", "/mnt", "process", "/temp", lambda: None)
         server = ControlServer(path, commands.table(), frozenset({os.geteuid()}))
         await nursery.start(server.serve)
         yield bench
