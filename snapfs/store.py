@@ -77,6 +77,19 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def overcommitted(path: str, fd: int) -> str | None:
+    """A warning if a sparse image cannot grow to its size on its file system, as it is now."""
+    status, found = os.fstat(fd), os.fstatvfs(fd)
+    missing = status.st_size - status.st_blocks * 512
+    free = found.f_bavail * found.f_frsize
+    if missing <= free:
+        return None
+    return (
+        f"{missing} bytes of {path} are unallocated and only {free} are free on its file system: "
+        "writes may fail for want of space"
+    )
+
+
 class Store:
     """The state directory of a mounted image; implements `LayerStore`.
 
@@ -202,6 +215,9 @@ class Store:
                 )
             known = evolve(known, cluster_size=cluster_size)
         known = self._place_temps(known, temp_dir)
+        warning = None if self._read_only else overcommitted(path, image_fd)
+        if warning is not None:
+            self.notices.append(warning)
         self._recover(known, stamp)
         self._manifest = evolve(
             known,
