@@ -25,7 +25,7 @@ from typing import Any
 
 import trio
 
-from . import dirtyfiles, statefiles
+from . import dirtyfiles, statefiles, tempdirs
 from .activity import FILE_BYTES, Activity
 from .bitmap import Bitmap, buffer_size
 from .dirty import BitmapRecord
@@ -306,7 +306,7 @@ class _Checker(Inspector):
                         ("access", partial(self._bits, name="access", bits=bits)),
                         ("done", partial(self._bits, name="done", bits=bits)),
                         ("losses", partial(self._losses, fresh=known.clean)),
-                        ("temp", partial(self._temp, record=record)),
+                        ("temp", partial(self._temp, record=record, known=known)),
                     )
                 ]
                 access, done, losses, temp = (-1 if part is None else part for part in parts)
@@ -320,7 +320,7 @@ class _Checker(Inspector):
                 )  # fmt: skip
                 layer = Layer.from_record(record, found, known.cluster_size)
                 if trusted:
-                    self._undone(fd, layer, f"{where}/temp")
+                    self._undone(fd, layer, f"{where}/temp", record.temp_dir is not None)
         except FileNotFoundError:
             self._missing(record, where)
             return None
@@ -380,9 +380,12 @@ class _Checker(Inspector):
         self.found(Grade.DAMAGE, where, f"has {found} bytes and must have {LOSSES_BYTES}")
         raise Unusable
 
-    def _temp(self, directory: int, where: str, *, record: LayerRecord) -> int:
+    def _temp(self, directory: int, where: str, *, record: LayerRecord, known: Manifest) -> int:
         """The temp image, open to read."""
-        fd = self.open(directory, "temp", where)
+        if record.temp_dir is None:
+            fd = self.open(directory, "temp", where)
+        else:
+            fd = self._temp_outside(record.temp_dir, record, known)
         try:
             if not lock_image(fd, writable=True):
                 raise InUse(f"{self.directory}/{where} is in use by another process; end it first")
@@ -398,8 +401,31 @@ class _Checker(Inspector):
             os.close(fd)
             raise
 
-    def _undone(self, directory: int, layer: Layer, where: str) -> None:
-        """Temp data without a done bit: a copy that was under way."""
+    def _temp_outside(self, path: str, record: LayerRecord, known: Manifest) -> int:
+        """The temp image of a layer in a directory of the option temp-dir, open to read."""
+        try:
+            outside = tempdirs.open_directory(path)
+        except StateError as error:
+            self.found(Grade.DAMAGE, f"snapshots/{record.id}", str(error))
+            raise Unusable from None
+        ids = [known.id, tempdirs.id_at(known.id, tempdirs.home_of(self.fd))]
+        try:
+            for number, temp_id in enumerate(ids):
+                try:
+                    name = f"{temp_id}-{record.id}.temp"
+                    return self.open(outside, name, f"{path}/{name}")
+                except FileNotFoundError:
+                    if number == len(ids) - 1:
+                        raise
+            raise AssertionError
+        finally:
+            os.close(outside)
+
+    def _undone(self, directory: int, layer: Layer, where: str, outside: bool) -> None:
+        """Temp data without a done bit: a copy that was under way.
+
+        What is `outside` of the state directory is left to the next mount.
+        """
         assert isinstance(layer.temp, FileImage)
         ranges = [
             layer.geometry.whole(first, stop)
@@ -416,9 +442,8 @@ class _Checker(Inspector):
                 finally:
                     temp.close()
 
-            self.found(
-                Grade.LEFTOVER, where, f"has {count} bytes of a copy that was not finished", punch
-            )
+            text = f"has {count} bytes of a copy that was not finished"
+            self.found(Grade.LEFTOVER, where, text, None if outside else punch)
 
     def _foresee(
         self,

@@ -98,12 +98,9 @@ def check(config: Config) -> None:
     if os.path.commonpath((state, where)) == state:
         raise errors.UsageError(f"the mountpoint {where} is under the state directory {state}")
     for path, what in ((config.image, "image"), (os.path.dirname(state), "state directory")):
-        for backing in mountinfo.lives_on(path):
-            if os.path.commonpath((backing, where)) == where:
-                raise errors.UsageError(
-                    f"the {what} is on a file system that lives on {backing}: "
-                    "a copy would wait for itself; put it elsewhere"
-                )
+        _check_backing(path, what, where)
+    if config.options.temp_dir is not None:
+        check_temp_dir(os.path.realpath(config.options.temp_dir), where)
     if not os.path.exists("/dev/fuse"):
         raise errors.MountError("there is no /dev/fuse; load the kernel module: modprobe fuse")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
@@ -115,6 +112,22 @@ def check(config: Config) -> None:
         raise errors.NotPermitted(
             f"{others.pop()} needs the line user_allow_other in /etc/fuse.conf"
         )
+
+
+def check_temp_dir(path: str, where: str) -> None:
+    """Refuse a directory for temp images that is on the mount `where`.  Blocks.  UsageError."""
+    if os.path.commonpath((path, where)) == where:
+        raise errors.UsageError(f"the temp-dir {path} is under the mountpoint {where}")
+    _check_backing(path, "temp-dir", where)
+
+
+def _check_backing(path: str, what: str, where: str) -> None:
+    for backing in mountinfo.lives_on(path):
+        if os.path.commonpath((backing, where)) == where:
+            raise errors.UsageError(
+                f"the {what} is on a file system that lives on {backing}: "
+                "a copy would wait for itself; put it elsewhere"
+            )
 
 
 def _user_allow_other() -> bool:
@@ -221,6 +234,7 @@ class Daemon:
             cluster_size=options.cluster_size,
             read_only=options.read_only,
             durability=options.durability,  # type: ignore[arg-type]
+            temp_dir=options.temp_dir,
             limiter=trio.CapacityLimiter(IO_THREADS),
         )
         for notice in store.notices:
@@ -228,6 +242,8 @@ class Daemon:
         engine: Engine | None = None
         in_order = False
         try:
+            for path in store.temp_directories:  # an earlier mount may have chosen them
+                await trio.to_thread.run_sync(check_temp_dir, path, self._config.root)
             async with trio.open_nursery() as nursery:
                 engine = Engine(
                     store.image,
@@ -307,6 +323,7 @@ class Daemon:
                 self._config.root,
                 options.durability,
                 fast_path.collect,
+                store.temp_directory,
                 lambda: fs.unhealthy,
             )
             if not options.no_fastpath and not fast_path.start():

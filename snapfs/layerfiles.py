@@ -85,10 +85,14 @@ class LayerFiles:
         limiter: trio.CapacityLimiter,
     ) -> LayerFiles:
         """`mappings`: of the files done, access and losses in `directory`.  Blocks."""
-        files = {
-            name: MappedFile(open_file(directory, name), mapping, limiter)
-            for name, mapping in mappings.items()
-        }
+        files: dict[str, MappedFile] = {}
+        try:
+            for name, mapping in mappings.items():
+                files[name] = MappedFile(open_file(directory, name), mapping, limiter)
+        except BaseException:
+            for file in files.values():
+                file.close()
+            raise
         done = SetThrough(Bitmap(clusters, mappings["done"]))
         access = ClearLater(Bitmap(clusters, mappings["access"]))
         waiting: list[tuple[int, int]] = []  # cleared, but not durable

@@ -11,9 +11,13 @@ that is not shared with others.
 from __future__ import annotations
 
 import fcntl
+import os
+import stat
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
+
+from .errors import InUse, UsageError
 
 F_OFD_GETLK = 36  # linux/fcntl.h; Python 3.11 has no names for them
 F_OFD_SETLK = 37
@@ -70,3 +74,32 @@ def lock_exclusively(fd: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def open_image(path: str, *, read_only: bool) -> int:
+    """Open and lock an image file.  Blocks.
+
+    Raises UsageError or InUse, which name the remedy, and OSError.
+    """
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise UsageError(f"there is no image {path}") from None
+    if stat.S_ISBLK(kind):
+        raise UsageError(f"{path} is a block device; snapfs serves image files only")
+    if not stat.S_ISREG(kind):
+        what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
+        raise UsageError(f"{path} is {what}; snapfs serves image files")
+    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        fd = os.open(path, flags)
+    except PermissionError:
+        if not read_only and os.access(path, os.R_OK):
+            raise UsageError(f"{path} cannot be written; mount it with -o ro") from None
+        raise UsageError(f"{path} cannot be read: permission denied") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
+    if not lock_image(fd, writable=not read_only):
+        os.close(fd)
+        raise InUse(f"{path} is in use by another process, such as another snapfs or QEMU")
+    return fd

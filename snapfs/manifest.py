@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import cattrs
 from attrs import evolve, field, frozen
-from attrs.validators import ge
+from attrs.validators import ge, matches_re
 from cattrs.gen import make_dict_structure_fn
 
 from .dirty import BitmapRecord
 from .errors import InvalidName, StateError
 from .geometry import Geometry
 from .snapshot import LayerRecord, check_name
+from .tempdirs import valid_path
 
 Durability = Literal["process", "power"]
 
@@ -77,7 +78,9 @@ class Manifest:
     """`layers` oldest first.  `clean`: closed in order, and everything flushed.
 
     `durability`: of the mount; with power the bitmaps are right after a power cut.
-    Layers and bitmaps share one sequence of ids.
+    Layers and bitmaps share one sequence of ids.  `id` names the temp images that
+    are elsewhere, while the state directory is at `home` (tempdirs.py), which is
+    "" for neither yet.  `temp_dir`: where new ones go, None: into the state directory.
     """
 
     version: int
@@ -89,6 +92,9 @@ class Manifest:
     layers: tuple[LayerRecord, ...] = ()
     durability: Durability = "process"
     bitmaps: tuple[BitmapRecord, ...] = ()
+    id: str = field(default="", validator=matches_re("([0-9a-f]{32})?"))
+    home: str = ""
+    temp_dir: str | None = None
 
     def dumps(self) -> bytes:
         """The manifest as it is stored."""
@@ -136,6 +142,9 @@ class Manifest:
                 raise ValueError(f"snapshot {layer.id} has a number that is too large")
         if self.next_id >= MAX_NUMBER:
             raise ValueError("next_id is too large")
+        for path in (self.temp_dir, *(layer.temp_dir for layer in self.layers)):
+            if path is not None and not (self.id and valid_path(path)):
+                raise ValueError(f"temp images cannot be in {path!r}")
         self._check_bitmaps(set(ids))
 
     def _check_bitmaps(self, taken: set[int]) -> None:

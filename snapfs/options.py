@@ -76,6 +76,7 @@ class MountOptions:
     on_cbw_error: str = "break-snapshot"
     cbw_timeout: float = 15.0
     durability: str = "process"
+    temp_dir: str | None = None  # None: as before
     temp_limit: int | None = None
     temp_reserve: int | None = None  # None: see `Store.default_reserve`
     uid: int | None = None
@@ -132,6 +133,7 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
     ),
     "cbw-timeout": ("cbw_timeout", _seconds),
     "durability": ("durability", _choice("durability", ("process", "power"))),
+    "temp-dir": ("temp_dir", str),
     "temp-limit": ("temp_limit", parse_size),
     "temp-reserve": ("temp_reserve", parse_size),
     "uid": ("uid", _number("uid", 10)),

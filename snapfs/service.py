@@ -30,6 +30,7 @@ class Commands:
         mountpoint: str,
         durability: str,
         fast_path: Callable[[], Mapping[str, int]],
+        temp_directory: str,
         trouble: Callable[[], str | None],
     ) -> None:
         self._engine = engine
@@ -37,6 +38,7 @@ class Commands:
         self._mountpoint = mountpoint
         self._durability = durability
         self._fast_path = fast_path  # `FastPath.collect`
+        self._temp_directory = temp_directory
         self._bitmaps = BitmapCommands(engine)
         self._trouble = trouble  # why the FUSE face is not healthy, if it is not
 
@@ -83,6 +85,7 @@ class Commands:
         status["counters"] |= {f"fastpath_{kind}": fast[kind] for kind in FAST_COUNTERS}
         reason = self._trouble() or self._engine.unhealthy
         status["image"] = {"path": self._image, **status["image"]}
+        status["temp"] = self._temp()
         status["mount"] = {
             "mountpoint": self._mountpoint,
             "pid": os.getpid(),
@@ -142,7 +145,10 @@ class Commands:
         limit = number(request, "bytes", 0) if "bytes" in request else None
         self._engine.space.set_limit(limit)
         log.info("temp-limit is %s", "off" if limit is None else limit)
-        return dict(describe_engine(self._engine)["temp"])
+        return self._temp()
+
+    def _temp(self) -> dict[str, Any]:
+        return {"directory": self._temp_directory, **describe_engine(self._engine)["temp"]}
 
     def _find(self, path: str) -> Any:
         """The layer of a file by its path in the mount, None for `active`."""

@@ -69,6 +69,7 @@ class LayerRecord:
     blocks: int = 0
     bitmap: str | None = None
     policy: Policy | None = None
+    temp_dir: str | None = None  # of the temp image, None: in the state directory
 
 
 @frozen

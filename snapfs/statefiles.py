@@ -76,13 +76,14 @@ def _check_owner(fd: int, name: str) -> None:
 
 
 def make_file(parent: int, name: str, size: int) -> int:
-    """A new sparse file of `size` bytes, open for reading and writing."""
+    """A new sparse file of `size` bytes, open for reading and writing; none if that fails."""
     fd = open_file(parent, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         _set_nocow(fd)
         os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)
+        remove(parent, name)
         raise
     return fd
 

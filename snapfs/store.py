@@ -11,6 +11,7 @@
         snapshots/ID/losses     mapped record of what could not be kept
         snapshots/ID/temp       temp image
         bitmaps/ID              mapped dirty bitmap (dirtyfiles.py)
+    TEMP_DIR/ID-LAYER.temp      with temp-dir= (tempdirs.py): the temp image instead
 
 What happens when the daemon dies (the page cache survives it, so every write
 that returned is there), and what the next mount does:
@@ -46,32 +47,30 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 from attrs import evolve
 
-from . import statefiles
+from . import statefiles, tempdirs
 from .activity import Activity
-from .bitmap import Bitmap
 from .dirty import BitmapRecord, DirtyBitmap
 from .dirtyfiles import DirtyFiles
 from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage
-from .layerfiles import LayerFiles
 from .layers import LayerStack
-from .locks import lock_exclusively, lock_image
+from .layerstore import LayerDirectory
+from .locks import lock_exclusively, open_image
 from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
-from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
+from .snapshot import Layer, LayerParts, LayerRecord
+from .tempdirs import TempDirs
 
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
 STATE_THREADS = 4
-LAYER_FILES = ("temp", "done", "losses", "access")
 
 
 def boot_id() -> str:
@@ -79,33 +78,17 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def open_image(path: str, *, read_only: bool) -> int:
-    """Open and lock an image file.  Blocks.
-
-    Raises UsageError or InUse, which name the remedy, and OSError.
-    """
-    try:
-        kind = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise UsageError(f"there is no image {path}") from None
-    if stat.S_ISBLK(kind):
-        raise UsageError(f"{path} is a block device; snapfs serves image files only")
-    if not stat.S_ISREG(kind):
-        what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
-        raise UsageError(f"{path} is {what}; snapfs serves image files")
-    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-    try:
-        fd = os.open(path, flags)
-    except PermissionError:
-        if not read_only and os.access(path, os.R_OK):
-            raise UsageError(f"{path} cannot be written; mount it with -o ro") from None
-        raise UsageError(f"{path} cannot be read: permission denied") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
-    if not lock_image(fd, writable=not read_only):
-        os.close(fd)
-        raise InUse(f"{path} is in use by another process, such as another snapfs or QEMU")
-    return fd
+def overcommitted(path: str, fd: int) -> str | None:
+    """A warning if a sparse image cannot grow to its size on its file system, as it is now."""
+    status, found = os.fstat(fd), os.fstatvfs(fd)
+    missing = status.st_size - status.st_blocks * 512
+    free = found.f_bavail * found.f_frsize
+    if missing <= free:
+        return None
+    return (
+        f"{missing} bytes of {path} are unallocated and only {free} are free on its file system: "
+        "writes may fail for want of space"
+    )
 
 
 def distrust(known: Manifest, stamp: ImageStamp, activity: Activity) -> tuple[str | None, bool]:
@@ -142,24 +125,20 @@ class Store:
         self.layers: list[Layer] = []
         self.dirty: list[DirtyBitmap] = []  # recovered, for the engine to take over
         self.bitmaps: DirtyFiles
+        self._layers: LayerDirectory
         self.notices: list[str] = []
         self._fd = directory_fd
-        self._snapshots_fd = -1
         self._lock_fd = -1
-        self._limiter = limiter  # of the image
-        # Of their own: storage that hangs must not take the threads of another.
-        self._temp_limiter = trio.CapacityLimiter(limiter.total_tokens)
+        self._temp_threads = int(limiter.total_tokens)  # as many as for the image
         self._state_limiter = trio.CapacityLimiter(STATE_THREADS)
         self._manifest: Manifest
         self._activity: Activity
         self._read_only = False
         self._made = False
         self._power = False
-        self._harden = False  # what is loaded must be durable
         self._gone: list[int] = []  # layers whose files go once a list without them is saved
-        self._files: dict[int, LayerFiles] = {}  # by layer id, with durability=power
         self._activity_fd = -1
-        self._opened_bitmaps = False
+        self._opened_layers = self._opened_bitmaps = False
 
     @classmethod
     async def open(
@@ -170,16 +149,18 @@ class Store:
         cluster_size: int | None = None,
         read_only: bool = False,
         durability: Durability = "process",
+        temp_dir: str | None = None,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         """Lock the image and its state directory, made if need be, and recover.
 
-        `cluster_size` None: as before, else the default.  Raises UsageError,
+        `cluster_size` None: as before, else the default.  `temp_dir`: see
+        `tempdirs.choose`.  Raises UsageError,
         InUse, MountError, StateError and OSError; then nothing is held or left behind.
         """
         return await trio.to_thread.run_sync(
-            cls._open, image_path, state_dir, cluster_size, read_only, durability, limiter,
-            limiter=limiter,
+            cls._open, image_path, state_dir, cluster_size, read_only, durability, temp_dir,
+            limiter, limiter=limiter,
         )  # fmt: skip
 
     @classmethod
@@ -190,6 +171,7 @@ class Store:
         cluster_size: int | None,
         read_only: bool,
         durability: Durability,
+        temp_dir: str | None,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         path = os.path.realpath(image_path)
@@ -213,7 +195,7 @@ class Store:
                 store._read_only = read_only
                 store._made = made
                 store._power = durability == "power"
-                store._enter(path, image_fd, cluster_size)
+                store._enter(path, image_fd, cluster_size, temp_dir)
                 return store
             except BaseException:
                 for layer in store.layers:
@@ -226,15 +208,16 @@ class Store:
             image.close()
             raise
 
-    def _enter(self, path: str, image_fd: int, cluster_size: int | None) -> None:
+    def _enter(
+        self, path: str, image_fd: int, cluster_size: int | None, temp_dir: str | None
+    ) -> None:
         self._lock_fd = statefiles.open_file(self._fd, "lock", os.O_RDWR | os.O_CREAT)
         if not lock_exclusively(self._lock_fd):
             raise InUse(f"the state directory {self.directory} is in use by another snapfs")
-        try:
-            os.mkdir("snapshots", 0o700, dir_fd=self._fd)
-        except FileExistsError:
-            pass
-        self._snapshots_fd = statefiles.open_directory("snapshots", parent=self._fd)
+        self._layers = LayerDirectory.open(
+            self._fd, self.directory, self._state_limiter, self._temp_threads
+        )
+        self._opened_layers = True
         self.bitmaps = DirtyFiles.open(self._fd, self._state_limiter, self._power)
         self._opened_bitmaps = True
         statefiles.remove(self._fd, CONTROL_SOCKET)
@@ -242,7 +225,7 @@ class Store:
         known = self._read_manifest()
         self._activity = Activity.open(self._fd, image_fd)
         if known is None:
-            if os.listdir(self._snapshots_fd) or self.bitmaps.names():
+            if self._layers.names() or self.bitmaps.names():
                 raise StateError(
                     f"{self.directory}/manifest.json is missing, which says what the snapshots and "
                     "bitmaps there are; put it back, or remove the directory and them with it"
@@ -256,6 +239,10 @@ class Store:
                     f"{known.cluster_size}; delete them to change it to {cluster_size}"
                 )
             known = evolve(known, cluster_size=cluster_size)
+        known = self._place_temps(known, temp_dir)
+        warning = None if self._read_only else overcommitted(path, image_fd)
+        if warning is not None:
+            self.notices.append(warning)
         self._recover(known, stamp)
         self._manifest = evolve(
             known,
@@ -263,7 +250,7 @@ class Store:
             boot_id=boot_id(),
             clean=False,
             durability="power" if self._power else "process",
-            layers=tuple(layer.record() for layer in self.layers),
+            layers=self._layers.placed([layer.record() for layer in self.layers]),
         )
         self._activity.begin()
         if self._power:
@@ -271,7 +258,7 @@ class Store:
             os.fdatasync(self._activity_fd)
         self._write_manifest()
         for layer_id in self._gone:
-            self._remove_layer(layer_id)
+            self._layers.remove(layer_id)
 
     def _read_manifest(self) -> Manifest | None:
         try:
@@ -285,16 +272,30 @@ class Store:
             raise StateError(f"{where} is larger than {MAX_BYTES} bytes")
         return Manifest.loads(data, where)
 
+    def _place_temps(self, known: Manifest, wanted: str | None) -> Manifest:
+        """Find out where temp images are and shall be; leftovers are removed."""
+        home = tempdirs.home_of(self._fd)
+        former = known.id if known.home != home and known.id else None
+        temp_id = tempdirs.id_at(former, home) if former else known.id or tempdirs.new_id()
+        used = {layer.temp_dir for layer in known.layers}
+        new = tempdirs.choose(wanted, str(self.directory), known.temp_dir, used)
+        temps = TempDirs(temp_id, new, former)
+        self._layers.temps = temps
+        if new is not None:
+            temps.open(new)
+        self.notices += self._layers.remove_unlisted(known.layers, (known.temp_dir, new))
+        return evolve(known, id=temp_id, home=home, temp_dir=new)
+
     # Recovery
 
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
         """Load the layers of the manifest and bring them to a state between transitions."""
-        self._remove_unlisted({str(layer.id) for layer in known.layers})
-        self._harden = self._power or known.durability == "power"
+        self._layers.power = self._power
+        self._layers.harden = self._power or known.durability == "power"
         if self._power and known.layers:
             os.fdatasync(self.image.fd)
         for record in known.layers:
-            layer = self._load(record, known.cluster_size)
+            layer = self._layers.load(record, known.cluster_size)
             if layer is not None:
                 self.layers.append(layer)
         stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
@@ -316,62 +317,6 @@ class Store:
         self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, reason)
         self.notices += notices
 
-    def _load(self, record: LayerRecord, cluster_size: int) -> Layer | None:
-        """A layer as it was left; None if it is nameless and was being removed."""
-        geometry = Geometry(record.size, cluster_size)
-        where = f"{self.directory}/snapshots/{record.id}"
-        try:
-            fd = statefiles.open_directory(str(record.id), parent=self._snapshots_fd)
-        except FileNotFoundError:
-            if record.name is None:
-                return None
-            raise StateError(f"{where} with the data of snapshot {record.name!r} is gone") from None
-        try:
-            temp_fd = statefiles.open_file(fd, "temp")
-            if record.name is None and os.fstat(temp_fd).st_size < record.size:
-                os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
-            temp = self._open_temp(temp_fd, record.size)
-            try:
-                parts = self._parts(record.id, fd, geometry, temp, create=False)
-            except BaseException:
-                temp.close()
-                raise
-        except FileNotFoundError as error:
-            if record.name is None:
-                return None
-            raise StateError(f"{where} lacks its file {error.filename}") from None
-        finally:
-            os.close(fd)
-        return Layer.from_record(record, parts, cluster_size)
-
-    def _parts(
-        self, record_id: int, fd: int, geometry: Geometry, temp: FileImage, *, create: bool
-    ) -> LayerParts:
-        """Map the files of a layer in the directory `fd`, to be synced as the mount wants it."""
-        bits = geometry.clusters
-        access = statefiles.map_bitmap(fd, "access", bits, create=create)
-        done = statefiles.map_bitmap(fd, "done", bits, create=create)
-        losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=create)
-        if self._harden:  # before anything is freed, or relies on it
-            for name in LAYER_FILES:
-                statefiles.sync_file(fd, name)
-        if not self._power:
-            return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
-        mappings = {"done": done, "access": access, "losses": losses}
-        files = LayerFiles.open(fd, temp, mappings, bits, self._state_limiter)
-        self._files[record_id] = files
-        return files.parts
-
-    def _open_temp(self, fd: int, size: int) -> FileImage:
-        if os.fstat(fd).st_size != size:
-            found = os.fstat(fd).st_size
-            os.close(fd)
-            raise StateError(f"a temp image has {found} bytes and must have {size}")
-        if not lock_image(fd, writable=True):
-            os.close(fd)
-            raise InUse("a temp image in the state directory is in use by another process")
-        return FileImage(fd, limiter=self._temp_limiter)
-
     def _mark_lost(self, stack: LayerStack, reason: str, wrong: bool) -> None:
         need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
         for layer in self.layers:
@@ -390,12 +335,6 @@ class Store:
         except OSError as error:
             self.notices.append(f"cannot free space in a temp image: {error.strerror}")
 
-    def _remove_unlisted(self, listed: set[str]) -> None:
-        for name in os.listdir(self._snapshots_fd):
-            if name not in listed:
-                statefiles.remove_tree(name, parent=self._snapshots_fd)
-                self.notices.append(f"removed what was left of snapshot number {name}")
-
     # What the engine calls
 
     @property
@@ -410,28 +349,8 @@ class Store:
 
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
         return await trio.to_thread.run_sync(
-            self._create_layer, layer_id, geometry, limiter=self._state_limiter
+            self._layers.create, layer_id, geometry, limiter=self._state_limiter
         )
-
-    def _create_layer(self, layer_id: int, geometry: Geometry) -> LayerParts:
-        name = str(layer_id)
-        os.mkdir(name, 0o700, dir_fd=self._snapshots_fd)
-        try:
-            fd = statefiles.open_directory(name, parent=self._snapshots_fd)
-            try:
-                temp_fd = statefiles.make_file(fd, "temp", geometry.size)
-                lock_image(temp_fd, writable=True)
-                temp = FileImage(temp_fd, limiter=self._temp_limiter)
-                parts = self._parts(layer_id, fd, geometry, temp, create=True)
-                if self._power:
-                    os.fsync(fd)
-                    os.fsync(self._snapshots_fd)
-                return parts
-            finally:
-                os.close(fd)
-        except BaseException:
-            self._remove_layer(layer_id)
-            raise
 
     async def save(
         self,
@@ -439,7 +358,7 @@ class Store:
         geometry: Geometry,
         bitmaps: Sequence[BitmapRecord] = (),
     ) -> None:
-        self._manifest = self._manifest.with_lists(tuple(records), tuple(bitmaps))
+        self._manifest = self._manifest.with_lists(self._layers.placed(records), tuple(bitmaps))
         await trio.to_thread.run_sync(self._write_manifest, limiter=self._state_limiter)
 
     def _write_manifest(self) -> None:
@@ -447,22 +366,26 @@ class Store:
         statefiles.keep_reserve(self._fd)
 
     async def remove(self, layer_id: int) -> None:
-        files = self._files.pop(layer_id, None)
-        if files is not None:
-            files.close()
-        await trio.to_thread.run_sync(self._remove_layer, layer_id, limiter=self._state_limiter)
+        self._layers.forget(layer_id)
+        await trio.to_thread.run_sync(self._layers.remove, layer_id, limiter=self._state_limiter)
 
-    def _remove_layer(self, layer_id: int) -> None:
-        statefiles.remove_tree(str(layer_id), parent=self._snapshots_fd)
+    @property
+    def temp_directory(self) -> str:
+        """Where new temp images go."""
+        return self._layers.temp_directory
+
+    @property
+    def temp_directories(self) -> set[str]:
+        """All directories outside of this one that temp images are in, or go to."""
+        found = {self._manifest.temp_dir, *(each.temp_dir for each in self._manifest.layers)}
+        return {path for path in found if path is not None}
 
     def free_bytes(self) -> int:
-        found = os.fstatvfs(self._snapshots_fd)
-        return found.f_bavail * found.f_frsize
+        return self._layers.free_bytes()
 
     def default_reserve(self) -> int:
         """Bytes to leave free for the image, which may be sparse: 1 GiB, or 5 % if that is less."""
-        found = os.fstatvfs(self._snapshots_fd)
-        return min(1 << 30, found.f_blocks * found.f_frsize // 20)
+        return self._layers.default_reserve()
 
     def write_started(self, size: int) -> None:
         self._activity.started(size)
@@ -520,20 +443,14 @@ class Store:
         try:
             if not self._read_only:
                 os.fsync(self.image.fd)  # with its times, which the stamp has
-            for layer in layers:
-                fd = statefiles.open_directory(str(layer.id), parent=self._snapshots_fd)
-                try:
-                    for name in LAYER_FILES:
-                        statefiles.sync_file(fd, name)
-                finally:
-                    os.close(fd)
+            self._layers.sync(layers)
             self.bitmaps.sync(bitmaps)
             if clean:
                 self._manifest = evolve(
                     self._manifest,
                     image=ImageStamp.of(self._manifest.image.path, self.image.fd),
                     clean=True,
-                    layers=tuple(layer.record() for layer in layers),
+                    layers=self._layers.placed([layer.record() for layer in layers]),
                     bitmaps=tuple(BitmapRecord(each.id, each.name) for each in bitmaps),
                 )
                 self._write_manifest()
@@ -544,11 +461,10 @@ class Store:
             self.image.close()
 
     def _release(self) -> None:
-        for files in self._files.values():
-            files.close()
-        self._files.clear()
+        if self._opened_layers:
+            self._layers.close()
         if self._opened_bitmaps:
             self.bitmaps.close()
-        for fd in (self._activity_fd, self._snapshots_fd, self._lock_fd, self._fd):
+        for fd in (self._activity_fd, self._lock_fd, self._fd):
             if fd >= 0:
                 os.close(fd)

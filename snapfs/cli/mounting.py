@@ -75,6 +75,8 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
     # Relative names mean what they meant to the caller.
     config = Config(image, mountpoint, options)
     options.state = config.state
+    if options.temp_dir is not None:
+        options.temp_dir = os.path.realpath(options.temp_dir)
     start_logging(options.log_level, config.state)
 
     def ready() -> None:

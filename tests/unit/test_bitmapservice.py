@@ -18,7 +18,7 @@ SIZE = 8 * CLUSTER
 async def commands(nursery):
     bench = Bench.make(nursery, b"1" * SIZE)
     fast = lambda: defaultdict(int)  # noqa: E731
-    commands = Commands(bench.engine, "image", "/mnt", "process", fast, lambda: None)
+    commands = Commands(bench.engine, "image", "/mnt", "process", fast, "/temp", lambda: None)
     commands.engine = bench.engine
     return commands
 

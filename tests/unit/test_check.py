@@ -35,6 +35,7 @@ from .test_store import (
     damage_layer,
     damage_manifest,
     delete,
+    engine_of,
     expect,
     opened,
     session,
@@ -617,3 +618,33 @@ def test_no_file_of_random_bytes_is_a_traceback_or_a_way_out(template, seed, nam
         (state / name).write_bytes(random.Random(seed).randbytes(size))
 
     assert_contained(template, damage)
+
+
+async def test_temp_images_in_another_directory_are_looked_at_too(tmp_path):
+    image, elsewhere = tmp_path / "disk.img", tmp_path / "temps"
+    image.write_bytes(OLD)
+    elsewhere.mkdir(mode=0o700)
+    store = await Store.open(
+        str(image), cluster_size=CLUSTER, temp_dir=str(elsewhere), limiter=LIMITER
+    )
+    async with trio.open_nursery() as nursery:
+        engine = engine_of(store, nursery)
+        await engine.create_snapshot("a")
+        await engine.write(0, b"x")
+    await store.close(engine.layers, ())
+    before = tree(tmp_path)
+    assert 0 == check(str(image)).exit_code
+    assert before == tree(tmp_path)
+    (temp,) = elsewhere.iterdir()
+    with open(temp, "r+b") as file:  # a copy that was not finished
+        file.seek(2 * CLUSTER)
+        file.write(b"y")
+    content = temp.read_bytes()
+    report = check(str(image), repair=True)
+    assert ([("leftover", "snapshots/1/temp")], content) == (seen(report), temp.read_bytes())
+    temp.rename(elsewhere / "gone")
+    assert 4 == check(str(image)).exit_code
+    shutil.rmtree(elsewhere)
+    report = check(str(image))
+    assert 4 == report.exit_code
+    assert any("does not exist" in each.text for each in report.findings)

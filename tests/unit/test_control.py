@@ -63,7 +63,7 @@ async def serving(path: str) -> AsyncIterator[Bench]:
     async with trio.open_nursery() as nursery:
         bench = Bench.make(nursery, pattern(1, SIZE))
         fast = lambda: defaultdict(int)  # noqa: E731
-        commands = Commands(bench.engine, "image", "/mnt", "process", fast, lambda: None)
+        commands = Commands(bench.engine, "image", "/mnt", "process", fast, "/temp", lambda: None)
         server = ControlServer(path, commands.table(), frozenset({os.geteuid()}))
         await nursery.start(server.serve)
         yield bench
