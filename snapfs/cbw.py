@@ -239,7 +239,7 @@ class Engine:
                 self._stack.grow(self._geometry.clusters)
             finally:
                 self._store.write_finished()
-            await self._keeper.save()
+            await self._keeper.try_save()  # the size has changed: that cannot fail any more
 
     async def flush(self) -> None:
         """Make the data of the image durable."""

@@ -270,4 +270,6 @@ class FileImage:
         return os.fstat(self.fd).st_blocks
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -50,6 +50,7 @@ class LayerDirectory:
         self.harden = False
         self.temps = TempDirs("", None)  # set by the store, before anything is loaded or made
         self._files: dict[int, LayerFiles] = {}  # by layer id, with power
+        self._temps: dict[int, FileImage] = {}  # by layer id, open unless the engine closed it
         self._outside: dict[int, str] = {}  # by layer id, directories of temp images elsewhere
 
     @classmethod
@@ -97,6 +98,7 @@ class LayerDirectory:
             raise StateError(f"{where} lacks its file {error.filename}") from None
         finally:
             os.close(fd)
+        self._temps[record.id] = temp
         return Layer.from_record(record, parts, cluster_size)
 
     def _find_temp(self, record: LayerRecord, fd: int) -> tuple[int, str]:
@@ -180,6 +182,7 @@ class LayerDirectory:
                         os.fsync(fd)
                         os.fsync(self._fd)
                         os.fsync(self._temp_of(layer_id, fd)[0])
+                    self._temps[layer_id] = temp
                     return parts
                 except BaseException:
                     temp.close()
@@ -202,6 +205,7 @@ class LayerDirectory:
 
     def forget(self, layer_id: int) -> None:
         """Close what serves to sync a layer that is about to be removed.  Does not block."""
+        self._temps.pop(layer_id, None)
         files = self._files.pop(layer_id, None)
         if files is not None:
             files.close()
@@ -249,7 +253,10 @@ class LayerDirectory:
                 os.close(fd)
 
     def close(self) -> None:
-        """Close the directory; the temp images belong to their layers."""
+        """Close the directory, and temp images of layers that were still on their way out."""
+        for temp in self._temps.values():
+            temp.close()
+        self._temps.clear()
         for files in self._files.values():
             files.close()
         self._files.clear()

@@ -99,7 +99,10 @@ def open_image(path: str, *, read_only: bool) -> int:
         raise UsageError(f"{path} cannot be read: permission denied") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
-    if not lock_image(fd, writable=not read_only):
+    try:
+        if not lock_image(fd, writable=not read_only):
+            raise InUse(f"{path} is in use by another process, such as another snapfs or QEMU")
+    except BaseException:
         os.close(fd)
-        raise InUse(f"{path} is in use by another process, such as another snapfs or QEMU")
+        raise
     return fd
