@@ -243,7 +243,9 @@ class Mount:
 
     def finish(self) -> tuple[Any, str]:
         """Wait for the end; what it printed last, and its stderr."""
-        stdout, stderr = self.process.communicate(timeout=20)
+        assert self.process.stdout is not None
+        stdout = self.process.stdout.read()  # communicate() misses what is in its buffer
+        stderr = self.process.communicate(timeout=20)[1]
         assert self.process.returncode == 0, stderr
         return json.loads(stdout), stderr
 
