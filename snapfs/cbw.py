@@ -506,9 +506,13 @@ class Engine:
     def moment(self) -> Moment:
         """All that it takes to answer what needs no policy, until the next checkpoint."""
         # What must be durable before a write lands takes a wait.
-        promises = any(layer.commits is not None for layer in self._stack) or any(
-            bitmap.parts is not None and bitmap.parts.commit is not None
-            for bitmap in self.tracker.bitmaps.recording()
+        promises = (
+            len(self.copier.promises)
+            or any(layer.commits is not None for layer in self._stack)
+            or any(
+                bitmap.parts is not None and bitmap.parts.commit is not None
+                for bitmap in self.tracker.bitmaps.recording()
+            )
         )
         return Moment(
             self._image,

@@ -235,7 +235,7 @@ class Copier:
 
     def note_native(self, lent: int, written: int, clusters: int, seconds: float) -> None:
         """Native copies of so many clusters have landed; the loan ends."""
-        self._space.take_back(lent, min(lent, written))
+        self._space.take_back(lent)
         self._space.note(written)
         self._counters.cbw_copies += clusters
         self._counters.cbw_bytes += written
@@ -267,7 +267,7 @@ class Copier:
             failed = [(copy.first, copy.stop)]
         clusters = 0 if number else copy.stop - copy.first
         try:
-            self._space.take_back(copy.lent, copy.lent)
+            self._space.take_back(copy.lent)
             self.note_native(0, written, clusters, seconds)
             await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die

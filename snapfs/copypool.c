@@ -208,9 +208,22 @@ bool pool_wait(int device, long long nanoseconds)
         return false;
     if (ppoll(wanted, 2, &time, NULL) <= 0)
         return false;
-    if (wanted[0].revents)
+    if (wanted[0].revents && !counts[true]) /* else Python's task must see it */
         pool_clear();
     return true;
+}
+
+void pool_settle(void)
+{
+    struct timespec nap = {.tv_nsec = 1000000};
+
+    for (bool running = true; running; nanosleep(&nap, NULL)) {
+        running = false;
+        pthread_mutex_lock(&mutex);
+        for (int i = 0; i < POOL_SIZE; i++)
+            running |= copies[i].state == COPY_QUEUED || copies[i].state == COPY_RUNNING;
+        pthread_mutex_unlock(&mutex);
+    }
 }
 
 int pool_descriptor(void)

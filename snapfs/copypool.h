@@ -54,6 +54,9 @@ POOL_INTERNAL void pool_free(struct copy *copy);
 /* Wait until one is over, or `device` (-1: none) has a request; false: neither in time. */
 POOL_INTERNAL bool pool_wait(int device, long long nanoseconds);
 
+/* Return when none is queued or running any more; blocks. */
+POOL_INTERNAL void pool_settle(void);
+
 /* Readable when a copy has ended since pool_clear(); -1: there was never one. */
 POOL_INTERNAL int pool_descriptor(void);
 POOL_INTERNAL void pool_clear(void);

@@ -122,6 +122,10 @@ class Promises:
         self._nursery = nursery
         self._promises: RequestList[Promise] = RequestList()
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._promises)
+
     def make(self, commit: GroupCommit, first: int, stop: int) -> None:
         """Bits of [first, stop) changed in a file."""
         if first < stop:

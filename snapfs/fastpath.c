@@ -734,7 +734,8 @@ static bool keep(const void *request, size_t size, bool cold)
 {
     void *copy;
 
-    if (cold && now(CLOCK_MONOTONIC) < cold_until)
+    /* With copies of Python's under way a wait would end at once, again and again. */
+    if (cold && (pool_count(true) || now(CLOCK_MONOTONIC) < cold_until))
         return false;
     if (drain.kept_count == MAX_KEPT || drain.kept_bytes + size > MAX_KEPT_BYTES)
         return false;
@@ -909,6 +910,10 @@ void fastpath_finish(int device)
     if (!result) { /* a bug; nobody must wait for ever */
         PyErr_WriteUnraisable(finisher);
         fastpath_clear();
+        /* Nobody knows of these copies: they must not read what is written from now on. */
+        Py_BEGIN_ALLOW_THREADS
+        pool_settle();
+        Py_END_ALLOW_THREADS
         for (int i = 0; i < drain.kept_count; i++) {
             const struct fuse_in_header *in = drain.kept[i].request;
             struct fuse_out_header out = {.len = sizeof(out), .error = -EIO,

@@ -114,7 +114,9 @@ class FastPath:
             async with trio.open_nursery() as nursery:
                 while self._copies:
                     for number, error, written, nanoseconds in requestfilter.ended_copies():
-                        copy = self._copies.pop(number)
+                        copy = self._copies.pop(number, None)
+                        if copy is None:
+                            continue  # never taken over, after a bug
                         nursery.start_soon(
                             self._engine.copier.conclude, copy, error, written, nanoseconds / 1e9
                         )

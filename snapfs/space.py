@@ -76,7 +76,7 @@ class TempSpace:
         try:
             yield granted
         finally:
-            self.take_back(granted, granted)
+            self.take_back(granted)
 
     def lend(self, length: int) -> int:
         """Hold up to `length` bytes for copies until `take_back`; how many it is."""
@@ -91,10 +91,9 @@ class TempSpace:
         self._claimed += granted
         return granted
 
-    def take_back(self, lent: int, written: int) -> None:
-        """End a loan of which `written` bytes were used."""
+    def take_back(self, lent: int) -> None:
+        """End a loan; what was not used of it takes another look at the numbers."""
         self._claimed -= lent
-        self._credit += lent - written
 
     def explain(self) -> str:
         """Why a claim was not granted."""

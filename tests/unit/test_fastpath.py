@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import select
 import struct
 from pathlib import Path
 
@@ -240,6 +241,32 @@ async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch):
         assert (1 if lost else 2) * CLUSTER == layer.temp_bytes()
         assert 0 == layer.pins
         check_bitmaps(rig.engine)
+
+
+async def test_a_cold_read_does_not_take_the_news_of_a_copy_that_python_waits_for(
+    image, monkeypatch
+):
+    async with Rig.make(image) as rig:
+        await rig.engine.create_snapshot("s")
+        with Rig.readable_never(monkeypatch) as let_go:
+            assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW), patient=False)
+            fd = requestfilter.copies_fd()
+            assert select.select([fd], [], [], 30)[0]  # the copy has ended
+            os.fsync(rig.store.image.fd)
+            os.posix_fadvise(rig.store.image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            rig.drain(read_request(ACTIVE, ACTIVE_HANDLE, 8 * CLUSTER, 9))
+            assert select.select([fd], [], [], 0)[0]
+            let_go()
+            await until_quiet(rig, 1)
+
+
+async def test_nothing_is_written_natively_while_a_promise_is_not_kept(image):
+    async with Rig.make(image, durability="power") as rig:
+        await rig.engine.tracker.add("b")
+        rig.engine.tracker.shrank()  # the bitmap is inconsistent, which is not durable yet
+        assert rig.send(write_request(ACTIVE_HANDLE, 0, b"x")) is None
+        await rig.engine.write(0, b"x")
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"x"))
 
 
 async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image):
