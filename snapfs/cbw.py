@@ -47,7 +47,7 @@ from .layers import LayerStack
 from .moment import LayerMoment, Moment
 from .reqlist import Gate, Request, RequestList
 from .snapshot import Layer, LayerStore, Policy, check_name
-from .space import TempSpace
+from .space import SpaceStatus, TempSpace
 from .tracker import Tracker
 from .views import Extent, SnapshotReader
 
@@ -134,8 +134,13 @@ class Engine:
             lambda layer: self._start(self._keeper.dispose, layer),
         )
         self._keeper.copier = self.copier
+        self.events = self.copier.events
+        self.space.on_warning = self._warned_of_space
         dirty.promise, dirty.forget = self.copier.promises.make, self.copier.promises.forget
         self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self.copier.unpin)
+
+    def _warned_of_space(self, status: SpaceStatus) -> None:
+        self.events.record("temp-space", percent=status.warning, used_bytes=status.used)
 
     def _start(
         self, call: Callable[[*_Arguments], Awaitable[None]], *arguments: *_Arguments
@@ -148,6 +153,7 @@ class Engine:
             except Exception as error:
                 log.exception("unexpected error in the background")
                 self.unhealthy = self.unhealthy or f"unexpected error: {error!r}"
+                self.events.record("unhealthy", reason=self.unhealthy)
 
         self._nursery.start_soon(guarded)
 
@@ -321,6 +327,7 @@ class Engine:
                 f"the image was cut from {self.size} to {size} bytes from outside; "
                 "data that snapshots need is gone"
             )
+            self.events.record("unhealthy", reason=self.unhealthy)
             self.tracker.shrank()
             log.error("%s", self.unhealthy)
 

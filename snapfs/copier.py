@@ -20,6 +20,7 @@ from attrs.validators import ge, in_, optional
 
 from . import bitmap
 from .durability import Promises
+from .events import Events
 from .image import Image
 from .layers import Dropped, LayerStack, Run, shifted
 from .reqlist import Request, RequestList
@@ -98,6 +99,7 @@ class Copier:
         self._on_unpinned = on_unpinned
         self._copies: RequestList[Copy] = RequestList()
         self.promises = Promises(nursery)
+        self.events = Events()
         self._failing: int | None = None  # errno of the newest copy, if it failed
 
     async def preserve(self, first: int, stop: int) -> None:
@@ -365,6 +367,10 @@ class Copier:
         for layer, bits in needing:
             lost = bits.count()
             level = logging.ERROR if layer.state == "ok" else logging.DEBUG
+            if layer.state == "ok":
+                self.events.record(
+                    "incomplete", snapshot=layer.name, errno=error.errno, reason=error.strerror
+                )
             layer.lose(lost, f"copy-before-write failed: {error.strerror}", error.errno)
             for start, end in bitmap.runs(bits, 0, len(bits)):
                 layer.withdraw(first + start, first + end)

@@ -155,6 +155,7 @@ class SnapshotFS(pyfuse3.Operations):
         log.error("unexpected error in %s", what, exc_info=error)
         if self.unhealthy is None:
             self.unhealthy = f"unexpected error in {what}: {error!r}"
+            self._engine.events.record("unhealthy", reason=self.unhealthy)
         return errno.EIO
 
     def _log_failure(self, what: str, error: OSError) -> None:

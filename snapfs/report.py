@@ -9,6 +9,7 @@ from attrs import asdict
 
 from .cbw import Engine
 from .dirty import DirtyBitmap
+from .events import Event
 from .geometry import Geometry
 from .snapshot import Layer
 from .views import Extent
@@ -17,6 +18,16 @@ from .views import Extent
 def _time(nanoseconds: int) -> str:
     text = datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(timespec="microseconds")
     return text.replace("+00:00", "Z")
+
+
+def describe_event(event: Event) -> dict[str, Any]:
+    """One event, with what belongs to its kind."""
+    return {
+        "number": event.number,
+        "time": _time(event.when_ns),
+        "event": event.kind,
+        **event.details,
+    }
 
 
 def describe_snapshot(layer: Layer) -> dict[str, Any]:

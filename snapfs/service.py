@@ -11,11 +11,12 @@ from . import errors
 from .bitmapservice import BitmapCommands, flag, optional
 from .cbw import Engine
 from .control import number, text
-from .report import describe_engine, describe_extent, describe_snapshot
+from .report import describe_engine, describe_event, describe_extent, describe_snapshot
 from .views import marked
 
 log = logging.getLogger(__name__)
 
+MAX_WAIT = 25  # seconds that a request waits for an event
 MAP_PAGE = 5000  # extents in one answer
 FAST_COUNTERS = ("requests", "reads", "writes", "snapshot_reads")  # of FastPath.collect
 
@@ -44,7 +45,18 @@ class Commands:
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
         """The commands by name."""
-        names = ("create", "delete", "rename", "list", "show", "status", "map", "runs", "limit")
+        names = (
+            "create",
+            "delete",
+            "rename",
+            "list",
+            "show",
+            "status",
+            "map",
+            "runs",
+            "limit",
+            "events",
+        )
         return {**self._bitmaps.table(), **{name: getattr(self, name) for name in names}}
 
     async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +151,12 @@ class Commands:
             if count >= minimum:
                 found.append((start, count))
         return {"runs": found, "next": None}
+
+    async def events(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Events with a number above `after`; waits `seconds`, 25 at most, if there are none."""
+        seconds = min(number(request, "seconds", 0), MAX_WAIT)
+        found = await self._engine.events.after(number(request, "after", 0), seconds)
+        return {"events": [describe_event(event) for event in found]}
 
     async def limit(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Bound the space of all temp images; without `bytes` not at all."""

@@ -50,6 +50,7 @@ class TempSpace:
     limit: int | None = None
     reserve: int = 0
     clock: Callable[[], float] = time.monotonic
+    on_warning: Callable[[SpaceStatus], None] = lambda _status: None
     _claimed: int = field(default=0, init=False)  # by copies in flight
     _credit: int = field(default=0, init=False)  # may be claimed without another look
     _warned: int | None = field(default=None, init=False)
@@ -119,6 +120,7 @@ class TempSpace:
                 "temp images take %d bytes: %d %% of their room or more%s",
                 status.used, status.warning, left,
             )  # fmt: skip
+            self.on_warning(status)
         self._warned = status.warning
 
     def status(self) -> SpaceStatus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +15,8 @@ from ..wire import Client, RemoteError
 from . import bitmaps
 from .helpers import complain
 from .output import dump, human, print_pairs, print_table
+
+EVENT_SECONDS = 20  # of waiting in one request
 
 
 def mount(arguments: argparse.Namespace) -> int:
@@ -148,6 +151,23 @@ def trim(arguments: argparse.Namespace) -> int:
     elif arguments.verbose:
         print(f"{arguments.file}: {human(trimmed)} ({trimmed} bytes) trimmed")
     return ExitCode.OK
+
+
+def events(arguments: argparse.Namespace) -> int:
+    """snapfs events MOUNTPOINT: one line each, until interrupted or unmounted."""
+    newest = 0
+    with Client(arguments.mountpoint) as client:
+        while True:
+            seconds = 0 if arguments.once else EVENT_SECONDS
+            for event in client.call("events", after=newest, seconds=seconds)["events"]:
+                newest = event["number"]
+                if arguments.json:
+                    print(json.dumps({"message_type": "event", **event}), flush=True)
+                else:
+                    details = [f"{key}={event[key]}" for key in list(event)[3:]]
+                    print(event["time"], event["event"], *details, flush=True)
+            if arguments.once:
+                return ExitCode.OK
 
 
 def limit(arguments: argparse.Namespace) -> int:

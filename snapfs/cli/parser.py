@@ -11,7 +11,7 @@ from . import backupparser, bitmaps, checking, commands
 
 VERBS = (
     "mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "diff",
-    "bitmap", "limit", "check", *backupparser.VERBS,
+    "bitmap", "limit", "events", "check", *backupparser.VERBS,
 )  # fmt: skip
 
 
@@ -110,6 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("size", type=_limit, metavar="SIZE", help="or none")
     _add_json(verb)
     verb.set_defaults(run=commands.limit)
+
+    verb = verbs.add_parser("events", help="wait for what happens to the snapshots and print it")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("--once", action="store_true", help="print what there is, do not wait")
+    _add_json(verb)
+    verb.set_defaults(run=commands.events)
 
     verb = verbs.add_parser("check", help="look a state directory over, not mounted")
     verb.add_argument("state", metavar="STATE", help="the state directory, or its image")

@@ -7,13 +7,14 @@ import errno
 import json
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, run
+from .conftest import SNAPFS, Mounted, run
 from .patched import Patched
 from .test_programs import mounted_loop
 
@@ -324,3 +325,25 @@ def test_what_fails_again_and_again_is_logged_once(mount, policy):
     lines = [line for line in daemon.finish()[1].splitlines() if "ERROR" in line]
     assert 1 == len(lines), lines
     assert "temp-limit=0 is reached" in lines[0]
+
+
+def test_events_tell_of_temp_space_and_of_losses(mount):
+    disk = mount(os.urandom(4 * MIB), f"temp-limit={20 * K64}")
+    disk.create("s")
+    lines = subprocess.Popen(
+        [*SNAPFS, "events", disk.mountpoint, "--json"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        for number in range(24):
+            disk.write(number * K64, b"x")
+        assert lines.stdout is not None
+        found = [json.loads(lines.stdout.readline()) for _ in range(3)]
+    finally:
+        lines.kill()
+        lines.communicate()
+    assert ["temp-space", "temp-space", "incomplete"] == [each["event"] for each in found]
+    assert [80, 95] == [each["percent"] for each in found[:2]]
+    assert ("s", errno.ENOSPC) == (found[2]["snapshot"], found[2]["errno"])
+    once = disk.snapfs("events", disk.mountpoint, "--once").stdout.splitlines()
+    assert 3 == len(once)
+    assert "incomplete snapshot=s" in once[2]
