@@ -13,12 +13,12 @@ from typing import Any, Literal
 import cattrs
 from attrs import evolve, field, frozen
 from attrs.validators import ge, matches_re
-from cattrs.gen import make_dict_structure_fn
 
 from .dirty import BitmapRecord
 from .errors import InvalidName, StateError
 from .geometry import Geometry
 from .snapshot import LayerRecord, check_name
+from .strictjson import make_converter, reasons
 from .tempdirs import valid_path
 
 Durability = Literal["process", "power"]
@@ -120,7 +120,7 @@ class Manifest:
         except RecursionError:
             raise StateError(f"{where} is damaged: it is nested too deeply") from None
         except (cattrs.BaseValidationError, InvalidName, ValueError, TypeError) as error:
-            raise StateError(f"{where} is damaged: {'; '.join(_reasons(error))}") from None
+            raise StateError(f"{where} is damaged: {'; '.join(reasons(error))}") from None
         return manifest
 
     def _check(self) -> None:
@@ -165,21 +165,4 @@ class Manifest:
         return evolve(self, layers=layers, bitmaps=bitmaps, next_id=next_id)
 
 
-def _reasons(error: Exception) -> list[str]:
-    if isinstance(error, cattrs.BaseValidationError):
-        return cattrs.transform_error(error)
-    return [str(error)]
-
-
-def _strict(value: Any, kind: type) -> Any:
-    """JSON has ints, strings and booleans: nothing is converted silently."""
-    if type(value) is not kind:
-        raise ValueError(f"{value!r} is not of type {kind.__name__}")
-    return value
-
-
-_converter = cattrs.Converter(forbid_extra_keys=True)
-for _kind in (int, str, bool):
-    _converter.register_structure_hook(_kind, _strict)
-for _class in (ImageStamp, LayerRecord, BitmapRecord, Manifest):
-    _converter.register_structure_hook(_class, make_dict_structure_fn(_class, _converter))
+_converter = make_converter(ImageStamp, LayerRecord, BitmapRecord, Manifest)

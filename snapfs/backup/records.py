@@ -7,9 +7,10 @@ import os
 from typing import Any, TypeVar
 
 import cattrs
-from cattrs.gen import make_dict_structure_fn
 
+from .. import strictjson
 from ..errors import BackupError
+from ..strictjson import make_converter, reasons
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ def structure(data: bytes, kind: type[T], where: str, version: int) -> T:
     try:
         return _converter.structure(value, kind)
     except (cattrs.BaseValidationError, ValueError, TypeError) as error:
-        raise BackupError(f"{where} is damaged: {'; '.join(_reasons(error))}") from None
+        raise BackupError(f"{where} is damaged: {'; '.join(reasons(error))}") from None
 
 
 def unstructure(value: Any) -> bytes:
@@ -74,25 +75,9 @@ def unstructure(value: Any) -> bytes:
     return json.dumps(_converter.unstructure(value), indent=1).encode() + b"\n"
 
 
-def _reasons(error: Exception) -> list[str]:
-    if isinstance(error, cattrs.BaseValidationError):
-        return cattrs.transform_error(error)
-    return [str(error)]
-
-
-def _strict(value: Any, kind: type) -> Any:
-    """JSON has ints, strings and booleans: nothing is converted silently."""
-    if type(value) is not kind:
-        raise ValueError(f"{value!r} is not of type {kind.__name__}")
-    return value
-
-
-_converter = cattrs.Converter(forbid_extra_keys=True)
-for _kind in (int, str, bool):
-    _converter.register_structure_hook(_kind, _strict)
+_converter = make_converter()
 
 
 def register(*classes: type) -> None:
     """Have the attrs classes read strictly: no unknown keys, no converted values."""
-    for kind in classes:
-        _converter.register_structure_hook(kind, make_dict_structure_fn(kind, _converter))
+    strictjson.register(_converter, *classes)
