@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -558,8 +559,10 @@ def test_an_aborted_connection_does_not_spin(running: Mount, filtered: bool) -> 
 def test_under_sanitizers(tmp_path: Path) -> None:
     """An address and undefined-behaviour sanitizer build does all of it without a report."""
     package = Path(requestfilter.__file__).parent
-    names = ("requestfilter", "fastpath", "copypool", "clusters")
-    sources = [package / f"{name}.c" for name in names]
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    modules = project["tool"]["setuptools"]["ext-modules"]
+    (names,) = (each["sources"] for each in modules if each["name"].endswith("_requestfilter"))
+    sources = [package.parent / name for name in names]
     compiler = shutil.which("gcc")
     if not compiler or not sources[0].exists():
         pytest.skip("needs gcc and the source")

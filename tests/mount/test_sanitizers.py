@@ -7,15 +7,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {
-    "_requestfilter": ("requestfilter", "fastpath", "copypool", "clusters"),
-    "_copy": ("copy", "clusters"),
-}
+MODULES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
 
 
 @pytest.mark.slow
@@ -27,13 +25,14 @@ def test_the_fast_path_under_sanitizers(tmp_path):
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(package, tmp_path / "snapfs", ignore=ignored)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for name, sources in SOURCES.items():
+    for module in MODULES:
         command = [compiler, "-g", "-O1", "-shared", "-fPIC", "-D_FILE_OFFSET_BITS=64"]
         command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         command += ["-I/usr/include/fuse3", "-I/usr/local/include/fuse3"]
         command += ["-isystem", sysconfig.get_path("include")]
-        command += [str(package / f"{source}.c") for source in sources]
-        command += ["-o", f"{tmp_path}/snapfs/{name}{suffix}", "-lfuse3", "-ldl"]
+        command += [str(ROOT / source) for source in module["sources"]]
+        command += ["-o", f"{tmp_path}/{module['name'].replace('.', '/')}{suffix}"]
+        command += ["-lfuse3", "-ldl"]
         subprocess.run(command, check=True)
     library = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True)
     program = (

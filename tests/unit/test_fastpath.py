@@ -65,6 +65,45 @@ async def test_reads_of_active(image, offset, size):
         assert 1 == rig.engine.counters.reads
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4095, 5 * CLUSTER, 3 * CLUSTER + 17])
+async def test_large_reads_are_answered_from_the_page_cache_itself(tmp_path, offset):
+    image = tmp_path / "large.img"
+    content = os.urandom(256 << 10)
+    image.write_bytes(content)
+    size = 160 << 10
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.write(10 * CLUSTER, NEW)
+        mapped = requestfilter.fastpath_statistics()["mapped"]
+        live = content[: 10 * CLUSTER] + NEW + content[11 * CLUSTER :]
+        for inode, handle, expected in (
+            (ACTIVE, ACTIVE_HANDLE, live),
+            (FIRST_SNAPSHOT + layer.id, rig.handle(layer), content),
+        ):
+            assert (0, expected[offset : offset + size]) == rig.send(
+                read_request(inode, handle, offset, size)
+            )
+            assert (0, expected[-size + 5 :]) == rig.send(
+                read_request(inode, handle, len(content) - size + 5, size)
+            )
+        assert mapped + 4 == requestfilter.fastpath_statistics()["mapped"]
+
+
+async def test_a_large_read_in_many_pieces(tmp_path):
+    image = tmp_path / "large.img"
+    content = os.urandom(160 << 10)
+    image.write_bytes(content)
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        for cluster in range(0, 40, 2):
+            await rig.engine.write(cluster * CLUSTER, NEW)
+        mapped = requestfilter.fastpath_statistics()["mapped"]
+        assert (0, content) == rig.send(
+            read_request(FIRST_SNAPSHOT + layer.id, rig.handle(layer), 0, len(content))
+        )
+        assert mapped == requestfilter.fastpath_statistics()["mapped"]
+
+
 @pytest.mark.parametrize(("offset", "size"), [(0, 1), (5, 3 * CLUSTER), (SIZE - 7, 7), (0, SIZE)])
 async def test_writes_inside_the_image(image, offset, size):
     data = os.urandom(size)

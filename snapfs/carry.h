@@ -1,0 +1,54 @@
+/* How the bytes of a request get from and to the files, and its reply to the kernel.
+ *
+ * No judgement: what may be read or written is decided before.  Trio thread, without the GIL.
+ */
+#ifndef SNAPFS_CARRY_H
+#define SNAPFS_CARRY_H
+
+#include "state.h"
+
+#include <stddef.h>
+
+enum carry_limits {
+    /* The largest READ that is answered; larger ones do not occur (max_pages 256). */
+    FASTPATH_MAX_READ = 1 << 20,
+};
+
+enum fastpath_verdict {
+    FASTPATH_PYTHONS,  /* nothing was sent, and nothing changed but dirty bits */
+    FASTPATH_ANSWERED,
+    FASTPATH_KEPT,     /* it waits for copies or for data; it will be answered */
+};
+
+struct carry_counters {
+    unsigned long long slow_writes, failed_replies, mapped;
+};
+
+extern INTERNAL struct carry_counters carried;
+
+/* A part of a READ: bytes of one file. */
+struct piece {
+    int fd;
+    uint64_t offset;
+    size_t length;
+};
+
+/* Get what it takes; false: there is no memory. */
+INTERNAL bool carry_prepare(void);
+
+/* Send a reply: a header, and the data if there is any.  Whatever the kernel says to it, the
+ * request has been answered: it was interrupted, or the mount is gone.  Returns whether it took
+ * it. */
+INTERNAL bool carry_reply(int device, uint64_t unique, int error, const void *data,
+                          size_t length);
+
+/* Answer a READ with the pieces, one after the other, if all are in the page cache.
+ * FASTPATH_KEPT: they are not. */
+INTERNAL enum fastpath_verdict carry_read(int device, uint64_t unique, const struct piece *pieces,
+                                          int count);
+
+/* Write to the image, all of it, without waiting for the disk as far as that can be known.  If it
+ * is Python's, some of it may have been written.  FASTPATH_KEPT: nothing has, a page is cold. */
+INTERNAL enum fastpath_verdict carry_write(const void *data, size_t length, uint64_t offset);
+
+#endif

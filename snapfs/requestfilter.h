@@ -1,0 +1,62 @@
+/* The request filter between libfuse and pyfuse3: what its parts share.
+ *
+ * requestfilter.c stands in for libfuse's functions, handlers.c adds the requests that pyfuse3
+ * does not know, module.c is the face to Python; fastpath.h answers requests by itself.
+ */
+#ifndef SNAPFS_REQUESTFILTER_H
+#define SNAPFS_REQUESTFILTER_H
+
+#include "state.h"
+
+#define FUSE_USE_VERSION 35
+#include <fuse_lowlevel.h>
+#include <stdbool.h>
+
+enum {
+    /* fs/fuse/dev.c refuses replies with a larger errno, and then waits for ever. */
+    MAX_ERRNO = 511,
+};
+
+/* ---- requestfilter.c; the GIL protects it ---------------------------------------------- */
+
+struct filter {
+    struct fuse_session *session; /* NULL: none, or destroyed */
+    bool receive_enabled;         /* the off switch: configure(receive=...) */
+    bool last_was_direct_read;    /* of the request received last */
+    unsigned long long sessions;       /* created */
+    unsigned long long received;       /* requests that receive() read */
+    unsigned long long received_bytes; /* their bytes, headers included */
+    unsigned long long empty_receives; /* nothing there to read after all */
+    unsigned long long reads, direct_reads, writes; /* among received */
+};
+
+extern INTERNAL struct filter filter;
+
+/* Find libfuse's own functions; false, with an exception set, if they are not there. */
+INTERNAL bool filter_find_libfuse(void);
+
+/* ---- handlers.c; with the GIL ---------------------------------------------------------- */
+
+/* Put the handlers into a table of operations; what was there is called when none is set. */
+INTERNAL void handlers_install(struct fuse_lowlevel_ops *ops);
+
+/* The session is gone, and its requests with it. */
+INTERNAL void handlers_forget(void);
+
+INTERNAL int handlers_traverse(visitproc visit, void *arg);
+INTERNAL void handlers_clear(void);
+
+/* fallocates, lseeks, outstanding. */
+INTERNAL PyObject *handlers_statistics(void);
+
+/* Functions of the module. */
+INTERNAL PyObject *handlers_set(PyObject *module, PyObject *args, PyObject *keywords);
+INTERNAL PyObject *handlers_reply_error(PyObject *module, PyObject *args);
+INTERNAL PyObject *handlers_reply_offset(PyObject *module, PyObject *args);
+
+/* ---- module.c; with the GIL ------------------------------------------------------------ */
+
+/* Count a reply of Python's; `result` is 0, or else it failed.  Returns None. */
+INTERNAL PyObject *filter_replied(int result);
+
+#endif

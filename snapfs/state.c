@@ -1,0 +1,157 @@
+/* See state.h. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "state.h"
+
+#include <sys/stat.h>
+
+struct state state;
+
+static bool recorded; /* we have set under_way, and must clear it */
+
+static bool refuse(const char *what)
+{
+    PyErr_Format(PyExc_ValueError, "the engine's state is not what the fast path expects: %s",
+                 what);
+    return false;
+}
+
+static bool load_ranges(struct ranges *into, PyObject *ranges)
+{
+    if (!PyList_Check(ranges) || PyList_GET_SIZE(ranges) > MAX_RANGES)
+        return refuse("ranges in flight");
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(ranges); i++) {
+        unsigned long long first, stop;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(ranges, i), "KK", &first, &stop))
+            return false;
+        into->items[into->count++] = (struct range){first, stop};
+    }
+    return true;
+}
+
+static bool load_dirty(PyObject *bitmaps)
+{
+    if (!PyList_Check(bitmaps) || PyList_GET_SIZE(bitmaps) > MAX_BITMAPS)
+        return refuse("dirty bitmaps");
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(bitmaps); i++) {
+        if (PyObject_GetBuffer(PyList_GET_ITEM(bitmaps, i), &state.dirty[state.dirty_count],
+                               PyBUF_WRITABLE))
+            return false;
+        state.dirty_count++;
+    }
+    return true;
+}
+
+static bool load_layers(PyObject *layers)
+{
+    if (!PyList_Check(layers) || PyList_GET_SIZE(layers) > MAX_LAYERS)
+        return refuse("layers");
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(layers); i++) {
+        struct layer *layer = &state.layers[state.layer_count];
+        unsigned long long inode, size;
+        int readable, live;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(layers, i), "KKippw*w*", &inode, &size,
+                              &layer->temp, &readable, &live, &layer->access,
+                              &layer->done))
+            return false;
+        state.layer_count++;
+        layer->inode = inode;
+        layer->size = size;
+        layer->readable = readable;
+        layer->live = live;
+        if (live)
+            state.receiver = (int)i;
+        layer->clusters = clusters_of(size);
+        if (size > INT64_MAX || layer->temp < 0 || !holds(&layer->access, layer->clusters) ||
+            !holds(&layer->done, layer->clusters))
+            return refuse("a layer");
+    }
+    return true;
+}
+
+/* activity.py's record, in the mapped page. */
+struct activity {
+    char magic[8];
+    int64_t under_way, least, most, mtime, ctime, alive;
+};
+
+bool state_load(PyObject *published)
+{
+    PyObject *dirty, *frozen, *copying, *layers;
+    unsigned long long size;
+    int writable, busy;
+
+    if (!PyTuple_Check(published))
+        return refuse("not a tuple");
+    if (!PyArg_ParseTuple(published, "iKIppOOOOw*w*", &state.image, &size, &state.shift, &writable,
+                          &busy, &dirty, &frozen, &copying, &layers, &state.pending,
+                          &state.activity))
+        return false;
+    state.loaded = true; /* from here on state_unload() releases the buffers */
+    state.receiver = -1;
+    state.size = size;
+    state.writable = writable;
+    state.busy = busy;
+    if (state.image < 0 || size > INT64_MAX || state.shift < 12 || state.shift > 22 ||
+        !holds(&state.pending, clusters_of(size)) ||
+        state.activity.len < (Py_ssize_t)sizeof(struct activity) ||
+        (uintptr_t)state.activity.buf % _Alignof(struct activity))
+        return refuse("the image");
+    return load_ranges(&state.frozen, frozen) && load_ranges(&state.copying, copying) &&
+           load_dirty(dirty) && load_layers(layers);
+}
+
+void state_unload(void)
+{
+    if (!state.loaded)
+        return;
+    for (int i = 0; i < state.layer_count; i++) {
+        PyBuffer_Release(&state.layers[i].access);
+        PyBuffer_Release(&state.layers[i].done);
+    }
+    for (int i = 0; i < state.dirty_count; i++)
+        PyBuffer_Release(&state.dirty[i]);
+    PyBuffer_Release(&state.pending);
+    PyBuffer_Release(&state.activity);
+    state.frozen.count = state.copying.count = state.layer_count = state.dirty_count = 0;
+    state.loaded = false;
+}
+
+/* ---- the record of activity: as Activity.started() and finished() ----------------------- */
+
+/* Stores in this order, for a process that is killed between two of them. */
+#define STORE(member, value) __atomic_store_n(&(member), (value), __ATOMIC_RELEASE)
+
+/* The bounds of the size are what they were; a record of Python's, with more under way, stays
+ * Python's. */
+void state_note_write(void)
+{
+    struct activity *record = state.activity.buf;
+
+    STORE(record->alive, nanoseconds(CLOCK_REALTIME));
+    if (!record->under_way) {
+        STORE(record->under_way, 1);
+        recorded = true;
+    }
+}
+
+/* Once for all the writes of a drain since the last time: between them something is under
+ * way, which is the safe thing to say. */
+void state_rest(void)
+{
+    struct activity *record = state.activity.buf;
+    struct stat status;
+
+    if (!recorded || !state.loaded)
+        return;
+    recorded = false;
+    if (fstat(state.image, &status))
+        return; /* it stays under way until Python's next record */
+    STORE(record->least, status.st_size);
+    STORE(record->most, status.st_size);
+    STORE(record->mtime, status.st_mtim.tv_sec * SECOND + status.st_mtim.tv_nsec);
+    STORE(record->ctime, status.st_ctim.tv_sec * SECOND + status.st_ctim.tv_nsec);
+    STORE(record->alive, nanoseconds(CLOCK_REALTIME));
+    STORE(record->under_way, 0);
+}

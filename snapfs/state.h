@@ -1,0 +1,142 @@
+/* The engine's state during one drain of /dev/fuse, as fastpath.py publishes it.
+ *
+ * It changes in the trio thread only, and a drain runs in the trio thread: nothing changes
+ * during one, though the GIL is released.  The buffers are held from state_load() to
+ * state_unload() and no longer, so that a bitmap can grow, and a mapping be closed, whenever
+ * Python runs.
+ */
+#ifndef SNAPFS_STATE_H
+#define SNAPFS_STATE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <time.h>
+
+/* Not for the global scope that the extension is loaded into. */
+#define INTERNAL __attribute__((visibility("hidden")))
+
+#define SECOND 1000000000LL
+
+enum state_limits {
+    /* fastpath.py publishes nothing if there are more. */
+    MAX_LAYERS = 256,
+    MAX_BITMAPS = 256,
+    MAX_RANGES = 256,
+};
+
+struct range {
+    uint64_t first, stop; /* clusters */
+};
+
+struct ranges {
+    int count;
+    struct range items[MAX_RANGES];
+};
+
+struct layer {
+    uint64_t inode; /* 0: has none */
+    uint64_t size;
+    uint64_t clusters;
+    int temp;
+    bool readable, live;
+    Py_buffer access, done;
+};
+
+struct state {
+    bool loaded;
+    bool writable;   /* writes may pass: no snapshot is being created, not read-only */
+    bool busy;       /* a task of Python's is in a handler */
+    int image;
+    unsigned shift;  /* log2 of the cluster size */
+    uint64_t size;   /* of the image */
+    Py_buffer pending;
+    Py_buffer activity;
+    struct ranges frozen, copying; /* snapshot reads of the image, and copies, of Python's */
+    struct layer layers[MAX_LAYERS]; /* oldest first */
+    Py_buffer dirty[MAX_BITMAPS];
+    int layer_count, dirty_count;
+    int receiver; /* index of the newest live layer, -1: none */
+};
+
+extern INTERNAL struct state state;
+
+/* Take over what was published.  False, with an exception set, if it is not what it must be;
+ * state_unload() is due all the same.  With the GIL. */
+INTERNAL bool state_load(PyObject *published);
+
+/* Let go of it.  With the GIL. */
+INTERNAL void state_unload(void);
+
+/* A write inside the image begins: the record of activity (activity.py) says so. */
+INTERNAL void state_note_write(void);
+
+/* The record of activity is to say that nothing is under way, if that is so. */
+INTERNAL void state_rest(void);
+
+static inline long long nanoseconds(clockid_t clock)
+{
+    struct timespec time;
+
+    clock_gettime(clock, &time);
+    return time.tv_sec * SECOND + time.tv_nsec;
+}
+
+/* ---- bits: cluster c is bit c & 7 of byte c >> 3 ---------------------------------------- */
+
+static inline bool bit(const Py_buffer *bits, uint64_t index)
+{
+    return ((const uint8_t *)bits->buf)[index >> 3] >> (index & 7) & 1;
+}
+
+static inline bool any_set(const Py_buffer *bits, uint64_t first, uint64_t stop)
+{
+    for (; first < stop; first++)
+        if (bit(bits, first))
+            return true;
+    return false;
+}
+
+static inline bool all_set(const Py_buffer *bits, uint64_t first, uint64_t stop)
+{
+    for (; first < stop; first++)
+        if (!bit(bits, first))
+            return false;
+    return true;
+}
+
+static inline void set_bits(const Py_buffer *bits, uint64_t first, uint64_t stop)
+{
+    for (; first < stop; first++)
+        if (!bit(bits, first)) /* a clean page of the mapping stays clean */
+            ((uint8_t *)bits->buf)[first >> 3] |= (uint8_t)(1u << (first & 7));
+}
+
+static inline void clear_bits(const Py_buffer *bits, uint64_t first, uint64_t stop)
+{
+    for (; first < stop; first++)
+        ((uint8_t *)bits->buf)[first >> 3] &= (uint8_t)~(1u << (first & 7));
+}
+
+/* Has it room for so many bits? */
+static inline bool holds(const Py_buffer *bits, uint64_t count)
+{
+    return (uint64_t)bits->len >= (count + 7) / 8;
+}
+
+static inline uint64_t clusters_of(uint64_t size)
+{
+    return (size >> state.shift) + ((size & ((1ULL << state.shift) - 1)) != 0);
+}
+
+static inline bool overlaps(const struct ranges *ranges, uint64_t first, uint64_t stop)
+{
+    for (int i = 0; i < ranges->count; i++)
+        if (ranges->items[i].first < stop && first < ranges->items[i].stop)
+            return true;
+    return false;
+}
+
+#endif
