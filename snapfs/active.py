@@ -176,10 +176,8 @@ class ActiveImage:
         self.counters.writes += 1
         if not len(data):
             return 0
-        async with self._gate.inside():
-            await self._change(
-                offset, len(data), partial(self._image.pwrite, offset, data), offset + len(data)
-            )
+        write = partial(self._image.pwrite, offset, data)
+        await self._change(offset, len(data), write, offset + len(data))
         return len(data)
 
     async def punch(self, offset: int, length: int) -> None:
@@ -187,8 +185,7 @@ class ActiveImage:
         self._check_range(offset, length)
         end = min(offset + length, self.size)
         for start, count in _steps(offset, end):
-            async with self._gate.inside():
-                await self._change(start, count, partial(self._image.punch, start, count))
+            await self._change(start, count, partial(self._image.punch, start, count))
 
     async def zero(self, offset: int, length: int, keep_size: bool = False) -> None:
         """Make a range read as zeros; the image grows unless `keep_size`."""
@@ -197,10 +194,8 @@ class ActiveImage:
         if keep_size:
             end = min(end, self.size)
         for start, count in _steps(offset, end):
-            async with self._gate.inside():
-                await self._change(
-                    start, count, partial(self._image.zero, start, count), start + count
-                )
+            zero = partial(self._image.zero, start, count)
+            await self._change(start, count, zero, start + count)
 
     async def allocate(self, offset: int, length: int, keep_size: bool) -> None:
         """Reserve space; changes no data, but the image grows unless `keep_size`."""
@@ -224,11 +219,18 @@ class ActiveImage:
         Growing does not change existing snapshots.
         """
         self._check_range(0, size)
+        while not await self._resize(size):
+            pass
+
+    async def _resize(self, size: int) -> bool:
+        """`resize`, unless what is cut off became pending before it could begin."""
+        for start, count in _steps(size, self.size):
+            await self._preserve(start, count)
         async with self._transitions, self._gate.closed():
             old = self._geometry
-            for start, count in _steps(size, old.size):
-                await self._make_safe(start, count)
-            await self._record(min(old.size, size), abs(old.size - size))
+            if self._is_pending(size, old.size - size):
+                return False
+            await self._prepare(min(old.size, size), abs(old.size - size))
             self._store.write_started(size)
             try:
                 await self._image.truncate(size)
@@ -237,6 +239,7 @@ class ActiveImage:
             finally:
                 self._store.write_finished()
             await self._keeper.try_save()  # the size has changed: that cannot fail any more
+        return True
 
     async def flush(self) -> None:
         """Make the data of the image durable."""
@@ -255,28 +258,55 @@ class ActiveImage:
     async def _change(
         self, offset: int, length: int, change: Callable[[], Awaitable[None]], size: int = 0
     ) -> None:
-        """Steps 1 to 5 for a change of [offset, offset+length); the gate is held.
+        """Steps 1 to 5 for a change of [offset, offset+length).
 
         `size`: the image has at least that many bytes afterwards.
         """
-        await self._make_safe(offset, length)
+        changed = False
+        while not changed:
+            # Outside the gate: who creates a snapshot, and all who then have to wait for
+            # that, must not wait for a temp image that takes its time.
+            await self._preserve(offset, length)
+            async with self._gate.inside():
+                if not self._is_pending(offset, length):  # no snapshot was created meanwhile
+                    await self._prepare(offset, length)
+                    await self._carry_out(change, size)
+                    changed = True
+
+    async def _carry_out(self, change: Callable[[], Awaitable[None]], size: int) -> None:
+        """Step 5."""
         self._store.write_started(max(size, self.size))
         try:
             await change()
             self._extended(size)
         except OSError:
-            self._extended(self._image.size())  # part of it may have landed
+            # Part of it may have landed.  As everywhere, a look at the image's size is done
+            # here: the file system has it in memory, or else nothing of the image is served.
+            self._extended(self._image.size())
             raise
         finally:
             self._store.write_finished()
 
-    async def _make_safe(self, offset: int, length: int) -> None:
-        """Steps 1 to 4.  On return the range may be overwritten, until a snapshot is created."""
+    async def _preserve(self, offset: int, length: int) -> None:
+        """Steps 1 and 2."""
         clusters = self._geometry.touched(offset, length)
         await self.copier.preserve(clusters.start, clusters.stop)
+
+    def _is_pending(self, offset: int, length: int) -> bool:
+        """Has some cluster of the range to be copied before it changes?"""
+        clusters = self._geometry.touched(offset, length)
+        pending = self._stack.pending
+        return pending.any(clusters.start, min(clusters.stop, len(pending)))
+
+    async def _prepare(self, offset: int, length: int) -> None:
+        """Steps 3 and 4.  On return the range may be overwritten, until a snapshot is created.
+
+        The gate is held, or closed by the caller.
+        """
         # What lies between the end and a write beyond it becomes zeros of the image.
         start = min(offset, self.size)
         await self._record(start, offset + length - start)
+        clusters = self._geometry.touched(offset, length)
         if await self._frozen_reads.wait_clear(clusters.start, clusters.stop):
             self.counters.frozen_waits += 1
 

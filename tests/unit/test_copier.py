@@ -208,6 +208,24 @@ async def test_stalled_temp_storage_holds_up_nobody_else(bench, nursery):
     assert part(NEW, 4, 5) == bench.image.data[4 * CLUSTER : 5 * CLUSTER]
 
 
+async def test_a_snapshot_is_created_while_copies_hang_and_others_write_on(bench, nursery):
+    old = await bench.engine.create_snapshot("old")
+    stall = bench.store.temp(old).stall("pwrite")
+    nursery.start_soon(write, bench, 4, 5)
+    nursery.start_soon(bench.engine.resize, 7 * CLUSTER)
+    await stall.reached.wait()
+    await wait_all_tasks_blocked()
+    new = await bench.engine.create_snapshot("new")
+    await write(bench, 0, 4)
+    assert part(OLD, 4, 8) == bench.image.data[4 * CLUSTER :]
+    stall.release()
+    await wait_all_tasks_blocked()
+    assert part(NEW, 0, 5) + part(OLD, 5, 7) == bench.image.data
+    for layer in (old, new):
+        assert OLD == await bench.engine.read_snapshot(layer, 0, SIZE)
+    check_quiet(bench.engine, bench.store)
+
+
 @pytest.mark.parametrize("outcome", ["lands", "fails"])
 async def test_a_cluster_has_one_copy_however_the_writers_overlap(bench, nursery, outcome):
     """A younger copy of the first cluster, an older one of the second, and a write to both."""
