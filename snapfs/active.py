@@ -104,8 +104,8 @@ class ActiveImage:
             read_only,
         )
         self.space = TempSpace(
-            self._keeper.temp_bytes,
-            store.free_bytes,
+            self._keeper.usage,
+            nursery,
             self.settings.temp_limit,
             self.settings.temp_reserve,
         )
