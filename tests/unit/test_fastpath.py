@@ -350,6 +350,32 @@ async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch
         assert not rig.fast.collect()["on"]
 
 
+async def test_a_hand_over_that_finds_no_memory_answers_the_writes(image, monkeypatch):
+    memory = pytest.importorskip("_testcapi")
+    seen: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(args.exc_type))
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+
+        def lend(length: int) -> int:
+            granted = rig.engine.copier.lend(length)
+            memory.set_nomemory(1, 2)  # the next allocation is that of the hand-over
+            return granted
+
+        requestfilter.set_fastpath(rig.fast._publish, lend, rig.fast._finish)
+        try:
+            assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW), patient=False)
+        finally:
+            memory.remove_mem_hooks()
+        assert {8: (-errno.EIO, b"")} == rig.replies()
+        assert [MemoryError] == seen
+        assert not rig.fast.collect()["on"]
+        assert ([], []) == (rig.handed, rig.engine.copier.ranges)
+        assert 1 == len(requestfilter.ended_copies())  # it has ended, and changed nothing
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+    assert image.read_bytes() == OLD
+
+
 async def test_a_frozen_read_keeps_writes_to_its_clusters_out(image):
     async with Rig.make(image) as rig:
         with entered(rig.engine._frozen_reads, 3, 5):
