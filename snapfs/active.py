@@ -81,6 +81,7 @@ class ActiveImage:
         self._stack = LayerStack(layers, geometry.clusters)
         self._stack.settle(0, self._stack.clusters)
         self._gate = Gate()  # writes are inside; closing it makes an instant
+        self._creations = trio.Lock()  # held before the next one: ids ascend in the list
         self._transitions = trio.Lock()  # one change of the layer list at a time
         self._frozen_reads: RequestList[Request] = RequestList()
         dirty = DirtyBitmaps(bitmaps)

@@ -83,10 +83,21 @@ class Engine(ActiveImage):
         # Without the lock: a resize may wait for that, holding what the kernel needs.
         if self.barrier is not None:
             await self.barrier()
-        async with self._transitions:
-            self._check_new(name)
+        async with self._creations:
+            # Before the other lock is taken: temp storage that hangs must not keep snapshots
+            # from being deleted.  (Who is cancelled then leaves files to the next mount.)
             layer = await self._make_layer()
+            layer = await self._create(layer, name, policy, selection)
+        log.info("snapshot %s created", name)
+        return layer
+
+    async def _create(
+        self, layer: Layer, name: str, policy: Policy | None, selection: Selection
+    ) -> Layer:
+        """Make the snapshot of a layer; returns that, or its successor.  Raises as above."""
+        async with self._transitions:
             try:
+                self._check_new(name)
                 async with self.tracker.switching(selection) as switch:
                     await self._keeper.save(layer)
                     async with self._gate.closed():
@@ -112,7 +123,6 @@ class Engine(ActiveImage):
                     await self._keeper.discard_new(layer)
                 raise
             layer.visible = True
-            log.info("snapshot %s created", name)
             return layer
 
     async def _make_durable(self, layer: Layer) -> None:
