@@ -1,335 +1,43 @@
 """The engine: copy-before-write on a live image with any number of snapshots.
 
-Order of a write to `active`, which everything else relies on:
-
- 1. copy the old data of pending clusters to the newest live temp image; two
-    writers to one cluster make one copy, and if another's copy failed, try
-    yourself (`copier.py`)
- 2. set done, clear pending: new snapshot reads go to the temp image
- 3. set the dirty bitmaps (`dirty.py`)
- 4. wait until no frozen read overlaps; none new can appear, since no snapshot
-    finds the range in the image any more
- 5. write the image
+What a write does is in `active.py`; this is the life of the snapshots.  A
+snapshot is created while no write is between its steps 1 and 5.
 
 Snapshot reads are never blocked: while a copy is in flight the old data is
 still in the image.  A read from the image that may take a moment is *frozen*:
-step 4 waits for it.  A snapshot is created while no write is between 1 and 5.
+step 4 of a write waits for it.
 
-Punching, zeroing and shrinking `active` are writes.  State changes only
-between two checkpoints, in plain code; after each await it is looked at again.
-The engine knows no FUSE and no command line.
+State changes only between two checkpoints, in plain code; after each await it
+is looked at again.  The engine knows no FUSE and no command line.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from functools import partial
-from typing import TypeVarTuple
+from collections.abc import AsyncGenerator
 
 import trio
 
-from .copier import Copier, Counters, Settings
-from .dirty import DirtyBitmap, DirtyBitmaps, Selection
+from .active import MAX_SIZE, ActiveImage
+from .dirty import Selection
 from .errors import (
     InvalidRange,
-    ReadOnly,
     SnapshotExists,
     SnapshotLost,
     SnapshotNotFound,
     StateError,
 )
-from .geometry import Geometry
-from .image import Buffer, Image
-from .keeper import LayerKeeper
-from .layers import LayerStack
+from .image import Buffer
 from .moment import LayerMoment, Moment
-from .reqlist import Gate, Request, RequestList
-from .snapshot import Layer, LayerStore, Policy, check_name
-from .space import SpaceStatus, TempSpace
-from .tracker import Tracker
-from .views import Extent, SnapshotReader
+from .snapshot import Layer, Policy, check_name
+from .views import Extent
 
 log = logging.getLogger(__name__)
 
-_Arguments = TypeVarTuple("_Arguments")
 
-STEP = 64 << 20  # bytes of a long punch or zeroing that are made safe and done at a time
-MAX_SIZE = (1 << 63) - 1  # of a file: off_t
-
-
-class Engine:
-    """One live image and its snapshots.
-
-    Takes over the image and the layers.  `nursery` runs copies and late
-    clean-up; the engine must be closed before the nursery is left.
-    """
-
-    def __init__(
-        self,
-        image: Image,
-        geometry: Geometry,
-        store: LayerStore,
-        nursery: trio.Nursery,
-        *,
-        layers: Sequence[Layer] = (),
-        bitmaps: Sequence[DirtyBitmap] = (),
-        next_id: int = 1,
-        settings: Settings | None = None,
-        read_only: bool = False,
-    ) -> None:
-        self.settings = settings or Settings()
-        self.read_only = read_only
-        self.counters = Counters()
-        # Awaited by create_snapshot: makes the kernel write back what it holds
-        # of `active`.  Set by the FUSE face.
-        self.barrier: Callable[[], Awaitable[None]] | None = None
-        # Why the image cannot be trusted any more, None while it can.
-        self.unhealthy: str | None = None
-        self._image = image
-        self._geometry = geometry  # task-atomic
-        self._store = store
-        self._nursery = nursery
-        self._next_id = next_id
-        self._stack = LayerStack(layers, geometry.clusters)
-        self._stack.settle(0, self._stack.clusters)
-        self._gate = Gate()  # writes are inside; closing it makes an instant
-        self._transitions = trio.Lock()  # one change of the layer list at a time
-        self._frozen_reads: RequestList[Request] = RequestList()
-        dirty = DirtyBitmaps(bitmaps)
-        self._keeper = LayerKeeper(
-            self._stack,
-            dirty,
-            store,
-            lambda: self._geometry,
-            self._start,
-            self.settings.cbw_timeout or float("inf"),
-        )
-        self.tracker = Tracker(
-            dirty,
-            store.bitmaps,
-            self._keeper,
-            self._transitions,
-            self._gate,
-            lambda: self._geometry,
-            self._take_id,
-            image.flush,
-            read_only,
-        )
-        self.space = TempSpace(
-            self._keeper.temp_bytes,
-            store.free_bytes,
-            self.settings.temp_limit,
-            self.settings.temp_reserve,
-        )
-        self.copier = Copier(
-            image,
-            self._stack,
-            geometry.cluster_size,
-            nursery,
-            self.settings,
-            self.counters,
-            self.space,
-            lambda layer: self._start(self._keeper.dispose, layer),
-        )
-        self._keeper.copier = self.copier
-        self.events = self.copier.events
-        self.space.on_warning = self._warned_of_space
-        dirty.promise, dirty.forget = self.copier.promises.make, self.copier.promises.forget
-        self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self.copier.unpin)
-
-    def _warned_of_space(self, status: SpaceStatus) -> None:
-        self.events.record("temp-space", percent=status.warning, used_bytes=status.used)
-
-    def _start(
-        self, call: Callable[[*_Arguments], Awaitable[None]], *arguments: *_Arguments
-    ) -> None:
-        """Run something in the background; a bug in it makes the mount unhealthy, not end."""
-
-        async def guarded() -> None:
-            try:
-                await call(*arguments)
-            except Exception as error:
-                log.exception("unexpected error in the background")
-                self.unhealthy = self.unhealthy or f"unexpected error: {error!r}"
-                self.events.record("unhealthy", reason=self.unhealthy)
-
-        self._nursery.start_soon(guarded)
-
-    # The live image
-
-    @property
-    def geometry(self) -> Geometry:
-        """Size of the image now, and the cluster size."""
-        return self._geometry
-
-    @property
-    def size(self) -> int:
-        """Size of the image now, in bytes."""
-        return self._geometry.size
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        """Read from the image; waits for nobody.  Short only at the end, empty beyond it."""
-        self.counters.reads += 1
-        length = min(length, self.size - offset)
-        return await self._image.pread(offset, length) if length > 0 else b""
-
-    async def write(self, offset: int, data: Buffer) -> int:
-        """Write to the image, which grows if need be; returns len(data).
-
-        Raises OSError of the image, or of a copy under break-guest-write; then
-        nothing of `data` has reached the image in the latter case.
-        """
-        self._check_range(offset, len(data))
-        self.counters.writes += 1
-        if not len(data):
-            return 0
-        async with self._gate.inside():
-            await self._change(
-                offset, len(data), partial(self._image.pwrite, offset, data), offset + len(data)
-            )
-        return len(data)
-
-    async def punch(self, offset: int, length: int) -> None:
-        """Free a range of the image; it reads as zeros.  The size stays."""
-        self._check_range(offset, length)
-        end = min(offset + length, self.size)
-        for start, count in _steps(offset, end):
-            async with self._gate.inside():
-                await self._change(start, count, partial(self._image.punch, start, count))
-
-    async def zero(self, offset: int, length: int, keep_size: bool = False) -> None:
-        """Make a range read as zeros; the image grows unless `keep_size`."""
-        self._check_range(offset, length)
-        end = offset + length
-        if keep_size:
-            end = min(end, self.size)
-        for start, count in _steps(offset, end):
-            async with self._gate.inside():
-                await self._change(
-                    start, count, partial(self._image.zero, start, count), start + count
-                )
-
-    async def allocate(self, offset: int, length: int, keep_size: bool) -> None:
-        """Reserve space; changes no data, but the image grows unless `keep_size`."""
-        self._check_range(offset, length)
-        async with self._gate.inside():
-            size = self.size if keep_size else max(self.size, offset + length)
-            await self._record(self.size, size - self.size)
-            self._store.write_started(size)
-            try:
-                await self._image.allocate(offset, length, keep_size)
-                self._extended(size)
-            except OSError:
-                self._extended(self._image.size())  # part of it may be there
-                raise
-            finally:
-                self._store.write_finished()
-
-    async def resize(self, size: int) -> None:
-        """Set the size of the image; what a shrink cuts off is copied first.
-
-        Growing does not change existing snapshots.
-        """
-        self._check_range(0, size)
-        async with self._transitions, self._gate.closed():
-            old = self._geometry
-            for start, count in _steps(size, old.size):
-                await self._make_safe(start, count)
-            await self._record(min(old.size, size), abs(old.size - size))
-            self._store.write_started(size)
-            try:
-                await self._image.truncate(size)
-                self._geometry = old.resized(size)
-                self._stack.grow(self._geometry.clusters)
-            finally:
-                self._store.write_finished()
-            await self._keeper.try_save()  # the size has changed: that cannot fail any more
-
-    async def flush(self) -> None:
-        """Make the data of the image durable."""
-        await self._image.flush()
-
-    async def alter(self, change: Callable[[], None]) -> None:
-        """Run a blocking change of the image's owner, mode or times; no data changes."""
-        if self.read_only:
-            raise ReadOnly("the mount is read-only")
-        self._store.write_started(self.size)
-        try:
-            await trio.to_thread.run_sync(change)
-        finally:
-            self._store.write_finished()
-
-    async def _change(
-        self, offset: int, length: int, change: Callable[[], Awaitable[None]], size: int = 0
-    ) -> None:
-        """Steps 1 to 5 for a change of [offset, offset+length); the gate is held.
-
-        `size`: the image has at least that many bytes afterwards.
-        """
-        await self._make_safe(offset, length)
-        self._store.write_started(max(size, self.size))
-        try:
-            await change()
-            self._extended(size)
-        except OSError:
-            self._extended(self._image.size())  # part of it may have landed
-            raise
-        finally:
-            self._store.write_finished()
-
-    async def _make_safe(self, offset: int, length: int) -> None:
-        """Steps 1 to 4.  On return the range may be overwritten, until a snapshot is created."""
-        clusters = self._geometry.touched(offset, length)
-        await self.copier.preserve(clusters.start, clusters.stop)
-        # What lies between the end and a write beyond it becomes zeros of the image.
-        start = min(offset, self.size)
-        await self._record(start, offset + length - start)
-        if await self._frozen_reads.wait_clear(clusters.start, clusters.stop):
-            self.counters.frozen_waits += 1
-
-    async def _record(self, offset: int, length: int) -> None:
-        """Step 3.  Waits for a bitmap that has to grow, or to be durable."""
-        clusters = self._geometry.touched(offset, length)
-        if not self.tracker.bitmaps.mark(clusters.start, clusters.stop):
-            await self.tracker.record(clusters.start, clusters.stop)
-        await self.copier.promises.kept(clusters.start, clusters.stop)
-
-    def _extended(self, size: int) -> None:
-        if size > self.size:
-            self._geometry = self._geometry.resized(size)
-            self._stack.grow(self._geometry.clusters)
-
-    def _check_range(self, offset: int, length: int) -> None:
-        if self.read_only:
-            raise ReadOnly("the mount is read-only")
-        if offset < 0 or length < 0 or offset + length > MAX_SIZE:
-            raise InvalidRange(f"offset {offset}, length {length} is outside what a file can have")
-
-    def refresh(self) -> None:
-        """Notice a size that was changed from outside: growth is adopted, a shrink is trouble.
-
-        Does nothing while a change of our own is under way.
-        """
-        if self._gate.idle:
-            self._notice_size()
-
-    def _notice_size(self) -> None:
-        size = self._image.size()
-        if size > self.size:
-            log.warning("the image grew from %d to %d bytes from outside", self.size, size)
-            before = self._geometry
-            self._extended(size)
-            self.tracker.grew(before, self._geometry)
-        elif size < self.size and self.unhealthy is None:
-            self.unhealthy = (
-                f"the image was cut from {self.size} to {size} bytes from outside; "
-                "data that snapshots need is gone"
-            )
-            self.events.record("unhealthy", reason=self.unhealthy)
-            self.tracker.shrank()
-            log.error("%s", self.unhealthy)
+class Engine(ActiveImage):
+    """One live image and its snapshots."""
 
     # Snapshots
 
@@ -375,10 +83,21 @@ class Engine:
         # Without the lock: a resize may wait for that, holding what the kernel needs.
         if self.barrier is not None:
             await self.barrier()
-        async with self._transitions:
-            self._check_new(name)
+        async with self._creations:
+            # Before the other lock is taken: temp storage that hangs must not keep snapshots
+            # from being deleted.  (Who is cancelled then leaves files to the next mount.)
             layer = await self._make_layer()
+            layer = await self._create(layer, name, policy, selection)
+        log.info("snapshot %s created", name)
+        return layer
+
+    async def _create(
+        self, layer: Layer, name: str, policy: Policy | None, selection: Selection
+    ) -> Layer:
+        """Make the snapshot of a layer; returns that, or its successor.  Raises as above."""
+        async with self._transitions:
             try:
+                self._check_new(name)
                 async with self.tracker.switching(selection) as switch:
                     await self._keeper.save(layer)
                     async with self._gate.closed():
@@ -404,7 +123,6 @@ class Engine:
                     await self._keeper.discard_new(layer)
                 raise
             layer.visible = True
-            log.info("snapshot %s created", name)
             return layer
 
     async def _make_durable(self, layer: Layer) -> None:
@@ -416,11 +134,6 @@ class Engine:
     def _check_new(self, name: str) -> None:
         if any(layer.name == name for layer in self._stack):
             raise SnapshotExists(f"there is a snapshot {name!r} already")
-
-    def _take_id(self) -> int:
-        """An id that no layer and no bitmap has had."""
-        self._next_id += 1
-        return self._next_id - 1
 
     async def _make_layer(self) -> Layer:
         geometry = self._geometry
@@ -565,8 +278,3 @@ class Engine:
         """Up to `limit` extents as `map` has them, and where the next one begins, or None."""
         size = self.size if layer is None else layer.geometry.size
         return await self._reader.page(layer, offset, size, limit)
-
-
-def _steps(offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """[offset, end) as (offset, length) pieces of at most STEP bytes."""
-    return ((start, min(STEP, end - start)) for start in range(offset, end, STEP))

@@ -211,15 +211,17 @@ class Copier:
 
     async def _transfer_run(self, layer: Layer, first: int, stop: int) -> None:
         offset, length = layer.geometry.span(first, stop)
-        with self._space.claimed(length) as budget:
-            try:
-                written = await self._image.copy_to(
-                    layer.temp, offset, length, self._cluster_size, budget
-                )
-            except OSError as error:
-                if error.errno == errno.ENOSPC and budget < length:
-                    raise OSError(errno.ENOSPC, self._space.explain()) from None
-                raise
+        budget = landed = await self._space.claim(length)  # nobody knows what a failure leaves
+        try:
+            landed = written = await self._image.copy_to(
+                layer.temp, offset, length, self._cluster_size, budget
+            )
+        except OSError as error:
+            if error.errno == errno.ENOSPC and budget < length:
+                raise OSError(errno.ENOSPC, self._space.explain()) from None
+            raise
+        finally:
+            self._space.release(budget, landed)
         self._space.note(written)
         self._counters.cbw_copies += stop - first
         self._counters.cbw_bytes += written
@@ -232,12 +234,18 @@ class Copier:
         return [(copy.first, copy.stop) for copy in self._copies]
 
     def lend(self, length: int) -> int:
-        """Temp space for native copies, at most `length` bytes, until `note_native`."""
+        """Temp space for native copies, at most `length` bytes, until `note_native`.
+
+        Does not wait for the storage: what is not lent is the engine's to copy.
+        """
         return self._space.lend(length)
 
     def note_native(self, lent: int, written: int, clusters: int, seconds: float) -> None:
         """Native copies of so many clusters have landed; the loan ends."""
-        self._space.take_back(lent)
+        self._space.release(lent, written)
+        self._count(written, clusters, seconds)
+
+    def _count(self, written: int, clusters: int, seconds: float) -> None:
         self._space.note(written)
         self._counters.cbw_copies += clusters
         self._counters.cbw_bytes += written
@@ -253,7 +261,7 @@ class Copier:
         layer = self._stack.receiver
         assert layer is not None, "native code copies to the receiver only"
         copy = Copy(first, stop, layer)
-        copy.lent = self._space.lend(layer.geometry.span(first, stop)[1])
+        copy.lent = self._space.hold(layer.geometry.span(first, stop)[1])  # of a loan that ended
         self._copies.add(copy)
         layer.pins += 1
         return copy
@@ -269,8 +277,8 @@ class Copier:
             failed = [(copy.first, copy.stop)]
         clusters = 0 if number else copy.stop - copy.first
         try:
-            self._space.take_back(copy.lent)
-            self.note_native(0, written, clusters, seconds)
+            self._space.release(copy.lent, copy.lent if number else written)
+            self._count(written, clusters, seconds)
             await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die
             log.exception("a copy ended with an unexpected error")

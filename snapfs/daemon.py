@@ -244,6 +244,7 @@ class Daemon:
         try:
             for path in store.temp_directories:  # an earlier mount may have chosen them
                 await trio.to_thread.run_sync(check_temp_dir, path, self._config.root)
+            settings = await trio.to_thread.run_sync(self._settings, store)
             async with trio.open_nursery() as nursery:
                 engine = Engine(
                     store.image,
@@ -253,9 +254,10 @@ class Daemon:
                     layers=store.layers,
                     bitmaps=store.dirty,
                     next_id=store.next_id,
-                    settings=self._settings(store),
+                    settings=settings,
                     read_only=options.read_only,
                 )
+                await engine.space.refresh()
                 await self._serve(engine, store, nursery)
                 nursery.cancel_scope.cancel()
             in_order = True
@@ -268,6 +270,7 @@ class Daemon:
                 await store.close(layers, bitmaps, clean=clean, unused=not self._served)
 
     def _settings(self, store: Store) -> Settings:
+        """The engine's settings.  Blocks."""
         options = self._config.options
         reserve = options.temp_reserve
         if reserve is None:

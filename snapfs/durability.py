@@ -15,25 +15,13 @@ durability=process there are no promises, and nothing here waits.
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
 from collections.abc import Awaitable, Callable
 
 import trio
-from attrs import define, field, frozen
+from attrs import define, frozen
 
 from .reqlist import Request, RequestList
-
-log = logging.getLogger(__name__)
-
-
-@define(eq=False)
-class _Round:
-    """One sync, for all who came before it began."""
-
-    error: OSError | None = None
-    ended: trio.Event = field(factory=trio.Event)
+from .rounds import Rounds
 
 
 class GroupCommit:
@@ -46,8 +34,7 @@ class GroupCommit:
     def __init__(self, sync: Callable[[], Awaitable[None]]) -> None:
         self.promises: list[Promise] = []  # not durable yet; task-atomic
         self._sync = sync
-        self._next: _Round | None = None  # task-atomic
-        self._leading = False  # task-atomic
+        self._rounds = Rounds(self._run)
 
     async def commit(self, nursery: trio.Nursery) -> None:
         """Return when all that was written before the call is durable.
@@ -55,40 +42,17 @@ class GroupCommit:
         The sync runs in `nursery`, so a caller may give up waiting.  Raises
         OSError if it failed; then a later call tries again.
         """
-        if self._next is None:
-            self._next = _Round()
-        mine = self._next
-        if not self._leading:
-            self._leading = True
-            nursery.start_soon(self._lead)
-        await mine.ended.wait()
-        if mine.error is not None:
-            raise OSError(mine.error.errno, mine.error.strerror)
+        await self._rounds.run(nursery)
 
-    async def _lead(self) -> None:
-        try:
-            while (mine := self._next) is not None:
-                self._next = None
-                with trio.CancelScope(shield=True):
-                    await self._run(mine)
-        finally:
-            self._leading = False
-
-    async def _run(self, mine: _Round) -> None:
+    async def _run(self) -> None:
         covered, self.promises = self.promises, []
         try:
             await self._sync()
-        except Exception as error:
-            if not isinstance(error, OSError):
-                log.exception("a sync ended with an unexpected error")
-                error = OSError(errno.EIO, os.strerror(errno.EIO))
-            mine.error = error
+        except BaseException:
             self.promises = covered + self.promises
-        else:
-            for promise in covered:
-                promise.keep()
-        finally:
-            mine.ended.set()
+            raise
+        for promise in covered:
+            promise.keep()
 
 
 @define(eq=False)

@@ -497,11 +497,13 @@ class SnapshotFS(pyfuse3.Operations):
         state = layer.state if layer.reason is None else f"{layer.state}: {layer.reason}"
         return {
             b"user.snapfs.state": state.encode(),
-            b"user.snapfs.temp_bytes": str(layer.temp_bytes()).encode(),
+            b"user.snapfs.temp_bytes": str(layer.temp_bytes).encode(),
         }
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        if name == b"user.snapfs.temp_bytes":
+            await self._engine.space.refresh()
         value = self._xattrs(inode).get(name)
         if value is None:
             ours = name.startswith(b"user.snapfs.")

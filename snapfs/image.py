@@ -85,7 +85,8 @@ class Image(Protocol):
         """
 
     def size(self) -> int:
-        """Present size of the file."""
+        """Present size of the file.  Blocks where the storage is slow, as `blocks` and `close` do:
+        for the image only, which nothing can do without, or in a thread."""
 
     def blocks(self) -> int:
         """Allocated space in units of 512 bytes, as st_blocks."""

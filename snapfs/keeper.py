@@ -18,6 +18,7 @@ from .dirty import DirtyBitmaps
 from .geometry import Geometry
 from .layers import Dropped, LayerStack
 from .snapshot import Layer, LayerStore
+from .space import Usage
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,23 @@ class LayerKeeper:
         self._patience = patience
         self.leaving: list[Layer] = []  # out of the stack, but still in the saved list
 
-    def temp_bytes(self) -> int:
-        """Space that all temp images take, in bytes."""
-        return sum(layer.temp_bytes() for layer in (*self._stack, *self.leaving))
+    async def usage(self) -> Usage:
+        """Ask the storage what all temp images take, and what is free for them; OSError.
+
+        Each layer learns what its own takes.  It may never answer: nobody must wait for it
+        who can do without.
+        """
+        layers = [*self._stack, *self.leaving]
+        for layer in layers:
+            layer.pins += 1
+        try:
+            taken, free = await self._store.usage([layer.temp for layer in layers])
+        finally:
+            for layer in layers:
+                self.copier.unpin(layer)
+        for layer, size in zip(layers, taken, strict=True):
+            layer.temp_bytes = size
+        return Usage(sum(taken), free)
 
     # The list
 
@@ -130,7 +145,6 @@ class LayerKeeper:
 
     async def dispose(self, layer: Layer) -> None:
         """Close and remove the files of a layer that is in no list."""
-        layer.temp.close()
         layer.access.release()
         layer.done.release()
         layer.losses = None

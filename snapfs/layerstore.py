@@ -16,7 +16,7 @@ from . import statefiles
 from .bitmap import Bitmap
 from .errors import InUse, StateError
 from .geometry import Geometry
-from .image import FileImage
+from .image import FileImage, Image
 from .layerfiles import LayerFiles
 from .locks import lock_image
 from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
@@ -33,7 +33,7 @@ def _check_temp(temp: FileImage, size: int) -> None:
 
 
 class LayerDirectory:
-    """The files of all layers.  All methods block but `free_bytes` and `default_reserve`.
+    """The files of all layers.  All methods block unless they say otherwise.
 
     `where` is for messages.  `power`: layers must survive a power cut;
     `harden`: so must what is loaded, before anything relies on it.
@@ -50,7 +50,7 @@ class LayerDirectory:
         self.harden = False
         self.temps = TempDirs("", None)  # set by the store, before anything is loaded or made
         self._files: dict[int, LayerFiles] = {}  # by layer id, with power
-        self._temps: dict[int, FileImage] = {}  # by layer id, open unless the engine closed it
+        self._temps: dict[int, FileImage] = {}  # by layer id
         self._outside: dict[int, str] = {}  # by layer id, directories of temp images elsewhere
 
     @classmethod
@@ -204,15 +204,24 @@ class LayerDirectory:
         return temp_fd
 
     def forget(self, layer_id: int) -> None:
-        """Close what serves to sync a layer that is about to be removed.  Does not block."""
-        self._temps.pop(layer_id, None)
+        """Close what serves to sync a layer that is about to be removed.
+
+        Does not block: it is in the state directory, not where temp images may be.
+        """
         files = self._files.pop(layer_id, None)
         if files is not None:
             files.close()
 
+    def usage(self, temps: Iterable[Image]) -> tuple[list[int], int]:
+        """Bytes that each of these temp images takes, and that are free for more."""
+        return [temp.blocks() * 512 for temp in temps], self.free_bytes()
+
     def remove(self, layer_id: int) -> None:
-        """Remove the files of a layer, if they are there."""
+        """Close the temp image of a layer, and remove its files, if they are there."""
+        temp = self._temps.pop(layer_id, None)
         try:
+            if temp is not None:
+                temp.close()
             outside = self._outside.get(layer_id)
             if outside is not None:
                 statefiles.remove(self.temps.open(outside), self.temps.name(layer_id))

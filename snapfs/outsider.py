@@ -65,6 +65,8 @@ class Outsider:
                     question = self._waiting.pop(answer["id"])
                     question.answer = answer
                     question.answered.set()
+        except trio.BrokenResourceError:
+            pass  # it was killed with a question unread
         finally:  # the child is gone, or we are ending
             self._stream = None
             for question in self._waiting.values():

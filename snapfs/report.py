@@ -49,7 +49,7 @@ def describe_snapshot(layer: Layer) -> dict[str, Any]:
             "lost": layer.lost,
             "discarded": layer.granted - layer.accessible - layer.lost,
         },
-        "temp_bytes": layer.temp_bytes(),
+        "temp_bytes": layer.temp_bytes,
         "bitmap": layer.bitmap,
     }
 
@@ -98,6 +98,7 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
             "room_bytes": space.room,
             "warning_percent": space.warning,
             "seconds_left": None if space.seconds_left is None else round(space.seconds_left),
+            "age_seconds": None if space.age is None else round(space.age, 1),
         },
         "counters": asdict(engine.counters),
     }

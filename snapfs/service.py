@@ -70,6 +70,7 @@ class Commands:
     async def delete(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Delete a snapshot; with `dry_run` only look whether it is there."""
         name = text(request, "name")
+        await self._engine.space.refresh()
         described = describe_snapshot(self._engine.find(name))
         if not request.get("dry_run"):
             await self._engine.delete_snapshot(name)
@@ -83,14 +84,17 @@ class Commands:
 
     async def list(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """All snapshots, oldest first."""
+        await self._engine.space.refresh()
         return {"snapshots": [describe_snapshot(layer) for layer in self._engine.snapshots]}
 
     async def show(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One snapshot."""
+        await self._engine.space.refresh()
         return {"snapshot": describe_snapshot(self._engine.find(text(request, "name")))}
 
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The mount as a whole."""
+        await self._engine.space.refresh()
         self._engine.refresh()
         fast = self._fast_path()
         status = describe_engine(self._engine)
@@ -163,6 +167,7 @@ class Commands:
         limit = number(request, "bytes", 0) if "bytes" in request else None
         self._engine.space.set_limit(limit)
         log.info("temp-limit is %s", "off" if limit is None else limit)
+        await self._engine.space.refresh()
         return self._temp()
 
     def _temp(self) -> dict[str, Any]:

@@ -121,6 +121,7 @@ class Layer:
     visible: bool = True  # False until the state directory knows it
     openers: int = 0  # open file handles
     pins: int = 0  # I/O in flight on temp: it must not be closed
+    temp_bytes: int = 0  # space that temp took when its storage was asked last (space.py)
     removed: bool = False  # out of the stack for good; its files go when pins is 0
     _accessible: int | None = field(default=None, init=False)  # cached count
 
@@ -213,10 +214,6 @@ class Layer:
             self._accessible = self.access.count()
         return self._accessible
 
-    def temp_bytes(self) -> int:
-        """Space that the temp image takes on its file system."""
-        return self.temp.blocks() * 512
-
     def stat_blocks(self) -> int:
         """st_blocks of the snapshot's file: what data a reader finds, about.
 
@@ -255,10 +252,16 @@ class LayerStore(Protocol):
         """
 
     async def remove(self, layer_id: int) -> None:
-        """Remove the files of a layer that is in no saved list.  Idempotent."""
+        """Close the temp image of a layer that is in no saved list, and remove its files.
 
-    def free_bytes(self) -> int:
-        """Space that is left for temp images on their file system."""
+        Idempotent.
+        """
+
+    async def usage(self, temps: Sequence[Image]) -> tuple[list[int], int]:
+        """Bytes that each of these temp images takes, and that are free for them; OSError.
+
+        The caller keeps them open meanwhile.
+        """
 
     def write_started(self, size: int) -> None:
         """A change of the image begins that may leave it with `size` bytes."""

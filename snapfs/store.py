@@ -59,7 +59,7 @@ from .dirty import BitmapRecord, DirtyBitmap
 from .dirtyfiles import DirtyFiles
 from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
-from .image import FileImage
+from .image import FileImage, Image
 from .layers import LayerStack
 from .layerstore import LayerDirectory
 from .locks import lock_exclusively, open_image
@@ -131,6 +131,10 @@ class Store:
         self._lock_fd = -1
         self._temp_threads = int(limiter.total_tokens)  # as many as for the image
         self._state_limiter = trio.CapacityLimiter(STATE_THREADS)
+        # Temp storage that hangs must neither keep the list from being saved nor, asked
+        # again and again, take more than one thread.
+        self._layer_limiter = trio.CapacityLimiter(STATE_THREADS)
+        self._usage_limiter = trio.CapacityLimiter(1)
         self._manifest: Manifest
         self._activity: Activity
         self._read_only = False
@@ -349,7 +353,7 @@ class Store:
 
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
         return await trio.to_thread.run_sync(
-            self._layers.create, layer_id, geometry, limiter=self._state_limiter
+            self._layers.create, layer_id, geometry, limiter=self._layer_limiter
         )
 
     async def save(
@@ -367,7 +371,10 @@ class Store:
 
     async def remove(self, layer_id: int) -> None:
         self._layers.forget(layer_id)
-        await trio.to_thread.run_sync(self._layers.remove, layer_id, limiter=self._state_limiter)
+        await trio.to_thread.run_sync(self._layers.remove, layer_id, limiter=self._layer_limiter)
+
+    async def usage(self, temps: Sequence[Image]) -> tuple[list[int], int]:
+        return await trio.to_thread.run_sync(self._layers.usage, temps, limiter=self._usage_limiter)
 
     @property
     def temp_directory(self) -> str:
@@ -381,10 +388,14 @@ class Store:
         return {path for path in found if path is not None}
 
     def free_bytes(self) -> int:
+        """Space that is left for temp images.  Blocks."""
         return self._layers.free_bytes()
 
     def default_reserve(self) -> int:
-        """Bytes to leave free for the image, which may be sparse: 1 GiB, or 5 % if that is less."""
+        """Bytes to leave free for the image, which may be sparse: 1 GiB, or 5 % if that is less.
+
+        Blocks.
+        """
         return self._layers.default_reserve()
 
     def write_started(self, size: int) -> None:

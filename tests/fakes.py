@@ -386,8 +386,8 @@ class MemoryBitmaps:
 class MemoryStore:
     """A `LayerStore` in memory.
 
-    `faults` and `stalls` are by method: create, save, remove, and make, grow,
-    unmake of bitmaps.
+    `faults` and `stalls` are by method: create, save, remove, usage, and make,
+    grow, unmake of bitmaps.
     """
 
     def __init__(self, *, space: Space | None = None) -> None:
@@ -460,13 +460,22 @@ class MemoryStore:
     async def remove(self, layer_id: int) -> None:
         assert all(record.id != layer_id for record in self.records), "still in the list"
         await self._enter("remove", layer_id)
-        self.parts.pop(layer_id, None)
+        parts = self.parts.pop(layer_id, None)
+        if parts is not None:
+            parts.temp.close()
         self.removed.append(layer_id)
 
-    def free_bytes(self) -> int:
-        if self.space.limit is None:
-            return EVERYWHERE
-        return self.space.limit - self.space.used
+    async def usage(self, temps: Sequence[Any]) -> tuple[list[int], int]:
+        for temp in temps:
+            temp.in_flight += 1
+        try:
+            await self._enter("usage")
+            taken = [temp.blocks() * 512 for temp in temps]
+            limit = EVERYWHERE if self.space.limit is None else self.space.limit
+            return taken, limit - self.space.used
+        finally:
+            for temp in temps:
+                temp.in_flight -= 1
 
     def write_started(self, size: int) -> None:
         self.under_way += 1

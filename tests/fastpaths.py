@@ -99,6 +99,8 @@ class Rig:
                 layers=store.layers, bitmaps=store.dirty, next_id=store.next_id,
                 settings=Settings(**settings),
             )  # fmt: skip
+            engine.space.clock = lambda: 0.0  # what is lent must not depend on our speed
+            await engine.space.look()
             quarantine = Quarantine()
             fast = FastPath(engine, cast(PageCache, quarantine), store.activity_page, nursery)
             rig = cls(store, engine, fast, quarantine, nursery, kernel, device)
@@ -115,6 +117,11 @@ class Rig:
         await store.close(engine.layers, list(engine.tracker.bitmaps))
         kernel.close()
         device.close()
+
+    async def temp_bytes(self, layer: Layer) -> int:
+        """What the temp image takes now."""
+        await self.engine.space.look()
+        return layer.temp_bytes
 
     def handle(self, layer: Layer) -> int:
         """A handle of a snapshot's file."""

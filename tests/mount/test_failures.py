@@ -176,6 +176,18 @@ def slow(source, target, offset, *rest):
 image.copy_clusters = slow
 """
 
+# A punch of active is done in steps of 1 MiB, and the second one fails.
+HALF = """
+import errno, snapfs.active, snapfs.image as image
+snapfs.active.STEP = 1 << 20
+punch = image.FileImage.punch
+async def half(self, offset, length):
+    if offset >= 1 << 20:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    await punch(self, offset, length)
+image.FileImage.punch = half
+"""
+
 # Reads of the image and its creation of snapshots have a bug.
 BUG = """
 import snapfs.cbw as cbw
@@ -293,6 +305,16 @@ def test_a_bug_costs_one_request_and_is_told(mount):
     returned, stderr = daemon.finish()
     assert 0 == returned
     assert 'RuntimeError("a bug")' in stderr or "RuntimeError: a bug" in stderr
+
+
+def test_a_punch_that_fails_half_way_leaves_no_old_page(mount):
+    moment = os.urandom(4 * MIB)
+    with patched(mount, moment, HALF) as (disk, _):
+        assert moment == disk.active.read_bytes()  # cached now
+        done = run("fallocate", "-p", "-l", str(2 * MIB), disk.active, check=False)
+        assert "Input/output error" in done.stderr
+        assert bytes(MIB) + moment[MIB:] == disk.active.read_bytes()
+        assert disk.image.read_bytes() == disk.active.read_bytes()
 
 
 def test_random_names_of_attributes_are_answered(mount):

@@ -136,7 +136,7 @@ class Side:
         ]
         for layer in engine.layers:
             found += [layer.id, layer.name, layer.access.slice(0, len(layer.access))]
-            found += [layer.done.slice(0, len(layer.done)), layer.temp_bytes(), layer.pins]
+            found += [layer.done.slice(0, len(layer.done)), layer.temp.blocks(), layer.pins]
             for cluster in range(layer.geometry.clusters):
                 span = layer.geometry.span(cluster, cluster + 1)
                 try:

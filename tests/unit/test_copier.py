@@ -10,7 +10,7 @@ import trio
 from fakes import CLUSTER, Bench, Space, check_quiet, pattern
 from trio.testing import wait_all_tasks_blocked
 
-from snapfs.errors import AccessDenied
+from snapfs.errors import AccessDenied, SnapshotExists
 
 SIZE = 8 * CLUSTER
 OLD = pattern(1, SIZE)
@@ -208,6 +208,24 @@ async def test_stalled_temp_storage_holds_up_nobody_else(bench, nursery):
     assert part(NEW, 4, 5) == bench.image.data[4 * CLUSTER : 5 * CLUSTER]
 
 
+async def test_a_snapshot_is_created_while_copies_hang_and_others_write_on(bench, nursery):
+    old = await bench.engine.create_snapshot("old")
+    stall = bench.store.temp(old).stall("pwrite")
+    nursery.start_soon(write, bench, 4, 5)
+    nursery.start_soon(bench.engine.resize, 7 * CLUSTER)
+    await stall.reached.wait()
+    await wait_all_tasks_blocked()
+    new = await bench.engine.create_snapshot("new")
+    await write(bench, 0, 4)
+    assert part(OLD, 4, 8) == bench.image.data[4 * CLUSTER :]
+    stall.release()
+    await wait_all_tasks_blocked()
+    assert part(NEW, 0, 5) + part(OLD, 5, 7) == bench.image.data
+    for layer in (old, new):
+        assert OLD == await bench.engine.read_snapshot(layer, 0, SIZE)
+    check_quiet(bench.engine, bench.store)
+
+
 @pytest.mark.parametrize("outcome", ["lands", "fails"])
 async def test_a_cluster_has_one_copy_however_the_writers_overlap(bench, nursery, outcome):
     """A younger copy of the first cluster, an older one of the second, and a write to both."""
@@ -252,6 +270,41 @@ async def test_a_resize_does_not_wait_for_who_waits_for_it(bench, nursery):
     bench.engine.barrier = barrier
     layer = await bench.engine.create_snapshot("s")
     assert SIZE + CLUSTER == layer.geometry.size
+
+
+async def test_a_creation_that_waits_for_temp_storage_holds_up_no_deletion(bench, nursery):
+    for name in ("old", "other"):
+        await bench.engine.create_snapshot(name)
+    stall = bench.store.stall("create", times=1)
+    for name in ("new", "newer"):
+        nursery.start_soon(bench.engine.create_snapshot, name)
+    await stall.reached.wait()
+    await bench.engine.delete_snapshot("old")
+    await bench.engine.rename_snapshot("other", "another")
+    await bench.engine.resize(SIZE + CLUSTER)
+    stall.release()
+    await wait_all_tasks_blocked()
+    assert {"another", "new", "newer"} == {layer.name for layer in bench.engine.snapshots}
+    ids = [layer.id for layer in bench.engine.layers]
+    assert sorted(ids) == ids  # the state directory insists
+    check_quiet(bench.engine, bench.store)
+
+
+async def test_a_name_that_was_taken_meanwhile_leaves_nothing(bench, nursery):
+    await bench.engine.create_snapshot("old")
+    stall = bench.store.stall("create", times=1)
+
+    async def create() -> None:
+        with pytest.raises(SnapshotExists):
+            await bench.engine.create_snapshot("s")
+
+    nursery.start_soon(create)
+    await stall.reached.wait()
+    await bench.engine.rename_snapshot("old", "s")
+    stall.release()
+    await wait_all_tasks_blocked()
+    assert ["s"] == [layer.name for layer in bench.engine.layers]
+    check_quiet(bench.engine, bench.store)
 
 
 async def test_a_snapshot_whose_deletion_fails_stays_when_its_reader_leaves(bench, nursery):

@@ -180,7 +180,7 @@ async def test_zeros_and_holes_take_no_room(image):
         layer = await rig.engine.create_snapshot("s")
         for cluster in (2, 30, 39):
             assert [2] == rig.drain(write_request(ACTIVE_HANDLE, cluster * CLUSTER, NEW))
-        assert 0 == layer.temp_bytes() == rig.engine.counters.cbw_bytes
+        assert 0 == await rig.temp_bytes(layer) == rig.engine.counters.cbw_bytes
         assert [(2, 3), (30, 31), (39, 40)] == list(layer.done.runs(0, 40))
         assert bytes(CLUSTER) == bytes(await rig.engine.read_snapshot(layer, 30 * CLUSTER, CLUSTER))
 
@@ -222,7 +222,7 @@ async def test_copies_stay_inside_the_limit(image):
         assert [0] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 3))
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 2))
         assert [0] == rig.drain(write_request(ACTIVE_HANDLE, 5 * CLUSTER, NEW))
-        assert 3 * CLUSTER == layer.temp_bytes()
+        assert 3 * CLUSTER == await rig.temp_bytes(layer)
         assert 0 == rig.engine.space._claimed
 
 
@@ -277,7 +277,7 @@ async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch):
             await until_quiet(rig, 1)
         assert (1 if lost else 0) == layer.lost
         assert (not lost) == layer.done.get(1)
-        assert (1 if lost else 2) * CLUSTER == layer.temp_bytes()
+        assert (1 if lost else 2) * CLUSTER == await rig.temp_bytes(layer)
         assert 0 == layer.pins
         check_bitmaps(rig.engine)
 
@@ -325,7 +325,7 @@ async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image)
         await rig.engine.discard(layer, 0, CLUSTER)
         await until_quiet(rig, 1)
         assert not layer.done.any(0, 17)
-        assert 0 == layer.temp_bytes()
+        assert 0 == await rig.temp_bytes(layer)
         check_bitmaps(rig.engine)
 
 
@@ -387,6 +387,32 @@ async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch
         assert {8: (-errno.EIO, b"")} == rig.replies()
         assert ["a bug"] == seen
         assert not rig.fast.collect()["on"]
+
+
+async def test_a_hand_over_that_finds_no_memory_answers_the_writes(image, monkeypatch):
+    memory = pytest.importorskip("_testcapi")
+    seen: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(args.exc_type))
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+
+        def lend(length: int) -> int:
+            granted = rig.engine.copier.lend(length)
+            memory.set_nomemory(1, 2)  # the next allocation is that of the hand-over
+            return granted
+
+        requestfilter.set_fastpath(rig.fast._publish, lend, rig.fast._finish)
+        try:
+            assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW), patient=False)
+        finally:
+            memory.remove_mem_hooks()
+        assert {8: (-errno.EIO, b"")} == rig.replies()
+        assert [MemoryError] == seen
+        assert not rig.fast.collect()["on"]
+        assert ([], []) == (rig.handed, rig.engine.copier.ranges)
+        assert 1 == len(requestfilter.ended_copies())  # it has ended, and changed nothing
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+    assert image.read_bytes() == OLD
 
 
 async def test_a_frozen_read_keeps_writes_to_its_clusters_out(image):

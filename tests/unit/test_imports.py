@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "snapfs"
 PURE = {
     "errors", "geometry", "bitmap", "reqlist", "linux", "offload", "image",
-    "snapshot", "space", "layers", "copier", "views", "moment", "keeper", "cbw", "report",
+    "rounds", "snapshot", "space", "layers", "copier", "views", "moment", "keeper", "active", "cbw",
+    "report",
 }  # fmt: skip
 
 

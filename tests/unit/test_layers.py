@@ -116,3 +116,21 @@ def test_copies_go_to_the_newest_live_layer():
     stack = stack_of([(3, clear, clear, True), (3, clear, clear, True), (3, clear, clear, False)])
     assert stack.receiver is list(stack)[1]
     assert stack_of([(3, clear, clear, False)]).receiver is None
+
+
+def test_done_bits_are_cleared_where_they_are_and_nowhere_set():
+    """The kernel may write a mapped page back at any moment: no bit may be set for a while."""
+
+    class Mapped(Bitmap):
+        def assign(self, first, bits):
+            raise AssertionError("bits that were clear are written")
+
+    done = Mapped(MOST)
+    for first, stop in ((0, 2), (3, 4), (6, 9)):
+        done.set(first, stop)
+    access = bitmap_of([index in (1, 7) for index in range(MOST)])
+    geometry = Geometry(MOST * CLUSTER, CLUSTER)
+    layer = Layer(1, geometry, access, done, MemoryImage(), bytearray(LOSSES_BYTES))
+    ((dropped, runs),) = LayerStack([layer], MOST).settle(0, MOST)
+    assert (layer, [(0, 1), (3, 4), (6, 7), (8, 9)]) == (dropped, list(runs))
+    assert [(1, 2), (7, 8)] == list(done.runs(0, MOST))

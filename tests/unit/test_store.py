@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import statefiles
 from snapfs.cbw import Engine
@@ -475,3 +477,29 @@ async def test_a_refused_state_is_let_go_of(image):
         await opened(image)
     (image.parent / "away").rename(done)
     await session(image, expect("a", OLD))
+
+
+async def test_storage_that_hangs_takes_no_thread_of_another(image, monkeypatch, nursery):
+    """Image, temp images and state directory are in different hands."""
+    hanging = threading.Event()
+
+    def hang(*_arguments: object) -> None:
+        hanging.wait()
+
+    store = await opened(image)
+    temp = (await store.create(1, store.geometry)).temp
+    try:
+        monkeypatch.setattr("snapfs.image._punch", hang)
+        monkeypatch.setattr(store._layers, "usage", hang)
+        monkeypatch.setattr(store._layers, "remove", hang)
+        for _ in range(2 * int(LIMITER.total_tokens)):
+            nursery.start_soon(temp.punch, 0, CLUSTER)
+            nursery.start_soon(store.usage, [temp])
+            nursery.start_soon(store.remove, 2)
+        await trio.testing.wait_all_tasks_blocked()
+        await store.image.flush()
+        await store.save([], store.geometry)
+    finally:
+        hanging.set()
+    await trio.testing.wait_all_tasks_blocked()
+    await store.close([], [])

@@ -1,0 +1,62 @@
+"""The process that makes calls on our own mount, here on a plain directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from snapfs.outsider import Outsider
+
+
+@pytest.fixture
+def outsider(tmp_path) -> Iterator[Outsider]:
+    os.mkfifo(tmp_path / "fifo")  # to open it waits for a writer
+    (tmp_path / "file").touch()
+    made = Outsider.start(str(tmp_path))
+    yield made
+    made.close()
+    os.waitpid(made.pid, 0)
+
+
+async def refused(outsider: Outsider, call: str, name: str) -> None:
+    with pytest.raises(OSError, match="helper process") as caught:
+        await outsider.call(call, name)
+    assert errno.ESRCH == caught.value.errno
+
+
+async def test_calls_and_their_errors(outsider, tmp_path, nursery):
+    await nursery.start(outsider.run)
+    assert os.stat(tmp_path).st_dev == await outsider.call("device")
+    assert 0 == await outsider.call("sync", "file")
+    with pytest.raises(FileNotFoundError):
+        await outsider.call("open", "nothing")
+
+
+async def test_before_it_runs_there_is_nobody_to_ask(outsider):
+    await refused(outsider, "sync", "file")
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_calls_after_its_end_and_those_under_way_fail(outsider, nursery, busy):
+    """`busy`: it dies with a question unread, which resets the connection."""
+    ended = trio.Event()
+
+    async def run(task_status: trio.TaskStatus[None]) -> None:
+        await outsider.run(task_status)
+        ended.set()
+
+    await nursery.start(run)
+    if busy:
+        os.kill(outsider.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, outsider.pid, os.WSTOPPED | os.WNOWAIT)
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(refused, outsider, "open", "fifo")
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(outsider.pid, signal.SIGKILL)
+    await ended.wait()
+    await refused(outsider, "sync", "file")
