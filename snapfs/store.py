@@ -257,6 +257,8 @@ class Store:
             self._activity_fd = statefiles.open_file(self._fd, "activity")
             os.fdatasync(self._activity_fd)
         self._write_manifest()
+        if self._made and self._power:
+            statefiles.sync_entry(self.directory)
         for layer_id in self._gone:
             self._layers.remove(layer_id)
 
