@@ -1,6 +1,6 @@
 """A state directory looked over while it is not mounted, and repaired where no guess is needed.
 
-Everything is read as the next mount would (`store.py`), but nothing is written
+Everything is read as the next mount would (`recovery.py`), but nothing is written
 unless a repair is asked for, and then only inside the state directory.
 The grades of what is found are in `findings.py`.
 
@@ -36,8 +36,9 @@ from .image import FileImage
 from .layers import LayerStack
 from .locks import lock_exclusively, lock_image
 from .manifest import MAX_BYTES, ImageStamp, Manifest
+from .recovery import distrust
 from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
-from .store import CONTROL_SOCKET, distrust
+from .store import CONTROL_SOCKET
 
 MAX_BITMAP_BYTES = 1 << 30  # read into memory: 512 TiB of the default clusters
 KNOWN = {

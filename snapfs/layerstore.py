@@ -1,6 +1,6 @@
 """The directory snapshots/: the files of each layer, loaded, made and removed.
 
-What they are, and what recovery makes of them, is at the head of store.py.
+What they are is at the head of store.py, what a mount makes of them in recovery.py.
 """
 
 from __future__ import annotations
