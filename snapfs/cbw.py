@@ -225,14 +225,11 @@ class Engine(ActiveImage):
 
     def moment(self) -> Moment:
         """All that it takes to answer what needs no policy, until the next checkpoint."""
-        # What must be durable before a write lands takes a wait.
-        promises = (
-            len(self.copier.promises)
-            or any(layer.commits is not None for layer in self._stack)
-            or any(
-                bitmap.parts is not None and bitmap.parts.commit is not None
-                for bitmap in self.tracker.bitmaps.recording()
-            )
+        # What must be durable before a write lands takes a wait: promises, and bits that
+        # would become some.
+        promises = len(self.copier.promises) or any(
+            bitmap.parts is not None and bitmap.parts.commit is not None
+            for bitmap in self.tracker.bitmaps.recording()
         )
         return Moment(
             self._image,
@@ -245,7 +242,8 @@ class Engine(ActiveImage):
             self.tracker.bitmaps.buffers(),
             [
                 LayerMoment(
-                    layer.id, layer.geometry.size, layer.state != "lost", layer.live, layer.temp,
+                    layer.id, layer.geometry.size, layer.state != "lost",
+                    layer.live and layer.commits is None, layer.temp,
                     layer.access.bits, layer.done.bits,
                 )
                 for layer in self._stack

@@ -149,7 +149,7 @@ class Copier:
         layer = copy.layer
         try:
             started = trio.current_time()
-            failed = await self._harden(copy, await self._transfer(copy))
+            failed = await self._transfer(copy)
             self._counters.cbw_seconds += trio.current_time() - started
             await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die
@@ -182,19 +182,6 @@ class Copier:
         self._note_failure(copy, failed)
         return failed
 
-    async def _harden(self, copy: Copy, failed: list[Run]) -> list[Run]:
-        """Make copied data durable, if it must be; returns the clusters that failed."""
-        commits = copy.layer.commits
-        if commits is None:
-            return failed
-        try:
-            await commits.temp.commit(self._nursery)
-        except OSError as error:
-            copy.error = error
-            failed = [(copy.first, copy.stop)]
-            self._note_failure(copy, failed)
-        return failed
-
     def _note_failure(self, copy: Copy, failed: list[Run]) -> None:
         """Count clusters that failed; logged when failing begins, not for each request."""
         if copy.error is None:
@@ -214,8 +201,9 @@ class Copier:
         budget = landed = await self._space.claim(length)  # nobody knows what a failure leaves
         try:
             landed = written = await self._image.copy_to(
-                layer.temp, offset, length, self._cluster_size, budget
-            )
+                layer.temp, offset, length, self._cluster_size, budget,
+                layer.commits is not None,
+            )  # fmt: skip
         except OSError as error:
             if error.errno == errno.ENOSPC and budget < length:
                 raise OSError(errno.ENOSPC, self._space.explain()) from None

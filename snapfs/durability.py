@@ -3,8 +3,8 @@
 With durability=power a snapshot survives the loss of everything that was only
 in the page cache.  For that
 
- - copied data is durable before its done bit is set: the kernel may write a
-   mapped page back at any moment;
+ - copied data is durable before its done bit is set (`Image.copy_to`): the
+   kernel may write a mapped page back at any moment;
  - a done bit, or a cleared access bit, is durable before the image is
    overwritten there, and before space there is freed.
 
@@ -72,9 +72,8 @@ class Promise(Request):
 
 @frozen
 class Commits:
-    """What makes the files of a layer durable: temp image, done bits, access bits."""
+    """What makes the bits of a layer durable."""
 
-    temp: GroupCommit
     done: GroupCommit
     access: GroupCommit
 

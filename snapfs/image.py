@@ -76,12 +76,20 @@ class Image(Protocol):
         """
 
     async def copy_to(
-        self, target: Image, offset: int, length: int, cluster_size: int, budget: int
+        self,
+        target: Image,
+        offset: int,
+        length: int,
+        cluster_size: int,
+        budget: int,
+        durable: bool = False,
     ) -> int:
         """Copy the range to the same offsets of `target`, which is empty there.
 
-        Clusters that are unallocated or all zeros are left as holes.  Returns
-        the bytes written; OSError ENOSPC if they would be more than `budget`.
+        Clusters that are unallocated or all zeros are left as holes.  With
+        `durable` all of it is durable on return; then no copy to `target` is
+        ever made without.  Returns the bytes written; OSError ENOSPC if they
+        would be more than `budget`.
         """
 
     def size(self) -> int:
@@ -178,6 +186,10 @@ class FileImage:
         self.fd = fd
         self._limiter = limiter
         self._writes = Offloader(limiter)
+        # Copies that must be durable, and one sync for those that queued up.  One trip
+        # at a time: a sync that fails is then that of all that it may concern.  Two
+        # would share the error, which a descriptor reports once, to one of them.
+        self._durable = Offloader(limiter, trips=1, ending=self._sync)
         self._write_nowait = True  # until the file system says it cannot
 
     async def _offload(
@@ -242,7 +254,10 @@ class FileImage:
         await self._offload(os.ftruncate, self.fd, size)
 
     async def flush(self) -> None:
-        await self._offload(os.fdatasync, self.fd)
+        await self._offload(self._sync)
+
+    def _sync(self) -> None:
+        os.fdatasync(self.fd)
 
     async def data_extents(
         self, offset: int, length: int, limit: int
@@ -255,12 +270,19 @@ class FileImage:
         return await self._offload(_data_inside, self.fd, ranges, limit)
 
     async def copy_to(
-        self, target: Image, offset: int, length: int, cluster_size: int, budget: int
+        self,
+        target: Image,
+        offset: int,
+        length: int,
+        cluster_size: int,
+        budget: int,
+        durable: bool = False,
     ) -> int:
         # In the queue of the target, which is the one that is written.
         if not isinstance(target, FileImage):
             raise TypeError("a file is copied to a file")
-        return await target._writes.run(
+        queue = target._durable if durable else target._writes
+        return await queue.run(
             copy_clusters, self.fd, target.fd, offset, length, cluster_size, budget
         )
 

@@ -105,9 +105,7 @@ class LayerFiles:
             await files["access"].sync()
             waiting.clear()
 
-        commits = Commits(
-            GroupCommit(temp.flush), GroupCommit(files["done"].sync), GroupCommit(sync_access)
-        )
+        commits = Commits(GroupCommit(files["done"].sync), GroupCommit(sync_access))
         parts = LayerParts(access, done, temp, mappings["losses"], commits)
         return cls(parts, tuple(files.values()))
 

@@ -1,6 +1,6 @@
 """The directory snapshots/: the files of each layer, loaded, made and removed.
 
-What they are, and what recovery makes of them, is at the head of store.py.
+What they are is at the head of store.py, what a mount makes of them in recovery.py.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class LayerDirectory:
         access = statefiles.map_bitmap(fd, "access", bits, create=create)
         done = statefiles.map_bitmap(fd, "done", bits, create=create)
         losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=create)
-        if self.harden:  # before anything is freed, or relies on it
+        if self.harden or create:  # before anything is freed, or relies on it
             self._sync(layer_id, fd)
         if not self.power:
             return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
@@ -178,10 +178,10 @@ class LayerDirectory:
                 try:
                     lock_image(temp_fd, writable=True)
                     parts = self._parts(layer_id, fd, geometry, temp, create=True)
-                    if self.power:
-                        os.fsync(fd)
-                        os.fsync(self._fd)
-                        os.fsync(self._temp_of(layer_id, fd)[0])
+                    # The list that will have the layer is durable: so must its files be, or
+                    # the next mount refuses them instead of saying that they are lost.
+                    for each in (fd, self._fd, self._temp_of(layer_id, fd)[0]):
+                        os.fsync(each)
                     self._temps[layer_id] = temp
                     return parts
                 except BaseException:

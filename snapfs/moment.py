@@ -17,8 +17,8 @@ from .image import Image
 class LayerMoment(NamedTuple):
     """One layer.
 
-    `readable`: its state does not forbid reading as a whole.  The newest `live` one
-    receives copies.
+    `readable`: its state does not forbid reading as a whole.  `live`: it may receive
+    copies, of which none has to be durable before the image is written; the newest does.
     """
 
     id: int

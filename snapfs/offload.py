@@ -29,20 +29,35 @@ class _Job:
     turn: trio.Event = field(factory=trio.Event)  # done, or first in the queue with a trip free
 
 
-def _run_batch(batch: list[_Job]) -> None:
-    for job in batch:
-        job.result = outcome.capture(job.call)
+def _run_batch(batch: list[_Job], ending: Callable[[], None] | None) -> None:
+    results: list[outcome.Outcome[Any]] = [outcome.capture(job.call) for job in batch]
+    end = outcome.capture(ending) if ending is not None else None
+    for job, result in zip(batch, results, strict=True):
+        if isinstance(end, outcome.Error) and isinstance(result, outcome.Value):
+            job.result = outcome.Error(end.error)  # one each: it is raised only once
+        else:
+            job.result = result
 
 
 class Offloader:
     """A queue of blocking calls that share fate: use one for each file.
 
     A call that hangs holds up at most those of its own Offloader.  `limiter`
-    bounds the threads of all that share it.
+    bounds the threads of all that share it, `trips` how many are under way at
+    once.  `ending` runs at the end of each trip; what it raises goes to every
+    call of the trip that has succeeded.
     """
 
-    def __init__(self, limiter: trio.CapacityLimiter) -> None:
+    def __init__(
+        self,
+        limiter: trio.CapacityLimiter,
+        *,
+        trips: int = TRIPS,
+        ending: Callable[[], None] | None = None,
+    ) -> None:
         self._limiter = limiter
+        self._most = trips
+        self._ending = ending
         self._queue: deque[_Job] = deque()  # task-atomic
         self._trips = 0  # task-atomic
 
@@ -56,7 +71,7 @@ class Offloader:
         self._queue.append(job)
         try:
             while job.result is None:
-                if self._trips < TRIPS and self._queue:
+                if self._trips < self._most and self._queue:
                     await self._travel()
                 else:
                     await job.turn.wait()
@@ -85,7 +100,7 @@ class Offloader:
         batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
         self._trips += 1
         try:
-            await trio.to_thread.run_sync(_run_batch, batch, limiter=self._limiter)
+            await trio.to_thread.run_sync(_run_batch, batch, self._ending, limiter=self._limiter)
         finally:
             self._trips -= 1
             # Cancelled before the thread began: back to where they were.
@@ -95,5 +110,5 @@ class Offloader:
             self._wake_next()
 
     def _wake_next(self) -> None:
-        if self._queue and self._trips < TRIPS:
+        if self._queue and self._trips < self._most:
             self._queue[0].turn.set()

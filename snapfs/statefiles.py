@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import struct
+from pathlib import Path
 
 from .bitmap import buffer_size
 from .errors import StateError
@@ -193,6 +194,15 @@ def remove(parent: int, name: str) -> None:
 def sync_file(parent: int, name: str) -> None:
     """Make a file durable, mapped pages included."""
     fd = open_file(parent, name)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_entry(path: Path) -> None:
+    """Make it durable that a directory is there: its name in the one above."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

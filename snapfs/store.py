@@ -13,33 +13,7 @@
         bitmaps/ID              mapped dirty bitmap (dirtyfiles.py)
     TEMP_DIR/ID-LAYER.temp      with temp-dir= (tempdirs.py): the temp image instead
 
-What happens when the daemon dies (the page cache survives it, so every write
-that returned is there), and what the next mount does:
-
-    died in             finds                            does
-    create, before save files of an id not in the list   removes them
-    create, in between  a nameless layer                 drops what nobody needs
-    create, after save  the snapshot                     keeps it
-    copy, before done   temp data without a done bit     punches it out
-    copy, after done    done bit, image not written      keeps it: same bytes
-    write               image in part new, done set      keeps it
-    losing clusters     more lost than inaccessible  keeps both: incomplete
-    discard             access clear, done still set     clears done, punches
-    delete, before save the snapshot                     keeps it
-    delete, after save  a nameless layer                 drops what nobody needs
-    delete, at the end  files of an id not in the list   removes them
-    replacing manifest  manifest.json.new                overwrites it later
-    bitmap, before save the bitmaps as they were, and    keeps them: with all bits;
-                        files of ids not in the list     removes those
-    bitmap, after save  the new bitmaps, and the files   keeps them, removes those
-                        of those that they replaced
-    write, bits set     dirty bits, image not written    keeps them: some too many
-    close, before save  clean=false, same boot           as after a death
-
-After an unclean reboot (another boot id) nothing mapped is trusted unless it
-was made durable step by step (durability=power, durability.py): snapshots are
-lost.  So are those that need the image when somebody else wrote it.  Dirty
-bitmaps are inconsistent in both cases.
+What the next mount makes of it after the daemon died is in `recovery.py`.
 """
 
 from __future__ import annotations
@@ -53,14 +27,13 @@ from pathlib import Path
 import trio
 from attrs import evolve
 
-from . import statefiles, tempdirs
+from . import recovery, statefiles, tempdirs
 from .activity import Activity
 from .dirty import BitmapRecord, DirtyBitmap
 from .dirtyfiles import DirtyFiles
 from .errors import InUse, MountError, StateError, UsageError
 from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from .image import FileImage, Image
-from .layers import LayerStack
 from .layerstore import LayerDirectory
 from .locks import lock_exclusively, open_image
 from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
@@ -71,11 +44,6 @@ log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
 STATE_THREADS = 4
-
-
-def boot_id() -> str:
-    """Identifies this boot of the kernel (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def overcommitted(path: str, fd: int) -> str | None:
@@ -89,25 +57,6 @@ def overcommitted(path: str, fd: int) -> str | None:
         f"{missing} bytes of {path} are unallocated and only {free} are free on its file system: "
         "writes may fail for want of space"
     )
-
-
-def distrust(known: Manifest, stamp: ImageStamp, activity: Activity) -> tuple[str | None, bool]:
-    """Why what is mapped does not tell of the image as it is, if so; and is it all wrong?
-
-    `stamp`: of the image now.  Raises StateError if `activity` is needed and no record.
-    """
-    if not known.layers and not known.bitmaps:
-        return None, False
-    rebooted = not known.clean and known.boot_id != boot_id()
-    if rebooted and known.durability != "power":
-        return "the machine went down without unmounting", True
-    if known.clean:
-        change = stamp.change_since(known.image)
-    elif rebooted:
-        change = activity.change_since_boot(known.image, stamp)
-    else:
-        change = activity.change_since(known.image, stamp)
-    return change and f"the image was changed while it was not mounted: {change}", False
 
 
 class Store:
@@ -235,7 +184,7 @@ class Store:
                     "bitmaps there are; put it back, or remove the directory and them with it"
                 )
             size = DEFAULT_CLUSTER_SIZE if cluster_size is None else cluster_size
-            known = Manifest(VERSION, size, stamp, boot_id(), True, 1)
+            known = Manifest(VERSION, size, stamp, recovery.boot_id(), True, 1)
         elif cluster_size not in (None, known.cluster_size):
             if known.layers or known.bitmaps:
                 raise UsageError(
@@ -251,7 +200,7 @@ class Store:
         self._manifest = evolve(
             known,
             image=stamp,
-            boot_id=boot_id(),
+            boot_id=recovery.boot_id(),
             clean=False,
             durability="power" if self._power else "process",
             layers=self._layers.placed([layer.record() for layer in self.layers]),
@@ -261,6 +210,8 @@ class Store:
             self._activity_fd = statefiles.open_file(self._fd, "activity")
             os.fdatasync(self._activity_fd)
         self._write_manifest()
+        if self._made and self._power:
+            statefiles.sync_entry(self.directory)
         for layer_id in self._gone:
             self._layers.remove(layer_id)
 
@@ -290,54 +241,17 @@ class Store:
         self.notices += self._layers.remove_unlisted(known.layers, (known.temp_dir, new))
         return evolve(known, id=temp_id, home=home, temp_dir=new)
 
-    # Recovery
-
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
-        """Load the layers of the manifest and bring them to a state between transitions."""
+        """Load what the manifest lists and bring it to a state between transitions."""
         self._layers.power = self._power
         self._layers.harden = self._power or known.durability == "power"
         if self._power and known.layers:
             os.fdatasync(self.image.fd)
-        for record in known.layers:
-            layer = self._layers.load(record, known.cluster_size)
-            if layer is not None:
-                self.layers.append(layer)
-        stack = LayerStack(self.layers, Geometry(stamp.size, known.cluster_size).clusters)
-        reason, distrusted = distrust(known, stamp, self._activity)
-        if reason is not None:
-            self._mark_lost(stack, reason, distrusted)
-        for layer in self.layers:
-            if not layer.live:
-                layer.withdraw(0, layer.geometry.clusters)
-        stack.settle(0, stack.clusters)
-        for layer in list(self.layers):
-            if not layer.live and layer.is_empty():
-                self.layers.remove(layer)
-                layer.temp.close()
-                self._gone.append(layer.id)
-            else:
-                self._punch_undone(layer)
+        found = recovery.recover(known, stamp, self._layers, self._activity)
+        self.layers, self._gone = found.layers, found.gone
         clusters = Geometry(stamp.size, known.cluster_size).clusters
-        self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, reason)
-        self.notices += notices
-
-    def _mark_lost(self, stack: LayerStack, reason: str, wrong: bool) -> None:
-        need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
-        for layer in self.layers:
-            if layer.live and (wrong or layer.id in need_image):
-                layer.withdraw(0, layer.geometry.clusters)
-                if layer.state != "lost":
-                    layer.degrade("lost", reason)
-                    self.notices.append(f"snapshot {layer.name!r} is lost: {reason}")
-
-    def _punch_undone(self, layer: Layer) -> None:
-        """Free temp data without a done bit; what cannot be freed costs space only."""
-        assert isinstance(layer.temp, FileImage)
-        try:
-            for first, stop in layer.done.runs(0, len(layer.done), False):
-                layer.temp.punch_data(*layer.geometry.whole(first, stop))
-        except OSError as error:
-            self.notices.append(f"cannot free space in a temp image: {error.strerror}")
+        self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, found.distrust)
+        self.notices += found.notices + notices
 
     # What the engine calls
 

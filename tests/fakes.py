@@ -294,7 +294,13 @@ class MemoryImage:
         return found, ranges[-1][1]
 
     async def copy_to(
-        self, target: MemoryImage, offset: int, length: int, cluster_size: int, budget: int
+        self,
+        target: MemoryImage,
+        offset: int,
+        length: int,
+        cluster_size: int,
+        budget: int,
+        durable: bool = False,
     ) -> int:
         assert offset % cluster_size == 0
         written = 0
@@ -309,6 +315,8 @@ class MemoryImage:
                     raise os_error(errno.ENOSPC)
                 await target.pwrite(start, data)
                 written += len(data)
+        if durable:
+            await target.flush()
         return written
 
     def size(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Recorder:
         self._data: dict[str, Contents] = {str(disk): Contents(bytearray(disk.read_bytes()))}
         self._mapped: dict[str, list[bytes]] = {}  # states since the last sync, oldest first
         self._manifests: list[bytes] = [b""]  # possible ones
+        self._syncs: Counter[str] = Counter()  # fdatasync(2) that succeeded, by path
         self._patch(monkeypatch)
 
     # Hooks
@@ -80,15 +82,20 @@ class Recorder:
             real = getattr(image.FileImage, name)
             monkeypatch.setattr(image.FileImage, name, self._wrapped(name, real))
         real_sync, real_replace = layerfiles.MappedFile.sync, statefiles.replace_file
-        real_sync_file = statefiles.sync_file
+        real_sync_file, real_fdatasync = statefiles.sync_file, os.fdatasync
+
+        def fdatasync(fd: int) -> None:
+            real_fdatasync(fd)
+            self._syncs[_path(fd)] += 1
 
         async def sync(file: Any) -> None:
             if file.fd < 0:  # closed: its layer is gone
                 return await real_sync(file)
             path = _path(file.fd)
-            count = self._look(path)
+            count, before = self._look(path), self._syncs[path]
             await real_sync(file)
-            self._synced(path, count)
+            if self._syncs[path] > before:
+                self._synced(path, count)
             self._on_change()
 
         def sync_file(parent: int, name: str) -> None:
@@ -108,6 +115,7 @@ class Recorder:
             real_replace(parent, name, data)
             self._manifests = [data]
 
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
         monkeypatch.setattr(layerfiles.MappedFile, "sync", sync)
         monkeypatch.setattr(statefiles, "sync_file", sync_file)
         monkeypatch.setattr(statefiles, "replace_file", replace_file)
@@ -118,9 +126,19 @@ class Recorder:
             contents = self._contents(path, file.fd)
             self._on_change()  # bits may have changed since the last
             if name == "flush":
-                newest = contents.newest()
+                newest, before = contents.newest(), self._syncs[path]
                 result = await real(file)
-                contents.sync(newest)
+                if self._syncs[path] > before:
+                    contents.sync(newest)
+            elif name == "copy_to" and arguments[-1] is True:  # durable when it returns
+                path = _path(arguments[0].fd)
+                contents = self._contents(path, arguments[0].fd)
+                offset, length = arguments[1:3]
+                contents.changes.append((offset, os.pread(file.fd, length, offset), 0))
+                newest, before = contents.newest(), self._syncs[path]
+                result = await real(file, *arguments)
+                if self._syncs[path] > before:
+                    contents.sync(newest)
             else:
                 target = arguments[0] if name == "copy_to" else file
                 path = _path(target.fd)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import select
+import subprocess
 import threading
 from pathlib import Path
 
@@ -98,6 +99,45 @@ def test_killed_at_any_moment_under_load(mount, seed):  # noqa: F811
         for name, moment in moments.items():
             assert moment == (disk.snapshots / name).read_bytes(), (round_, name)
         assert sorted(moments) == sorted(os.listdir(disk.snapshots))
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_killed_under_the_load_of_fio(mount, tmp_path, durability):  # noqa: F811
+    """Sixteen writes at a time; fio's log says which have returned."""
+    content = bytearray(os.urandom(SIZE))
+    disk = mount(bytes(content), f"durability={durability}")
+    moments: dict[str, bytes] = {}
+    for round_ in range(3):
+        moments[f"s{round_}"] = bytes(content)
+        disk.create(f"s{round_}")
+        before = disk.json("status")["counters"]["writes"]
+        log = tmp_path / f"round{round_}"
+        fio = subprocess.Popen(
+            ["fio", "--name=x", f"--filename={disk.active}", "--rw=randwrite", "--bs=4k",
+             "--iodepth=16", "--ioengine=libaio", "--direct=1", f"--size={SIZE}",
+             f"--randseed={round_}", "--allow_file_create=0", f"--buffer_pattern={round_ + 1}",
+             "--time_based", "--runtime=60", f"--write_lat_log={log}", "--log_offset=1"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while fio.poll() is None and disk.json("status")["counters"]["writes"] < before + 100:
+            pass
+        disk.kill()
+        output = fio.communicate()[0]
+        assert fio.returncode, output
+        lines = Path(f"{log}_lat.1.log").read_text().splitlines()
+        returned = {int(line.split(",")[4]) for line in lines}
+        assert 50 < len(returned), output
+        disk.start()
+        found = disk.active.read_bytes()
+        assert found == disk.image.read_bytes()
+        for offset in range(0, SIZE, 4096):
+            block = found[offset : offset + 4096]
+            written = block == bytes([round_ + 1]) * 4096
+            assert written or offset not in returned, offset
+            assert written or block == content[offset : offset + 4096], offset
+        content[:] = found
+        for name, moment in moments.items():
+            assert moment == (disk.snapshots / name).read_bytes(), (round_, name)
 
 
 def changed(path: Path) -> None:

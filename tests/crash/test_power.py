@@ -14,7 +14,7 @@ import pytest
 import trio
 from attrs import define, field
 
-from snapfs import store as store_module
+from snapfs import recovery
 from snapfs.cbw import Engine
 from snapfs.copier import Settings
 from snapfs.errors import AccessDenied, BitmapUnusable, SnapshotLost, SnapshotNotFound
@@ -231,7 +231,7 @@ async def crash_and_verify(directory: Path, monkeypatch, seed, durability, steps
         await session.run(steps)
     seen = 0
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "boot_id", lambda: "another boot")
+        patch.setattr(recovery, "boot_id", lambda: "another boot")
         for disk, moments, tracked in session.crashes:
             seen += await verify(disk, moments, tracked, may_be_lost=durability == "process")
             shutil.rmtree(disk.parent)

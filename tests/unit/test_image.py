@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from snapfs.image import FileImage
 
@@ -119,3 +122,37 @@ async def test_a_copy_stops_before_its_budget_is_passed_and_zeros_cost_nothing(m
         await image.copy_to(target, 0, 7 * K64, K64, 3 * K64 - 1)
     assert 0 == target.blocks()
     assert 3 * K64 == await image.copy_to(target, 0, 7 * K64, K64, 3 * K64)
+
+
+async def test_durable_copies_that_queue_up_share_one_sync_and_its_failure(make, monkeypatch):
+    """What is written while a sync fails may be what it failed for: the next would not tell."""
+    image, target = make(b"x" * 4 * K64), make(4 * K64)
+    reached, go = threading.Event(), threading.Event()
+    syncs: list[bytes] = []
+
+    def fdatasync(fd: int) -> None:
+        assert target.fd == fd
+        syncs.append(bytes(everything(target)[::K64]))
+        if len(syncs) == 1:
+            reached.set()
+            go.wait()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    results = []
+
+    async def copy(cluster: int) -> None:
+        try:
+            results.append(await image.copy_to(target, cluster * K64, K64, K64, K64, True))
+        except OSError as error:
+            results.append(error.errno)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(copy, 0)
+        await trio.to_thread.run_sync(reached.wait)
+        for cluster in (1, 2, 3):
+            nursery.start_soon(copy, cluster)
+        await wait_all_tasks_blocked()
+        go.set()
+    assert [errno.EIO, K64, K64, K64] == results
+    assert [b"x\0\0\0", b"xxxx"] == syncs

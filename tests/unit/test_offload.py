@@ -109,3 +109,38 @@ async def test_cancelling_who_travels_and_who_was_taken_along(nursery):
     assert all(scope.cancelled_caught for scope in scopes.values())
     held.set()
     assert "later" == await offloader.run(str, "later")
+
+
+async def test_what_ends_a_trip_runs_once_and_its_failure_goes_to_whom_nothing_else_befell():
+    stop, ended = threading.Event(), []
+
+    def ending() -> None:
+        ended.append("trip")
+        if len(ended) == 2:
+            raise OSError("the ending failed")
+
+    offloader = Offloader(trio.CapacityLimiter(4), trips=1, ending=ending)
+    outcomes: dict[str, str] = {}
+
+    async def run(name: str, call) -> None:
+        try:
+            outcomes[name] = await offloader.run(call)
+        except (OSError, ValueError) as error:
+            outcomes[name] = str(error)
+
+    def fail() -> str:
+        raise ValueError("the call failed")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, "first", lambda: "ok" if stop.wait() else "")
+        await wait_all_tasks_blocked()
+        for name, call in (("second", lambda: "ok"), ("third", fail), ("fourth", lambda: "ok")):
+            nursery.start_soon(run, name, call)
+        await wait_all_tasks_blocked()
+        assert [] == ended
+        stop.set()
+    failed = "the ending failed"
+    assert {"first": "ok", "second": failed, "third": "the call failed", "fourth": failed} == (
+        outcomes
+    )
+    assert ["trip", "trip"] == ended

@@ -503,3 +503,27 @@ async def test_storage_that_hangs_takes_no_thread_of_another(image, monkeypatch,
         hanging.set()
     await trio.testing.wait_all_tasks_blocked()
     await store.close([], [])
+
+
+@pytest.mark.parametrize("durability", ["power", "process"])
+async def test_what_a_durable_list_names_is_durable_itself(image, monkeypatch, durability):
+    """Else the mount after a power cut refuses the files, whose snapshots may only be lost."""
+    real, synced = os.fsync, set()
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        synced.add(os.readlink(f"/proc/self/fd/{fd}").removesuffix(".new"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = await Store.open(str(image), durability=durability, limiter=LIMITER)
+    state = state_of(image)
+    assert {str(state), str(state / "manifest.json")} <= synced
+    assert (durability == "power") == (str(image.parent) in synced)
+    synced.clear()
+    async with trio.open_nursery() as nursery:
+        engine = engine_of(store, nursery)
+        layer = await engine.create_snapshot("s")
+    where = state / "snapshots" / str(layer.id)
+    names = ("access", "done", "losses", "temp")
+    assert {str(where.parent), str(where), *(str(where / name) for name in names)} <= synced
+    await store.close(engine.layers, [])
