@@ -79,9 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(verb)
     verb.set_defaults(run=commands.status)
 
-    verb = verbs.add_parser("trim", help="discard a range of a snapshot, as fstrim does")
-    verb.add_argument("file", metavar="FILE")
-    verb.add_argument("-o", "--offset", type=_size, default=0, metavar="BYTES")
+    verb = verbs.add_parser("trim", help="discard a range, as fstrim does")
+    verb.add_argument("file", metavar="FILE", help="a snapshot; active takes both -o and -l")
+    verb.add_argument("-n", "--dry-run", action="store_true", help="say what would be discarded")
+    verb.add_argument("-o", "--offset", type=_size, metavar="BYTES")
     verb.add_argument("-l", "--length", type=_size, metavar="BYTES")
     verb.add_argument("-m", "--minimum", type=_size, default=0, metavar="BYTES")
     verb.add_argument("-v", "--verbose", action="store_true", help="print what was discarded")
