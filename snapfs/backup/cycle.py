@@ -215,13 +215,12 @@ class _Run:
             return Copying(
                 source,
                 target,
-                plan,
                 durable=lambda position: None,
                 progress=progress.advance,
                 discard=True,
                 bytes_per_second=options.bytes_per_second,
                 checksums=True,
-            ).run()
+            ).run(plan)
 
     def _refuse_incomplete(self, source: Source, plan: Plan, copied: Copied, *, full: bool) -> None:
         state = source.look()

@@ -56,18 +56,21 @@ class Source:
             shown: dict[str, Any] = client.call("show", name=self.name)["snapshot"]
         return shown
 
-    def plan(self, start: int = 0) -> Plan:
-        """The whole map from `start` on."""
+    def plan(self, start: int = 0, stop: int | None = None) -> Plan:
+        """The whole map from `start` on, up to `stop`."""
         plan = Plan()
+        end = self.size if stop is None else stop
         offset: int | None = start
         with Client(self.mountpoint) as client:
-            while offset is not None and offset < self.size:
+            while offset is not None and offset < end:
                 answer = client.call("map", file=self._inside, offset=offset, rows=True)
                 for first, length, data, accessible, *_ in answer["extents"]:
-                    kind = Kind.DATA if data else Kind.ZERO
-                    plan.add(first, length, kind if accessible else Kind.MISSING)
+                    if first < end:
+                        kind = Kind.DATA if data else Kind.ZERO
+                        kind = kind if accessible else Kind.MISSING
+                        plan.add(first, min(length, end - first), kind)
                 offset = answer["next"]
-        if plan.end != self.size and start < self.size:
+        if plan.end != end and start < end:
             raise PartialCopy(f"the map of {self.path} ends at {plan.end} of {self.size} bytes")
         return plan
 
@@ -90,6 +93,16 @@ class Source:
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             fallocate(self._fd, mode, self._given_up, stop - self._given_up)
             self._given_up = stop
+
+    def spare(self, stop: int) -> None:
+        """Have `give_up_to` leave everything before `stop` alone."""
+        self._given_up = max(self._given_up, stop)
+
+    def give_up_all(self) -> None:
+        """Discard everything, what was spared included."""
+        if self.size:
+            fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, self.size)
+            self._given_up = self.size
 
     def close(self) -> None:
         """Close the file."""

@@ -34,7 +34,7 @@ class Target(Protocol):
         """Make everything durable and close; raises OSError or BackupError if that fails."""
 
     def abandon(self) -> None:
-        """Close, after an error."""
+        """Close, after an error, one of `finish` as well."""
 
 
 class RawTarget:
@@ -94,14 +94,14 @@ class RawTarget:
 
     def finish(self) -> None:
         """See `Target`."""
-        try:
-            os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
+        os.fsync(self._fd)
+        self.abandon()
 
     def abandon(self) -> None:
         """See `Target`."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class Qcow2Target:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from .conftest import SNAPFS, run
-from .test_programs import loop_device
 
 pytestmark = pytest.mark.mount
 
@@ -186,20 +185,6 @@ def test_an_unfinished_copy_of_something_else_is_not_gone_on_with(mount, tmp_pat
     disk.create("u")  # holds everything
     copy(disk, "u", dest)
     assert disk.image.read_bytes() == dest.read_bytes()
-
-
-def test_a_block_device_takes_force(mount, tmp_path):
-    content = pattern(8 * MIB)
-    disk = mount(content)
-    disk.create("s")
-    (tmp_path / "device").write_bytes(b"\xff" * 9 * MIB)
-    with loop_device(tmp_path / "device") as device:
-        done = copy(disk, "s", device, check=False)
-        assert 2 == done.returncode
-        assert "--force" in done.stderr
-        copy(disk, "s", device, "--force")
-    assert content == (tmp_path / "device").read_bytes()[: 8 * MIB]
-    assert b"\xff" * MIB == (tmp_path / "device").read_bytes()[8 * MIB :]
 
 
 def test_an_incomplete_snapshot_says_what_is_missing_and_stays_partial(mount, tmp_path):
