@@ -197,5 +197,5 @@ class Commands:
             return None
         directory, _, name = path.partition("/")
         if directory != "snapshots":
-            raise errors.NotFound(f"{path} is neither active nor a snapshot")
+            raise errors.NotFound(f"{path or 'the mountpoint'} is neither active nor a snapshot")
         return self._engine.find(name)

@@ -21,7 +21,7 @@ from .copying import Copied, Copying, check_room, describe_ranges
 from .devices import DeviceTarget
 from .plan import Kind, Plan
 from .progress import Progress
-from .source import Source
+from .source import Source, refuse_served
 from .targets import Qcow2Target, RawTarget, Target
 
 VERSION = 1
@@ -146,10 +146,8 @@ def copy(snapshot: str, dest: str, options: CopyOptions) -> dict[str, Any]:
 
 
 def _refuse_own(source: Source, dest: str) -> None:
-    """The image that is being served is no destination, nor is anything in the mount."""
-    directory = os.path.realpath(os.path.dirname(os.path.abspath(dest)))
-    if os.path.commonpath((directory, source.mountpoint)) == source.mountpoint:
-        raise UsageError(f"{dest} is in the mount that is copied from")
+    """The image that is being served is no destination, nor is anything in a mount."""
+    refuse_served(dest, "copy")
     if os.path.exists(dest) and os.path.samefile(dest, source.image["path"]):
         raise UsageError(f"{dest} is the image that is mounted on {source.mountpoint}")
 

@@ -29,15 +29,14 @@ from ..errors import (
     PartialCopy,
     SnapfsError,
     SnapshotIncomplete,
-    UsageError,
 )
 from ..wire import Client, RemoteError
 from . import folding, qemu, records
-from .chain import Directory, Point, new_token, opened
+from .chain import MANIFEST, Directory, Point, new_token, opened
 from .copying import Copied, Copying, check_room, describe_ranges
 from .plan import Kind, Plan
 from .progress import Progress
-from .source import Source
+from .source import Source, refuse_served
 from .sums import digest_of, dump
 from .targets import Qcow2Target
 
@@ -71,11 +70,7 @@ class _Run:
         self._options = options
         with Client(mountpoint) as client:
             self._image = client.call("status")["image"]
-        where = os.path.realpath(directory.path)
-        if os.path.commonpath((where, os.path.realpath(mountpoint))) == os.path.realpath(
-            mountpoint
-        ):
-            raise UsageError(f"{directory.path} is in the mount that is backed up")
+        refuse_served(os.path.join(directory.path, MANIFEST), "back up")
 
     def clean_up(self) -> None:
         """Remove what an interrupted run left, here and at the daemon."""

@@ -99,7 +99,6 @@ class DeviceTarget(RawTarget):
             if device_size < max(size, MARK_BYTES):
                 raise BackupError(f"{path} has {device_size} bytes, which is too small")
             self._length = min(HEAD_BYTES, device_size)
-            self._path = path
             before = read_mark(path)
             self._token = before[0] if before else _new_token(path, journal)
             self._head = bytearray(self._length)

@@ -22,6 +22,7 @@ from .copying import ZERO_BYTES, check_room
 from .devices import DeviceTarget
 from .plan import pieces
 from .progress import Progress
+from .source import refuse_served
 from .sums import UNIT_BYTES, Unit, digest_of
 from .targets import SECTOR, RawTarget
 
@@ -76,6 +77,7 @@ def _refuse_inside(directory: Directory, dest: str) -> None:
     where = os.path.realpath(os.path.dirname(os.path.abspath(dest)))
     if where == os.path.realpath(directory.path):
         raise UsageError(f"{dest} is in the backup directory; restore to another place")
+    refuse_served(dest, "restore")
 
 
 def _check_dest(

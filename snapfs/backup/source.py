@@ -6,10 +6,25 @@ import os
 from typing import Any, Literal
 
 from .. import mountinfo
-from ..errors import PartialCopy, SnapshotLost, SnapshotNotFound, UsageError
+from ..errors import NotMounted, PartialCopy, SnapshotLost, SnapshotNotFound, UsageError
 from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..wire import Client
 from .plan import Kind, Plan
+
+
+def refuse_served(path: str, what: str) -> None:
+    """Raises UsageError if a destination lies in a snapfs mount, or on a disk that is in one.
+
+    Files made in a mount would be snapshots; and a disk cannot hold its own backup.
+    """
+    directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    for each in (directory, *mountinfo.lives_on(directory)):
+        try:
+            found, _ = mountinfo.split(each)
+        except NotMounted:
+            continue
+        where = "is in" if each == directory else "lies on a disk that is in"
+        raise UsageError(f"{path} {where} the mount {found.mountpoint}; {what} to another place")
 
 
 class Source:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from ..errors import InUse
@@ -37,11 +39,23 @@ class Target(Protocol):
         """Close, after an error, one of `finish` as well."""
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Have an error say where it happened: "no space left" alone helps nobody."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
+
+
 class RawTarget:
     """A raw image: a regular file, made exactly `size` bytes long, or a block device."""
 
     def __init__(self, path: str, size: int) -> None:
         """Open, create if need be, and lock; raises InUse if another program has it."""
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             status = os.fstat(self._fd)
@@ -65,9 +79,10 @@ class RawTarget:
     def write(self, offset: int, data: Data) -> None:
         """See `Target`."""
         view = memoryview(data)
-        while view:
-            count = os.pwrite(self._fd, view, offset)
-            view, offset = view[count:], offset + count
+        with _naming(self._path):
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                view, offset = view[count:], offset + count
 
     def zero(self, offset: int, length: int) -> None:
         """See `Target`."""
@@ -90,11 +105,12 @@ class RawTarget:
 
     def flush(self) -> None:
         """See `Target`."""
-        os.fsync(self._fd)
+        with _naming(self._path):
+            os.fsync(self._fd)
 
     def finish(self) -> None:
         """See `Target`."""
-        os.fsync(self._fd)
+        self.flush()
         self.abandon()
 
     def abandon(self) -> None:
@@ -117,22 +133,25 @@ class Qcow2Target:
         client = self._server.client
         if (offset + len(data)) % SECTOR and offset + len(data) == self._size:
             data = bytes(data) + bytes(-self._size % SECTOR)
-        client.write(offset, data)
+        with _naming(self._path):
+            client.write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
         """See `Target`."""
         if offset + length == self._size:
             length += -self._size % SECTOR
-        self._server.client.zero(offset, length)
+        with _naming(self._path):
+            self._server.client.zero(offset, length)
 
     def flush(self) -> None:
         """See `Target`."""
-        self._server.client.flush()
+        with _naming(self._path):
+            self._server.client.flush()
 
     def finish(self) -> None:
         """See `Target`."""
         try:
-            self._server.client.flush()
+            self.flush()
         except BaseException:
             self._server.abandon()
             raise

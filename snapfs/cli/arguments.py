@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from ..errors import UsageError
 from ..options import parse_size
@@ -34,6 +35,16 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return int(text)
+
+
+def descriptor(text: str) -> int:
+    """A descriptor that is open."""
+    found = count(text)
+    try:
+        os.fstat(found)
+    except (OSError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text} is not an open descriptor") from None
+    return found
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import backups
-from .arguments import add_json, count, rate
+from .arguments import add_json, count, descriptor, rate
 
 VERBS = ("copy", "backup", "restore", "verify", "prune")
 
@@ -64,5 +64,5 @@ def _add_rate(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_progress(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--progress", type=int, metavar="FD", help="write lines N/100 there")
+    verb.add_argument("--progress", type=descriptor, metavar="FD", help="write lines N/100 there")
     add_json(verb)

@@ -275,6 +275,15 @@ def test_map_says_what_is_dirty(mount):
     assert 5 == disk.snapfs("map", disk.active, "--bitmap", "c", check=False).returncode
 
 
+@pytest.mark.parametrize("name", ["", "bitmaps", "bitmaps/b", "snapshots", "snapshots/none"])
+def test_map_of_what_has_no_extents_prints_nothing_but_why(mount, name):
+    disk = mount(K64)
+    bitmap(disk, "add", "b")
+    done = disk.snapfs("map", disk.mountpoint / name, check=False)
+    assert (5, "") == (done.returncode, done.stdout)
+    assert re.search("^snapfs: (the mountpoint|there is no|bitmaps|snapshots)", done.stderr)
+
+
 def test_map_agrees_with_qemu_img(mount):
     disk = mount(64 * K64)
     for cluster in range(0, 60, 3):

@@ -240,6 +240,14 @@ def test_the_image_itself_and_its_mount_are_no_destination(mount):
     assert "not a snapshot" in done.stderr
 
 
+def test_a_descriptor_that_is_not_open_is_no_place_for_progress(mount, tmp_path):
+    disk = mount(MIB)
+    disk.create("s")
+    done = copy(disk, "s", tmp_path / "copy", "--progress", "77", check=False)
+    assert (2, True) == (done.returncode, "77 is not an open descriptor" in done.stderr)
+    assert [] == list(tmp_path.glob("copy*"))
+
+
 def test_progress_goes_to_a_descriptor(mount, tmp_path):
     disk = mount(os.urandom(MIB))
     disk.create("s")
