@@ -229,7 +229,7 @@ def _open(journal: Journal, dest: str, options: CopyOptions, *, whole_head: bool
         qemu.create(dest, journal.size, options.backing)
     else:
         qemu.free_leaks(dest)
-    return Qcow2Target(dest, journal.size)
+    return Qcow2Target(dest, journal.size, resumable=True)
 
 
 def _run(

@@ -174,7 +174,7 @@ class _Run:
             qemu.create(
                 partial, source.size, None if parent is None else directory.image_of(parent.name)
             )
-            target = Qcow2Target(partial, source.size)
+            target = Qcow2Target(partial, source.size, resumable=False)
             try:
                 copied = self._run_copy(source, target, plan)
                 target.finish()

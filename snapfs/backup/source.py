@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from .. import mountinfo
@@ -89,12 +92,26 @@ class Source:
             raise PartialCopy(f"the map of {self.path} ends at {plan.end} of {self.size} bytes")
         return plan
 
+    @contextmanager
+    def _daemon_lives(self) -> Iterator[None]:
+        """Raises NotMounted, which says what to do, if it does not any more."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+                raise
+            raise NotMounted(
+                f"the daemon of {self.mountpoint} is gone; mount the image again, then give the "
+                "same command again"
+            ) from None
+
     def read(self, offset: int, length: int) -> bytearray:
         """Exactly these bytes; raises OSError, with EACCES for what may not be read."""
         buffer = bytearray(length)
         view = memoryview(buffer)
         while view:
-            count = os.preadv(self._fd, [view], offset)
+            with self._daemon_lives():
+                count = os.preadv(self._fd, [view], offset)
             if not count:
                 raise PartialCopy(f"{self.path} ends at {offset} of {self.size} bytes")
             view, offset = view[count:], offset + count
@@ -105,9 +122,7 @@ class Source:
         cluster = int(self.image["cluster_size"])
         stop = position if position == self.size else position // cluster * cluster
         if stop > self._given_up:
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            fallocate(self._fd, mode, self._given_up, stop - self._given_up)
-            self._given_up = stop
+            self._discard(self._given_up, stop)
 
     def spare(self, stop: int) -> None:
         """Have `give_up_to` leave everything before `stop` alone."""
@@ -116,12 +131,17 @@ class Source:
     def give_up_all(self) -> None:
         """Discard everything, what was spared included."""
         if self.size:
-            fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, self.size)
-            self._given_up = self.size
+            self._discard(0, self.size)
+
+    def _discard(self, start: int, stop: int) -> None:
+        with self._daemon_lives():
+            fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, stop - start)
+        self._given_up = stop
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        with suppress(OSError):  # the flush that a dead mount fails: nothing was written
+            os.close(self._fd)
 
     def __enter__(self) -> Source:
         return self
