@@ -251,6 +251,17 @@ def test_an_unclean_reboot_makes_bitmaps_inconsistent(mount, durability, reason)
     assert re.search(f"'b' is inconsistent: {reason}", done.stderr)
     assert "a full copy is needed" in done.stderr
     assert 6 == bitmap(disk, "list", check=False).returncode
+    bitmap(disk, "add", "c")
+    for command in (
+        ["bitmap", "merge", disk.mountpoint, "b", "c"],
+        ["bitmap", "merge", disk.mountpoint, "c", "b"],
+        ["map", "--bitmap", "b", disk.active],
+        ["create", disk.mountpoint, "s", "--bitmap", "b", "--clear-bitmap"],
+        ["create", disk.mountpoint, "s", "--bitmap", "b", "--next", "d"],
+    ):
+        done = disk.snapfs(*command, check=False)
+        assert (6, True) == (done.returncode, "a full copy is needed" in done.stderr), command
+    bitmap(disk, "remove", "c")
     assert errno.EIO == errno_of((disk.mountpoint / "bitmaps" / "b").read_text)
     assert [] == os.listdir(disk.snapshots)
     bitmap(disk, "clear", "b")
