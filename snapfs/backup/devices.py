@@ -70,10 +70,8 @@ def read_mark(path: str) -> tuple[str, bytes] | None:
 
 def state_directory() -> str:
     """Where heads are kept: it outlives a reboot."""
-    if os.geteuid() == 0:
-        return "/var/lib/snapfs"
-    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(base, "snapfs")
+    own = "/var/lib" if os.geteuid() == 0 else os.path.expanduser("~/.local/state")
+    return os.path.join(os.environ.get("XDG_STATE_HOME") or own, "snapfs")
 
 
 def _head_file(token: str) -> str:

@@ -23,6 +23,11 @@ SIZE = 24 * MIB
 TITLE = b"SNAPFS UNFINISHED COPY "
 
 
+@pytest.fixture(autouse=True)
+def _state(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
 @pytest.fixture
 def device(tmp_path):
     """A loop device, larger than the images, full of 0xff."""
@@ -139,6 +144,14 @@ def test_an_increment_without_the_head_gets_it_back_in_the_end(mount, tmp_path, 
     copy(disk, "incr", device, "--force", "--discard")
     assert content + b"\xff" * MIB == content_of(device)
     assert not head.exists()
+
+
+def test_heads_outlive_a_reboot(monkeypatch):
+    monkeypatch.delenv("XDG_STATE_HOME")
+    assert "/var/lib/snapfs" == devices.state_directory()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert "/home/somebody/.local/state/snapfs" == devices.state_directory()
 
 
 @pytest.mark.slow
