@@ -134,18 +134,18 @@ class Commands:
         return {"extents": extents, "next": following}
 
     async def runs(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Some runs of accessible clusters inside a range, and where to go on, or null.
+        """Some runs that a trim of a range punches, and where to go on, or null.
 
-        Runs shorter than `minimum` bytes are left out.
+        Of a snapshot those of accessible clusters that lie inside the range as a
+        whole, of `active` those of data, cut at the ends of the range, which must
+        both be given.  Runs shorter than `minimum` bytes are left out.
         """
         layer = self._find(text(request, "file"))
+        minimum = max(1, number(request, "minimum", 0))
         if layer is None:
-            raise errors.UsageError(
-                "active cannot be trimmed as a whole; use fstrim(8) on the file system in it"
-            )
+            return await self._data_runs(request, minimum)
         offset = number(request, "offset", 0)
         length = number(request, "length", layer.geometry.size)
-        minimum = max(1, number(request, "minimum", 0))
         clusters = layer.geometry.covered(offset, length)
         found: list[tuple[int, int]] = []
         for first, stop in layer.access.runs(clusters.start, clusters.stop):
@@ -155,6 +155,29 @@ class Commands:
             if count >= minimum:
                 found.append((start, count))
         return {"runs": found, "next": None}
+
+    async def _data_runs(self, request: Mapping[str, Any], minimum: int) -> dict[str, Any]:
+        """`runs` of active: a hole is no run, so that it does not become dirty either."""
+        if "offset" not in request or "length" not in request:
+            raise errors.UsageError(
+                "active is the live disk, and trimming all of it destroys it: give the range "
+                "with both -o and -l, or run fstrim(8) in the guest, which knows what is free"
+            )
+        offset = number(request, "offset", 0)
+        end = min(self._engine.geometry.size, offset + number(request, "length", 0))
+        if offset > self._engine.geometry.size:
+            raise errors.InvalidRange(f"offset {offset} is beyond the end of active")
+        extents, following = await self._engine.map_page(None, offset, MAP_PAGE)
+        found = [
+            (extent.start, min(extent.stop, end) - extent.start)
+            for extent in extents
+            if extent.data and extent.start < end
+        ]
+        more = following is not None and following < end
+        return {
+            "runs": [run for run in found if run[1] >= minimum],
+            "next": following if more else None,
+        }
 
     async def events(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Events with a number above `after`; waits `seconds`, 25 at most, if there are none."""
@@ -179,5 +202,5 @@ class Commands:
             return None
         directory, _, name = path.partition("/")
         if directory != "snapshots":
-            raise errors.NotFound(f"{path} is neither active nor a snapshot")
+            raise errors.NotFound(f"{path or 'the mountpoint'} is neither active nor a snapshot")
         return self._engine.find(name)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .bitmap import buffer_size
 from .errors import StateError
+from .files import write_and_close
 
 FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
 FS_IOC_SETFLAGS = 0x40086602
@@ -160,13 +161,7 @@ def replace_file(parent: int, name: str, data: bytes) -> None:
 def _write_beside(parent: int, name: str, data: bytes) -> None:
     remove(parent, f"{name}.new")
     fd = open_file(parent, f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    write_and_close(fd, data)
 
 
 def keep_reserve(parent: int) -> None:

@@ -38,6 +38,8 @@ from attrs.validators import ge, matches_re
 from ..errors import BackupError, InUse, NotFound, PartialCopy, PointDamaged
 from . import records
 from .copies import Journal
+from .qemu import file_format
+from .source import refuse_served
 from .sums import Unit, digest_of, load
 
 VERSION = 1
@@ -241,6 +243,8 @@ class Directory:
             raise PartialCopy(f"{path} is marked as unfinished by {Journal.path_of(path)}")
         if not os.path.isfile(path):
             raise PointDamaged(f"point {point.name}: {path} is missing")
+        if file_format(path) != "qcow2":
+            raise PointDamaged(f"point {point.name}: {path} is no qcow2 image any more")
 
     def sweep(self) -> None:
         """Remove what interrupted runs left."""
@@ -256,6 +260,7 @@ class Directory:
 def init(path: str) -> Directory:
     """Make a directory a backup directory; one that is there already stays what it is."""
     path = os.path.abspath(path)
+    refuse_served(os.path.join(path, MANIFEST), "back up")
     os.makedirs(path, mode=0o700, exist_ok=True)
     if os.path.exists(os.path.join(path, MANIFEST)):
         raise BackupError(f"{path} is a backup directory already")

@@ -1,8 +1,9 @@
 """`snapfs copy`: one snapshot to one place, resumable, marked until it is whole.
 
 Beside DEST lies DEST.partial from before the first byte is written until
-everything is durable.  It says which copy this is and how far it is durable,
-so an interrupted one goes on there; what was discarded behind is before that.
+everything is durable; a block device has the mark on it instead (devices.py).
+It says which copy this is and how far it is durable, so an interrupted one goes
+on there; what was discarded behind is before that.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 from attrs import asdict, evolve, field, frozen
 from attrs.validators import ge, in_
 
-from ..errors import BackupError, PartialCopy, SnapshotIncomplete, UsageError
-from . import qemu, records
+from ..errors import BackupError, PartialCopy, SnapfsError, SnapshotIncomplete, UsageError
+from . import devices, qemu, records
 from .copying import Copied, Copying, check_room, describe_ranges
+from .devices import DeviceTarget
 from .plan import Kind, Plan
 from .progress import Progress
-from .source import Source
+from .source import Source, refuse_served
 from .targets import Qcow2Target, RawTarget, Target
 
 VERSION = 1
@@ -45,6 +47,8 @@ class Journal:
     @classmethod
     def read(cls, dest: str) -> Journal | None:
         """The journal of DEST, None if DEST is whole."""
+        if devices.is_device(dest):
+            return cls._of_device(dest)
         path = cls.path_of(dest)
         try:
             with open(path, "rb") as file:
@@ -52,9 +56,26 @@ class Journal:
         except FileNotFoundError:
             return None
 
+    @classmethod
+    def _of_device(cls, dest: str) -> Journal | None:
+        found = devices.read_mark(dest)
+        if found is None:
+            return None
+        try:
+            return records.structure(found[1], cls, dest, VERSION)
+        except BackupError:
+            return cls(VERSION, "", 0, "raw")  # torn by a power cut: of nobody knows what
+
     def write(self, dest: str) -> None:
-        """Store it, durably."""
+        """Store it beside a file, durably."""
         records.replace_durably(self.path_of(dest), records.unstructure(self))
+
+    def store(self, dest: str, target: Target) -> None:
+        """Store it where it belongs, durably."""
+        if isinstance(target, DeviceTarget):
+            target.mark(records.unstructure(self))
+        else:
+            self.write(dest)
 
 
 records.register(Journal)
@@ -62,7 +83,10 @@ records.register(Journal)
 
 def refuse_partial(path: str) -> None:
     """Raises PartialCopy if a file is an unfinished copy."""
-    if os.path.exists(Journal.path_of(path)):
+    if devices.is_device(path):
+        if devices.read_mark(path) is not None:
+            raise PartialCopy(f"{path} is an unfinished copy; finish it with the same command")
+    elif os.path.exists(Journal.path_of(path)):
         raise PartialCopy(
             f"{path} is an unfinished copy ({Journal.path_of(path)} is there); "
             "finish it with the same command, or delete both"
@@ -97,30 +121,33 @@ def copy(snapshot: str, dest: str, options: CopyOptions) -> dict[str, Any]:
             VERSION, source.key, source.size, options.format,
             None if options.backing is None else os.path.abspath(options.backing),
         )  # fmt: skip
+        head = 0
+        if devices.is_device(dest):
+            _check_device(dest, source.size, options)
+            head = min(devices.HEAD_BYTES, source.size)
         journal = _begin_or_resume(wanted, Journal.read(dest), dest, source)
-        plan = source.plan(journal.position)
+        # The head of a device is needed until the end: it comes last, and is given up last.
+        plans = [source.plan(max(journal.position, head)), source.plan(0, head)]
         if journal.position == 0:
-            _check_destination(source, plan, dest, options)
-        target = _open(journal, dest, options)
+            _check_destination(source, plans[0], dest, options)
+        target = _open(journal, dest, options, whole_head=not plans[1].total(Kind.MISSING))
         try:
-            copied = _run(source, target, plan, journal, dest, options)
-            target.finish()
+            copied = _run(source, target, plans, journal, dest, options)
+            _end(source, target, plans, copied, journal, dest, options)
         except BaseException:
             target.abandon()
             raise
-        records.sync_directory(os.path.dirname(os.path.abspath(dest)))
+        if options.discard:
+            source.give_up_all()
         summary = _summary(source, dest, journal.position, copied)
-        _refuse_incomplete(source, plan, copied, dest, journal)
     records.remove(Journal.path_of(dest))
     records.sync_directory(os.path.dirname(os.path.abspath(dest)))
     return summary
 
 
 def _refuse_own(source: Source, dest: str) -> None:
-    """The image that is being served is no destination, nor is anything in the mount."""
-    directory = os.path.realpath(os.path.dirname(os.path.abspath(dest)))
-    if os.path.commonpath((directory, source.mountpoint)) == source.mountpoint:
-        raise UsageError(f"{dest} is in the mount that is copied from")
+    """The image that is being served is no destination, nor is anything in a mount."""
+    refuse_served(dest, "copy")
     if os.path.exists(dest) and os.path.samefile(dest, source.image["path"]):
         raise UsageError(f"{dest} is the image that is mounted on {source.mountpoint}")
 
@@ -135,10 +162,10 @@ def _begin_or_resume(wanted: Journal, found: Journal | None, dest: str, source: 
         if os.path.exists(dest) and wanted.format == "qcow2":
             os.unlink(dest)
         return wanted  # the whole image: whatever was there does not matter
+    instead = "" if devices.is_device(dest) else f"delete {dest} and {Journal.path_of(dest)} and "
     raise PartialCopy(
         f"{dest} is an unfinished copy of something else, and {source.name} does not hold "
-        f"everything; finish that copy, or delete {dest} and {Journal.path_of(dest)} and "
-        "make a full copy"
+        f"everything; finish that copy, or {instead}make a full copy"
     )
 
 
@@ -150,7 +177,6 @@ def _check_destination(source: Source, plan: Plan, dest: str, options: CopyOptio
     partial = os.path.exists(Journal.path_of(dest))
     occupied = 0
     if status is not None and stat.S_ISBLK(status.st_mode):
-        _check_device(dest, source.size, options)
         return
     if status is not None:
         if not stat.S_ISREG(status.st_mode):
@@ -183,18 +209,16 @@ def _check_device(dest: str, size: int, options: CopyOptions) -> None:
         raise UsageError(f"{dest} is a block device; only raw copies go there")
     if not options.force:
         raise UsageError(f"{dest} is a block device; use --force to overwrite what is on it")
-    # O_EXCL on a device: fails if it is mounted or held by another driver (open(2)).
-    fd = os.open(dest, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
-    try:
-        available = os.lseek(fd, 0, os.SEEK_END)
-    finally:
-        os.close(fd)
+    available = devices.size_of(dest)
     if available < size:
         raise BackupError(f"{dest} has {available} bytes, the snapshot has {size}")
 
 
-def _open(journal: Journal, dest: str, options: CopyOptions) -> Target:
+def _open(journal: Journal, dest: str, options: CopyOptions, *, whole_head: bool) -> Target:
     new = not os.path.exists(dest)
+    if devices.is_device(dest):
+        mark = records.unstructure(journal)
+        return DeviceTarget(dest, journal.size, mark, whole_head=whole_head)
     if journal.format == "raw":
         journal.write(dest)
         return RawTarget(dest, journal.size)
@@ -205,46 +229,76 @@ def _open(journal: Journal, dest: str, options: CopyOptions) -> Target:
         qemu.create(dest, journal.size, options.backing)
     else:
         qemu.free_leaks(dest)
-    return Qcow2Target(dest, journal.size)
+    return Qcow2Target(dest, journal.size, resumable=True)
 
 
 def _run(
-    source: Source, target: Target, plan: Plan, journal: Journal, dest: str, options: CopyOptions
+    source: Source,
+    target: Target,
+    plans: list[Plan],
+    journal: Journal,
+    dest: str,
+    options: CopyOptions,
 ) -> Copied:
-    total = plan.total(Kind.DATA) + plan.total(Kind.ZERO)
+    """Copy the plans, the head of a device last."""
+    most, head = plans
+    if isinstance(target, DeviceTarget):
+        source.spare(head.end)
     if options.discard and journal.position:
         source.give_up_to(journal.position)  # copied before the interruption
+    total = sum(plan.total(Kind.DATA) + plan.total(Kind.ZERO) for plan in plans)
     with Progress(source.name, total, fd=options.progress_fd, json_lines=options.json) as progress:
-        return Copying(
+
+        def durable(position: int) -> None:
+            evolve(journal, position=max(journal.position, position)).store(dest, target)
+
+        copying = Copying(
             source,
             target,
-            plan,
-            durable=lambda position: evolve(
-                journal, position=max(journal.position, position)
-            ).write(dest),
+            durable=durable,
             progress=progress.advance,
             discard=options.discard,
             bytes_per_second=options.bytes_per_second,
-        ).run()
+        )
+        copying.run(most)
+        if head:
+            copying.copy(head)
+    return copying.copied
 
 
-def _refuse_incomplete(
-    source: Source, plan: Plan, copied: Copied, dest: str, journal: Journal
+def _end(
+    source: Source,
+    target: Target,
+    plans: list[Plan],
+    copied: Copied,
+    journal: Journal,
+    dest: str,
+    options: CopyOptions,
 ) -> None:
+    """Finish the target; raises what is wrong with the copy when all that there is has arrived."""
+    # A file can be unmarked by hand, a device only by us.
+    stays = not (options.allow_missing and isinstance(target, DeviceTarget))
+    mark = f"{dest} stays marked as partial" if stays else f"{dest} has no mark any more"
+    problem: SnapfsError | None = None
     state = source.look()
     if state["state"] != "ok":
-        missing = sorted([*plan.ranges(Kind.MISSING), *copied.missing])
-        evolve(journal, position=source.size, incomplete=True).write(dest)
-        raise SnapshotIncomplete(
-            f"snapshot {source.name} is {state['state']} ({state['reason']}): {dest} has "
-            f"everything that there is and stays marked as partial; missing, as "
-            f"offset+length: {describe_ranges(missing)}"
+        ranges = [each for plan in plans for each in plan.ranges(Kind.MISSING)]
+        problem = SnapshotIncomplete(
+            f"snapshot {source.name} is {state['state']} ({state['reason']}): all that there is "
+            f"was copied, and {mark}; missing, as offset+length: "
+            f"{describe_ranges(sorted([*ranges, *copied.missing]))}"
         )
-    if copied.missing:
-        raise PartialCopy(
+        evolve(journal, position=source.size, incomplete=True).store(dest, target)
+    elif copied.missing:
+        problem = PartialCopy(
             f"somebody discarded {describe_ranges(copied.missing)} (offset+length) of "
-            f"{source.name} while it was copied; {dest} stays marked as partial"
+            f"{source.name} while it was copied; {mark}"
         )
+    if problem is None or not (stays and isinstance(target, DeviceTarget)):
+        target.finish()
+        records.sync_directory(os.path.dirname(os.path.abspath(dest)))
+    if problem is not None:
+        raise problem
 
 
 def _summary(source: Source, dest: str, resumed_at: int, copied: Copied) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from attrs import define, field
 
@@ -43,7 +43,6 @@ class Copying:
         self,
         source: Source,
         target: Target,
-        plan: Plan,
         *,
         durable: Callable[[int], None],
         progress: Callable[[int], None],
@@ -53,7 +52,6 @@ class Copying:
     ) -> None:
         self._source = source
         self._target = target
-        self._plan = plan
         self._durable = durable
         self._progress = progress
         self._discard = discard
@@ -64,21 +62,31 @@ class Copying:
         self._allowed_at = time.monotonic()
         self.copied = Copied()
 
-    def run(self) -> Copied:
-        """Copy everything in the plan."""
-        position = 0
-        for start, stop, kind in self._plan:
+    def run(self, plan: Plan) -> Copied:
+        """Copy everything in the plan, with checkpoints on the way and at the end."""
+        for position in self._steps(plan):
+            late = time.monotonic() >= self._flushed_at + CHECKPOINT_SECONDS
+            if late or self._since_flush >= CHECKPOINT_BYTES:
+                self._checkpoint(position)
+        self._checkpoint(plan.end)
+        return self.copied
+
+    def copy(self, plan: Plan) -> None:
+        """Copy everything in the plan, and leave it to the caller to make it durable."""
+        for _ in self._steps(plan):
+            pass
+
+    def _steps(self, plan: Plan) -> Iterator[int]:
+        """Copy a plan piece by piece, telling after each how far it is."""
+        for start, stop, kind in plan:
             if kind is Kind.DATA:
                 for first, end in pieces(start, stop, UNIT_BYTES):
                     self._copy(first, end)
-                    self._may_checkpoint(end)
+                    yield end
             elif kind is Kind.ZERO:
                 self._target.zero(start, stop - start)
                 self._note(Unit(start, stop - start, None))
-                self._may_checkpoint(stop)
-            position = stop
-        self._checkpoint(position)
-        return self.copied
+                yield stop
 
     def _note(self, unit: Unit) -> None:
         if unit.digest is None:
@@ -127,11 +135,6 @@ class Copying:
             now = time.monotonic()
             self._allowed_at = max(now, self._allowed_at) + len(data) / self._rate
             time.sleep(max(0.0, self._allowed_at - now))
-
-    def _may_checkpoint(self, position: int) -> None:
-        late = time.monotonic() >= self._flushed_at + CHECKPOINT_SECONDS
-        if late or self._since_flush >= CHECKPOINT_BYTES:
-            self._checkpoint(position)
 
     def _checkpoint(self, position: int) -> None:
         self._target.flush()

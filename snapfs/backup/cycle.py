@@ -29,15 +29,14 @@ from ..errors import (
     PartialCopy,
     SnapfsError,
     SnapshotIncomplete,
-    UsageError,
 )
 from ..wire import Client, RemoteError
 from . import folding, qemu, records
-from .chain import Directory, Point, new_token, opened
+from .chain import MANIFEST, Directory, Point, new_token, opened
 from .copying import Copied, Copying, check_room, describe_ranges
 from .plan import Kind, Plan
 from .progress import Progress
-from .source import Source
+from .source import Source, refuse_served
 from .sums import digest_of, dump
 from .targets import Qcow2Target
 
@@ -71,11 +70,7 @@ class _Run:
         self._options = options
         with Client(mountpoint) as client:
             self._image = client.call("status")["image"]
-        where = os.path.realpath(directory.path)
-        if os.path.commonpath((where, os.path.realpath(mountpoint))) == os.path.realpath(
-            mountpoint
-        ):
-            raise UsageError(f"{directory.path} is in the mount that is backed up")
+        refuse_served(os.path.join(directory.path, MANIFEST), "back up")
 
     def clean_up(self) -> None:
         """Remove what an interrupted run left, here and at the daemon."""
@@ -179,7 +174,7 @@ class _Run:
             qemu.create(
                 partial, source.size, None if parent is None else directory.image_of(parent.name)
             )
-            target = Qcow2Target(partial, source.size)
+            target = Qcow2Target(partial, source.size, resumable=False)
             try:
                 copied = self._run_copy(source, target, plan)
                 target.finish()
@@ -215,13 +210,12 @@ class _Run:
             return Copying(
                 source,
                 target,
-                plan,
                 durable=lambda position: None,
                 progress=progress.advance,
                 discard=True,
                 bytes_per_second=options.bytes_per_second,
                 checksums=True,
-            ).run()
+            ).run(plan)
 
     def _refuse_incomplete(self, source: Source, plan: Plan, copied: Copied, *, full: bool) -> None:
         state = source.look()

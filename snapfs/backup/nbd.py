@@ -1,7 +1,8 @@
 """An NBD client on a connected socket: what it takes to read and write an image.
 
 The protocol is that of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md;
-one request at a time, fixed newstyle handshake, simple replies.
+fixed newstyle handshake, simple replies.  Writes are on their way while the caller
+goes on; every other request waits for them, and then for itself.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ HAS_FLUSH, HAS_WRITE_ZEROES = 1 << 2, 1 << 6
 
 MAX_REQUEST = 16 << 20  # bytes of data; servers allow 32 MiB
 MAX_ZEROES = 1 << 30
+MAX_WRITES = 8  # on their way; their answers fit into any socket's buffer, so none blocks
 
 # The protocol's own error numbers, which happen to be those of Linux.
 _KNOWN = (errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC)
@@ -43,6 +45,7 @@ class NbdClient:
         """Shake hands; raises ConnectionError or BackupError if the server does not go on."""
         self._socket = connection
         self._handle = 0
+        self._writes: set[int] = set()  # handles of writes that are not answered yet
         self.size, self._flags = self._shake_hands()
 
     def _shake_hands(self) -> tuple[int, int]:
@@ -77,24 +80,33 @@ class NbdClient:
             view = view[count:]
         return buffer
 
-    def _request(
-        self,
-        command: int,
-        offset: int = 0,
-        length: int = 0,
-        data: bytes | bytearray | memoryview = b"",
-    ) -> bytearray:
+    def _send(
+        self, command: int, offset: int, length: int, data: bytes | bytearray | memoryview = b""
+    ) -> int:
         self._handle += 1
         head = struct.pack(">IHHQQI", REQUEST_MAGIC, 0, command, self._handle, offset, length)
         self._socket.sendall(head)
         if data:
             self._socket.sendall(data)
+        return self._handle
+
+    def _answer(self, expected: set[int]) -> None:
+        """Receive the answer to one of the requests and take it out; raises OSError if it failed.
+
+        They come in any order.
+        """
         magic, error, handle = struct.unpack(">IIQ", self._receive(16))
-        if magic != ANSWER_MAGIC or handle != self._handle:
+        if magic != ANSWER_MAGIC or handle not in expected:
             raise BackupError("the NBD server's answer is not one")
+        expected.remove(handle)
         if error:
             number = error if error in _KNOWN else errno.EIO
             raise OSError(number, os.strerror(number))
+
+    def _request(self, command: int, offset: int = 0, length: int = 0) -> bytearray:
+        while self._writes:
+            self._answer(self._writes)
+        self._answer({self._send(command, offset, length)})
         return self._receive(length if command == CMD_READ else 0)
 
     def read(self, offset: int, length: int) -> bytearray:
@@ -102,8 +114,10 @@ class NbdClient:
         return self._request(CMD_READ, offset, length)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write all of `data`, at most MAX_REQUEST bytes."""
-        self._request(CMD_WRITE, offset, len(data), data)
+        """Write all of `data`, at most MAX_REQUEST bytes; at the latest `flush` raises."""
+        while len(self._writes) >= MAX_WRITES:
+            self._answer(self._writes)
+        self._writes.add(self._send(CMD_WRITE, offset, len(data), data))
 
     def zero(self, offset: int, length: int) -> None:
         """Have a range read as zeros, whatever a backing file has there; no space if possible."""

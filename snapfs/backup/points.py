@@ -15,12 +15,14 @@ from typing import Any
 from attrs import field, frozen
 
 from ..errors import BackupError, PointDamaged, SnapfsError, UsageError
-from . import qemu, records
+from . import devices, qemu, records
 from .chain import Directory, Point, opened
 from .copies import VERSION, Journal
 from .copying import ZERO_BYTES, check_room
+from .devices import DeviceTarget
 from .plan import pieces
 from .progress import Progress
+from .source import refuse_served
 from .sums import UNIT_BYTES, Unit, digest_of
 from .targets import SECTOR, RawTarget
 
@@ -51,8 +53,7 @@ def restore(path: str, dest: str, options: RestoreOptions) -> dict[str, Any]:
         layers = [(each, directory.units(each)) for each in lineage]
         journal = Journal(VERSION, f"restore {directory.chain.id} {point.name}", point.size, "raw")
         _check_dest(dest, point, layers, options)
-        journal.write(dest)
-        target = RawTarget(dest, 0)
+        target = _open(dest, point.size, journal)
         try:
             _replay(directory, layers, target, options)
             target.finish()
@@ -65,10 +66,18 @@ def restore(path: str, dest: str, options: RestoreOptions) -> dict[str, Any]:
             "dest": dest, "size": point.size, "layers": len(layers)}  # fmt: skip
 
 
+def _open(dest: str, size: int, journal: Journal) -> RawTarget:
+    if devices.is_device(dest):
+        return DeviceTarget(dest, size, records.unstructure(journal), whole_head=True)
+    journal.write(dest)
+    return RawTarget(dest, 0)
+
+
 def _refuse_inside(directory: Directory, dest: str) -> None:
     where = os.path.realpath(os.path.dirname(os.path.abspath(dest)))
     if where == os.path.realpath(directory.path):
         raise UsageError(f"{dest} is in the backup directory; restore to another place")
+    refuse_served(dest, "restore")
 
 
 def _check_dest(
@@ -84,11 +93,7 @@ def _check_dest(
         if not (ours and stat.S_ISREG(status.st_mode)):
             raise UsageError(f"{dest} exists; use --force to overwrite it")
     if status is not None and stat.S_ISBLK(status.st_mode):
-        fd = os.open(dest, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
-        try:
-            available = os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
+        available = devices.size_of(dest)
         largest = max(each.size for each, _ in layers)
         if available < largest:
             raise BackupError(f"{dest} has {available} bytes; the restore takes {largest}")

@@ -106,9 +106,15 @@ class Server:
     flushed is safe, and the rest is at worst space that is in use for nothing.
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
+    def __init__(self, path: str, *, read_only: bool = False, unordered: bool = False) -> None:
+        """`unordered`: never sync the file, not even to have metadata in an order.
+
+        What is flushed is in the file then, but durable only when the caller syncs
+        it; after a power cut before that the image may be spoilt altogether.
+        """
         self._path = path
-        self._read_only = read_only
+        cache = "--cache=unsafe" if unordered else "--cache=writeback"
+        self._how = "--read-only" if read_only else cache
         self._process, self.client = self._start_patiently()
 
     def _start_patiently(self) -> tuple[subprocess.Popen[bytes], NbdClient]:
@@ -127,7 +133,7 @@ class Server:
             find_program("qemu-nbd"),
             "--format=qcow2",
             "--discard=unmap",
-            *(["--read-only"] if self._read_only else ["--cache=writeback"]),
+            self._how,
             image_name(self._path),
         ]
         connection, listener = _socket_pair()

@@ -10,6 +10,7 @@ import cattrs
 
 from .. import strictjson
 from ..errors import BackupError
+from ..files import write_and_close
 from ..strictjson import make_converter, reasons
 
 T = TypeVar("T")
@@ -19,13 +20,7 @@ def replace_durably(path: str, data: bytes) -> None:
     """Replace a file by another content: after a crash it has the old one or the new one."""
     beside = f"{path}.new"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    write_and_close(fd, data)
     os.rename(beside, path)
     sync_directory(os.path.dirname(path))
 

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from .. import mountinfo
-from ..errors import PartialCopy, SnapshotLost, SnapshotNotFound, UsageError
+from ..errors import NotMounted, PartialCopy, SnapshotLost, SnapshotNotFound, UsageError
 from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..wire import Client
 from .plan import Kind, Plan
+
+
+def refuse_served(path: str, what: str) -> None:
+    """Raises UsageError if a destination lies in a snapfs mount, or on a disk that is in one.
+
+    Files made in a mount would be snapshots; and a disk cannot hold its own backup.
+    """
+    directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    for each in (directory, *mountinfo.lives_on(directory)):
+        try:
+            found, _ = mountinfo.split(each)
+        except NotMounted:
+            continue
+        where = "is in" if each == directory else "lies on a disk that is in"
+        raise UsageError(f"{path} {where} the mount {found.mountpoint}; {what} to another place")
 
 
 class Source:
@@ -56,27 +74,44 @@ class Source:
             shown: dict[str, Any] = client.call("show", name=self.name)["snapshot"]
         return shown
 
-    def plan(self, start: int = 0) -> Plan:
-        """The whole map from `start` on."""
+    def plan(self, start: int = 0, stop: int | None = None) -> Plan:
+        """The whole map from `start` on, up to `stop`."""
         plan = Plan()
+        end = self.size if stop is None else stop
         offset: int | None = start
         with Client(self.mountpoint) as client:
-            while offset is not None and offset < self.size:
+            while offset is not None and offset < end:
                 answer = client.call("map", file=self._inside, offset=offset, rows=True)
                 for first, length, data, accessible, *_ in answer["extents"]:
-                    kind = Kind.DATA if data else Kind.ZERO
-                    plan.add(first, length, kind if accessible else Kind.MISSING)
+                    if first < end:
+                        kind = Kind.DATA if data else Kind.ZERO
+                        kind = kind if accessible else Kind.MISSING
+                        plan.add(first, min(length, end - first), kind)
                 offset = answer["next"]
-        if plan.end != self.size and start < self.size:
+        if plan.end != end and start < end:
             raise PartialCopy(f"the map of {self.path} ends at {plan.end} of {self.size} bytes")
         return plan
+
+    @contextmanager
+    def _daemon_lives(self) -> Iterator[None]:
+        """Raises NotMounted, which says what to do, if it does not any more."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+                raise
+            raise NotMounted(
+                f"the daemon of {self.mountpoint} is gone; mount the image again, then give the "
+                "same command again"
+            ) from None
 
     def read(self, offset: int, length: int) -> bytearray:
         """Exactly these bytes; raises OSError, with EACCES for what may not be read."""
         buffer = bytearray(length)
         view = memoryview(buffer)
         while view:
-            count = os.preadv(self._fd, [view], offset)
+            with self._daemon_lives():
+                count = os.preadv(self._fd, [view], offset)
             if not count:
                 raise PartialCopy(f"{self.path} ends at {offset} of {self.size} bytes")
             view, offset = view[count:], offset + count
@@ -87,13 +122,26 @@ class Source:
         cluster = int(self.image["cluster_size"])
         stop = position if position == self.size else position // cluster * cluster
         if stop > self._given_up:
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            fallocate(self._fd, mode, self._given_up, stop - self._given_up)
-            self._given_up = stop
+            self._discard(self._given_up, stop)
+
+    def spare(self, stop: int) -> None:
+        """Have `give_up_to` leave everything before `stop` alone."""
+        self._given_up = max(self._given_up, stop)
+
+    def give_up_all(self) -> None:
+        """Discard everything, what was spared included."""
+        if self.size:
+            self._discard(0, self.size)
+
+    def _discard(self, start: int, stop: int) -> None:
+        with self._daemon_lives():
+            fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, stop - start)
+        self._given_up = stop
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        with suppress(OSError):  # the flush that a dead mount fails: nothing was written
+            os.close(self._fd)
 
     def __enter__(self) -> Source:
         return self

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..errors import UsageError
-from ..options import parse_size
 from . import backups
+from .arguments import add_json, count, descriptor, rate
 
 VERBS = ("copy", "backup", "restore", "verify", "prune")
 
@@ -51,39 +50,19 @@ def add_to(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
     verb = verbs.add_parser("prune", help="fold old points of a backup into the next ones")
     verb.add_argument("directory", metavar="DIR")
-    verb.add_argument("--keep-last", type=_count, default=0, metavar="N", help="the newest")
-    verb.add_argument("--keep-daily", type=_count, default=0, metavar="N", help="one a day")
-    verb.add_argument("--keep-weekly", type=_count, default=0, metavar="N", help="one a week")
+    verb.add_argument("--keep-last", type=count, default=0, metavar="N", help="the newest")
+    verb.add_argument("--keep-daily", type=count, default=0, metavar="N", help="one a day")
+    verb.add_argument("--keep-weekly", type=count, default=0, metavar="N", help="one a week")
     verb.add_argument("--dry-run", action="store_true", help="say what would be dropped")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=backups.prune)
 
 
 def _add_rate(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--bwlimit", type=_rate, metavar="BYTES", help="bytes a second at most")
+    verb.add_argument("--bwlimit", type=rate, metavar="BYTES", help="bytes a second at most")
     _add_progress(verb)
 
 
 def _add_progress(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--progress", type=int, metavar="FD", help="write lines N/100 there")
-    _add_json(verb)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return int(text)
-
-
-def _rate(text: str) -> int:
-    try:
-        size = parse_size(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not size:
-        raise argparse.ArgumentTypeError("a rate of 0 never ends; leave the option out")
-    return size
-
-
-def _add_json(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument("--progress", type=descriptor, metavar="FD", help="write lines N/100 there")
+    add_json(verb)

@@ -6,19 +6,29 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import ExitCode, SnapfsError, UsageError
 from ..wire import RemoteError
 from .output import dump, human
+
+Result = dict[str, Any]
 
 
 def _interrupted(*_signal: object) -> None:
     raise KeyboardInterrupt
 
 
-def _long_job(arguments: argparse.Namespace, job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run a job that SIGTERM ends as Ctrl-C does; with --json its end is a line of JSON."""
+def _long_job(
+    arguments: argparse.Namespace,
+    job: Callable[[], Result],
+    describe: Callable[[Result], str],
+    out: TextIO | None = None,
+) -> Result:
+    """Run a job that SIGTERM ends as Ctrl-C does, and say how it went.
+
+    With --json its end is a line of JSON, whatever the end is.
+    """
     from ..backup.progress import emit  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, _interrupted)
@@ -34,6 +44,8 @@ def _long_job(arguments: argparse.Namespace, job: Callable[[], dict[str, Any]]) 
         raise
     if arguments.json:
         emit("summary", result)
+    else:
+        print(describe(result), file=out)
     return result
 
 
@@ -51,15 +63,22 @@ def copy(arguments: argparse.Namespace) -> int:
         progress_fd=arguments.progress,
         json=arguments.json,
     )
-    result = _long_job(arguments, lambda: copies.copy(arguments.snapshot, arguments.dest, options))
-    if not arguments.json:
+
+    def describe(result: Result) -> str:
         resumed = f", resumed at {result['resumed_at']}" if result["resumed_at"] else ""
-        print(
-            f"{result['dest']}: {human(result['copied_bytes'])} copied, "
-            f"{human(result['zero_bytes'])} of zeros{resumed}",
-            file=sys.stderr,
-        )
+        return f"{result['dest']}: {_amounts(result)}{resumed}"
+
+    _long_job(
+        arguments,
+        lambda: copies.copy(arguments.snapshot, arguments.dest, options),
+        describe,
+        sys.stderr,  # stdout may be where --progress goes
+    )
     return ExitCode.OK
+
+
+def _amounts(result: Result) -> str:
+    return f"{human(result['copied_bytes'])} copied, {human(result['zero_bytes'])} of zeros"
 
 
 def _say(message: str) -> None:
@@ -87,14 +106,11 @@ def backup(arguments: argparse.Namespace) -> int:
         json=arguments.json,
         say=_say,
     )
-    result = _long_job(
-        arguments, lambda: cycle.backup(arguments.where, arguments.directory, options)
+    _long_job(
+        arguments,
+        lambda: cycle.backup(arguments.where, arguments.directory, options),
+        lambda result: f"{result['point']}: {result['kind']}, {_amounts(result)}",
     )
-    if not arguments.json:
-        print(
-            f"{result['point']}: {result['kind']}, {human(result['copied_bytes'])} copied, "
-            f"{human(result['zero_bytes'])} of zeros"
-        )
     return ExitCode.OK
 
 
@@ -108,11 +124,11 @@ def restore(arguments: argparse.Namespace) -> int:
         progress_fd=arguments.progress,
         json=arguments.json,
     )
-    result = _long_job(
-        arguments, lambda: points.restore(arguments.directory, arguments.dest, options)
+    _long_job(
+        arguments,
+        lambda: points.restore(arguments.directory, arguments.dest, options),
+        lambda result: f"{result['dest']}: point {result['point']}, {human(result['size'])}",
     )
-    if not arguments.json:
-        print(f"{result['dest']}: point {result['point']}, {human(result['size'])}")
     return ExitCode.OK
 
 
@@ -120,17 +136,20 @@ def verify(arguments: argparse.Namespace) -> int:
     """snapfs verify DIR."""
     from ..backup import points  # noqa: PLC0415
 
+    def describe(result: Result) -> str:
+        lines = []
+        for point in result["points"]:
+            lines.append(f"{point['point']}: {'good' if point['ok'] else 'DAMAGED'}")
+            lines += [f"    {problem}" for problem in point["problems"]]
+        return "\n".join(lines) or "there are no points yet"
+
     result = _long_job(
         arguments,
         lambda: points.verify(
             arguments.directory, arguments.at, arguments.progress, arguments.json
         ),
+        describe,
     )
-    if not arguments.json:
-        for point in result["points"]:
-            print(f"{point['point']}: {'good' if point['ok'] else 'DAMAGED'}")
-            for problem in point["problems"]:
-                print(f"    {problem}")
     return ExitCode.SNAPSHOT_UNUSABLE if result["damaged"] else ExitCode.OK
 
 
@@ -139,10 +158,9 @@ def prune(arguments: argparse.Namespace) -> int:
     from ..backup import pruning  # noqa: PLC0415
 
     policy = pruning.Policy(arguments.keep_last, arguments.keep_daily, arguments.keep_weekly)
-    result = _long_job(
+    _long_job(
         arguments,
         lambda: pruning.prune(arguments.directory, policy, dry_run=arguments.dry_run, say=_say),
+        lambda result: f"{len(result['kept'])} points kept, {len(result['dropped'])} dropped",
     )
-    if not arguments.json:
-        print(f"{len(result['kept'])} points kept, {len(result['dropped'])} dropped")
     return ExitCode.OK

@@ -140,9 +140,14 @@ def _rows(path: str, bitmap_name: str | None) -> Iterator[Row]:
             offset = answer["next"]
 
 
+def _begun(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows; an error that comes before the first comes now, before a table's head."""
+    return itertools.chain(list(itertools.islice(rows, 1)), rows)
+
+
 def map_file(arguments: argparse.Namespace) -> int:
     """snapfs map FILE."""
-    rows = _rows(arguments.file, arguments.bitmap)
+    rows = _begun(_rows(arguments.file, arguments.bitmap))
     if arguments.totals:
         keys = ("extents", "length", "data", "zero", "inaccessible", "temp", "dirty")
         totals = dict.fromkeys(keys, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -127,30 +128,57 @@ def _print_status(answer: dict[str, Any]) -> None:
 
 
 def trim(arguments: argparse.Namespace) -> int:
-    """snapfs trim FILE: punches each run of accessible clusters."""
+    """snapfs trim FILE: punches what the daemon says there is to punch in the range."""
     found, inside = mountinfo.split(arguments.file)
-    request = {"file": inside, "minimum": arguments.minimum}
-    offset: int | None = arguments.offset
-    end = None if arguments.length is None else arguments.offset + arguments.length
     trimmed = 0
     with Client(found.mountpoint) as client:
-        while offset is not None:
-            length = {} if end is None else {"length": max(0, end - offset)}
-            answer = client.call("runs", offset=offset, **request, **length)
-            if answer["runs"]:
-                fd = os.open(arguments.file, os.O_WRONLY)
-                try:
-                    for start, count in answer["runs"]:
-                        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, count)
-                        trimmed += count
-                finally:
-                    os.close(fd)
-            offset = answer["next"]
+        if inside == "active":
+            _write_back(arguments.file)
+        for runs in _runs(client, inside, arguments):
+            if runs and not arguments.dry_run:
+                _punch(arguments.file, runs)
+            trimmed += sum(count for _, count in runs)
     if arguments.json:
-        dump("trim", {"trimmed": trimmed})
-    elif arguments.verbose:
-        print(f"{arguments.file}: {human(trimmed)} ({trimmed} bytes) trimmed")
+        dump("trim", {"trimmed": trimmed, "dry_run": arguments.dry_run})
+    elif arguments.verbose or arguments.dry_run:
+        would = " (dry run)" if arguments.dry_run else ""
+        print(f"{arguments.file}: {human(trimmed)} ({trimmed} bytes) trimmed{would}")
     return ExitCode.OK
+
+
+def _write_back(path: str) -> None:
+    """Have in the image what is only in the page cache, so that it counts as data."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def _runs(
+    client: Client, inside: str, arguments: argparse.Namespace
+) -> Iterator[list[tuple[int, int]]]:
+    """What there is to punch, as (start, length), page by page."""
+    request = {"offset": arguments.offset, "length": arguments.length}
+    request = {key: value for key, value in request.items() if value is not None}
+    end = None if arguments.length is None else (arguments.offset or 0) + arguments.length
+    while True:
+        answer = client.call("runs", file=inside, minimum=arguments.minimum, **request)
+        yield answer["runs"]
+        if answer["next"] is None:
+            return
+        request["offset"] = answer["next"]
+        if end is not None:
+            request["length"] = end - answer["next"]
+
+
+def _punch(path: str, runs: list[tuple[int, int]]) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        for start, count in runs:
+            fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, count)
+    finally:
+        os.close(fd)
 
 
 def events(arguments: argparse.Namespace) -> int:

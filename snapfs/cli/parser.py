@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 
 from .. import __version__
-from ..errors import UsageError
-from ..options import parse_size
 from . import backupparser, bitmaps, checking, commands
+from .arguments import add_json, limit, size
 
 VERBS = (
     "mount", "umount", "create", "delete", "list", "show", "status", "trim", "map", "diff",
     "bitmap", "limit", "events", "check", *backupparser.VERBS,
 )  # fmt: skip
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,46 +45,47 @@ def build_parser() -> argparse.ArgumentParser:
     after = verb.add_mutually_exclusive_group()
     after.add_argument("--clear-bitmap", action="store_true", help="empty B in that instant")
     after.add_argument("--next", metavar="B2", help="begin a new bitmap in that instant")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=commands.create)
 
     verb = verbs.add_parser("delete", help="delete snapshots")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("names", metavar="NAME", nargs="+")
     verb.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=commands.delete)
 
     verb = verbs.add_parser("list", help="list snapshots")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=commands.list_snapshots)
 
     verb = verbs.add_parser("show", help="show one snapshot")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("name", metavar="NAME")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=commands.show)
 
     verb = verbs.add_parser("status", help="show the state of a mount")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=commands.status)
 
-    verb = verbs.add_parser("trim", help="discard a range of a snapshot, as fstrim does")
-    verb.add_argument("file", metavar="FILE")
-    verb.add_argument("-o", "--offset", type=_size, default=0, metavar="BYTES")
-    verb.add_argument("-l", "--length", type=_size, metavar="BYTES")
-    verb.add_argument("-m", "--minimum", type=_size, default=0, metavar="BYTES")
+    verb = verbs.add_parser("trim", help="discard a range, as fstrim does")
+    verb.add_argument("file", metavar="FILE", help="a snapshot; active takes both -o and -l")
+    verb.add_argument("-n", "--dry-run", action="store_true", help="say what would be discarded")
+    verb.add_argument("-o", "--offset", type=size, metavar="BYTES")
+    verb.add_argument("-l", "--length", type=size, metavar="BYTES")
+    verb.add_argument("-m", "--minimum", type=size, default=0, metavar="BYTES")
     verb.add_argument("-v", "--verbose", action="store_true", help="print what was discarded")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=commands.trim)
 
     verb = verbs.add_parser("map", help="list the extents of active or of a snapshot")
     verb.add_argument("file", metavar="FILE")
     verb.add_argument("--bitmap", metavar="B", help="dirty is what this one says, not any")
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=bitmaps.map_file)
 
     verb = verbs.add_parser("diff", help="list what differs between snapshots, or from now")
@@ -100,27 +93,27 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("a", metavar="A")
     verb.add_argument("b", metavar="B", nargs="?", help="default: the image now")
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=bitmaps.diff)
 
     _add_bitmap(verbs.add_parser("bitmap", help="track what changes, in dirty bitmaps"))
 
     verb = verbs.add_parser("limit", help="bound the space of the temp images")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    verb.add_argument("size", type=_limit, metavar="SIZE", help="or none")
-    _add_json(verb)
+    verb.add_argument("size", type=limit, metavar="SIZE", help="or none")
+    add_json(verb)
     verb.set_defaults(run=commands.limit)
 
     verb = verbs.add_parser("events", help="wait for what happens to the snapshots and print it")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("--once", action="store_true", help="print what there is, do not wait")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=commands.events)
 
     verb = verbs.add_parser("check", help="look a state directory over, not mounted")
     verb.add_argument("state", metavar="STATE", help="the state directory, or its image")
     verb.add_argument("--repair", action="store_true", help="put right what needs no guess")
-    _add_json(verb)
+    add_json(verb)
     verb.set_defaults(run=checking.check)
 
     backupparser.add_to(verbs)
@@ -140,13 +133,5 @@ def _add_bitmap(verb: argparse.ArgumentParser) -> None:
         action.add_argument("mountpoint", metavar="MOUNTPOINT")
         for word in words:
             action.add_argument(word.lower(), metavar=word)
-        _add_json(action)
+        add_json(action)
         action.set_defaults(run=bitmaps.bitmap, action=name, words=[word.lower() for word in words])
-
-
-def _limit(text: str) -> int | None:
-    return None if text == "none" else _size(text)
-
-
-def _add_json(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--json", action="store_true", help="print JSON")

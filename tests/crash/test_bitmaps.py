@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import random
 import subprocess
-import threading
 
 import pytest
 
 from ..mount.conftest import SNAPFS, _needs_fuse, mount  # noqa: F401 - fixtures
+from .writing import killed_while_writing
 
 pytestmark = pytest.mark.mount
 
@@ -46,33 +45,15 @@ def test_every_change_is_in_the_bitmap_after_a_kill(mount, seed):  # noqa: F811
     disk.snapfs("bitmap", "add", disk.mountpoint, "b")
     touched: set[int] = set()
     for _ in range(3):
-        after = chance.randrange(3, 60)
-        enough = threading.Event()
 
-        def write(chance=chance, after=after, enough=enough):
-            fd = os.open(disk.active, os.O_WRONLY)
-            try:
-                for number in range(10_000):
-                    offset = chance.randrange(SIZE + 4 * K64)
-                    data = chance.randbytes(chance.choice((512, 4096, 2 * K64)))
-                    end = os.fstat(fd).st_size
-                    start = min(offset, end)
-                    touched.update(range(start // K64, -(-(offset + len(data)) // K64)))
-                    os.pwrite(fd, data, offset)
-                    if number == after:
-                        enough.set()
-            except OSError as error:
-                assert error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-            finally:
-                with contextlib.suppress(OSError):  # flush of a dead mount
-                    os.close(fd)
+        def write(fd: int) -> None:
+            offset = chance.randrange(SIZE + 4 * K64)
+            data = chance.randbytes(chance.choice((512, 4096, 2 * K64)))
+            start = min(offset, os.fstat(fd).st_size)
+            touched.update(range(start // K64, -(-(offset + len(data)) // K64)))
+            os.pwrite(fd, data, offset)
 
-        writer = threading.Thread(target=write)
-        writer.start()
-        enough.wait()
-        disk.kill()
-        writer.join()
-        disk.start()
+        killed_while_writing(disk, chance.randrange(3, 60), write)
         found = extents(disk, "b")
         assert differing(base, disk.active.read_bytes()) <= found <= touched
 

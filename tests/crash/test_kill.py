@@ -9,12 +9,12 @@ import os
 import random
 import select
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
 from ..mount.conftest import _needs_fuse, mount, run  # noqa: F401 - fixtures
+from .writing import killed_while_writing
 
 pytestmark = pytest.mark.mount
 
@@ -59,36 +59,19 @@ def test_killed_at_any_moment_under_load(mount, seed):  # noqa: F811
         if round_ == 2:
             (disk.snapshots / "s1").unlink()
             del moments["s1"]
-        after = chance.randrange(3, 60)
-        enough = threading.Event()
-        uncertain = []
+        uncertain: list[tuple[int, bytes]] = []
 
-        def write(chance=chance, after=after, enough=enough, uncertain=uncertain):
-            fd = os.open(disk.active, os.O_WRONLY)
-            try:
-                for number in range(10_000):
-                    offset = chance.randrange(SIZE - 3 * K64)
-                    data = chance.randbytes(chance.choice((512, 4096, 2 * K64)))
-                    while data:  # a write that meets the end of the mount may be short
-                        uncertain[:] = [(offset, data)]
-                        count = os.pwrite(fd, data, offset)
-                        content[offset : offset + count] = data[:count]
-                        uncertain.clear()
-                        offset, data = offset + count, data[count:]
-                    if number == after:
-                        enough.set()
-            except OSError as error:
-                assert error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-            finally:
-                with contextlib.suppress(OSError):  # flush of a dead mount
-                    os.close(fd)
+        def write(fd: int, uncertain=uncertain) -> None:
+            offset = chance.randrange(SIZE - 3 * K64)
+            data = chance.randbytes(chance.choice((512, 4096, 2 * K64)))
+            while data:  # a write that meets the end of the mount may be short
+                uncertain[:] = [(offset, data)]
+                count = os.pwrite(fd, data, offset)
+                content[offset : offset + count] = data[:count]
+                uncertain.clear()
+                offset, data = offset + count, data[count:]
 
-        writer = threading.Thread(target=write)
-        writer.start()
-        enough.wait()
-        disk.kill()
-        writer.join()
-        disk.start()
+        killed_while_writing(disk, chance.randrange(3, 60), write)
         found = disk.active.read_bytes()
         for offset, data in uncertain:  # it had not returned: old or new, byte by byte
             old = content[offset : offset + len(data)]

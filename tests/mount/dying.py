@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from snapfs.backup import qemu, records
+from snapfs.backup.devices import DeviceTarget
 from snapfs.backup.source import Source
 from snapfs.backup.targets import Qcow2Target
 from snapfs.cli import main
@@ -51,6 +52,8 @@ for owner, name in (
     (Client, "call"),
     (Source, "give_up_to"),
     (Qcow2Target, "finish"),
+    (DeviceTarget, "mark"),
+    (DeviceTarget, "_write_through"),
 ):
     watch(owner, name)
 sys.exit(main(sys.argv[2:]))

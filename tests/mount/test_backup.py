@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from attrs import define, field
 
 from .conftest import SNAPFS, Mounted, run
+from .test_programs import mounted_loop
 
 pytestmark = pytest.mark.mount
 
@@ -155,6 +157,71 @@ def test_without_init_nothing_is_written(disk, tmp_path):
     assert [] == names(it, "bitmaps")
 
 
+def test_a_mount_and_a_disk_in_it_are_no_place_for_backups(disk, tmp_path):
+    """A file that is made among the snapshots would be one."""
+    it = disk(64 * MIB)
+    it.backup()
+    inside = it.mounted.snapshots / "copy"
+    for command in (
+        ["backup", "--init", it.mounted.snapshots],
+        ["backup", "--init", it.mounted.mountpoint / "new"],
+        ["restore", it.directory, inside],
+    ):
+        done = run(*SNAPFS, *command, check=False)
+        assert (2, True) == (done.returncode, "is in the mount" in done.stderr), done.stderr
+    assert [] == names(it, "snapshots")
+    run("mkfs.ext4", "-q", it.mounted.active)
+    with mounted_loop(it.mounted.active, tmp_path / "fs") as where:
+        done = run(*SNAPFS, "backup", "--init", where, check=False)
+        assert (2, True) == (done.returncode, "on a disk that is in the mount" in done.stderr)
+        it.mounted.create("s")
+        done = it.mounted.snapfs("copy", it.mounted.snapshots / "s", where / "copy", check=False)
+        assert (2, True) == (done.returncode, "on a disk that is in the mount" in done.stderr)
+        shutil.copytree(it.directory, where / "backup")
+        done = it.mounted.snapfs("backup", it.mounted.mountpoint, where / "backup", check=False)
+        assert (2, True) == (done.returncode, "on a disk that is in the mount" in done.stderr)
+
+
+def test_a_base_that_is_no_image_any_more_gives_a_full_point(disk):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    (point,) = it.directory.glob("*.qcow2")
+    os.truncate(point, 0)
+    it.change(1)
+    summary = it.backup()
+    assert ("full", True) == (summary["kind"], "no qcow2 image any more" in summary["reason"])
+    assert it.moments[2] == it.restored(2)
+    done = run(*SNAPFS, "verify", it.directory, check=False)
+    assert (4, True) == (done.returncode, "no qcow2 image any more" in done.stdout)
+
+
+def test_a_full_disk_is_named_and_the_next_run_has_every_change(disk, tmp_path):
+    it = disk(os.urandom(8 * MIB))
+    small = tmp_path / "small"
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", small)
+    try:
+        it.directory = small / "backup"
+        run(*SNAPFS, "backup", "--init", it.directory)
+        it.backup()
+        it.mounted.write(0, os.urandom(6 * MIB))
+        command = ["backup", it.mounted.mountpoint, it.directory]
+        done = it.mounted.snapfs(*command, check=False)
+        assert (1, True) == (done.returncode, "make room" in done.stderr)
+        done = it.mounted.snapfs(*command, "--force", check=False)
+        assert 1 == done.returncode
+        assert re.search(rf"{small}.*No space left on device", done.stderr), done.stderr
+        check_tidy(it)
+        done = run(*SNAPFS, "restore", it.directory, small / "r", "--force", check=False)
+        assert (1, True) == (done.returncode, f"{small}/r: No space" in done.stderr), done.stderr
+        run("rm", small / "r", small / "r.partial")
+        run("mount", "-o", "remount,size=32m", small)
+        assert "incremental" == it.backup()["kind"]
+        it.check_all()
+    finally:
+        run("umount", small)
+
+
 def test_two_rotated_directories_each_get_every_change(disk, tmp_path):
     it = disk(os.urandom(4 * MIB))
     other = Disk(it.mounted, tmp_path / "other", tmp_path)
@@ -278,8 +345,9 @@ def test_a_killed_daemon_leaves_every_change_to_the_next_one(disk, client_too):
     it.mounted.kill()
     if client_too:
         process.kill()
-    process.communicate()
-    assert 0 != process.returncode
+    _, complaint = process.communicate()
+    if not client_too:
+        assert (5, True) == (process.returncode, "mount the image again" in complaint), complaint
     it.mounted.start()
     assert "incremental" == it.backup()["kind"]
     check_tidy(it)

@@ -251,6 +251,17 @@ def test_an_unclean_reboot_makes_bitmaps_inconsistent(mount, durability, reason)
     assert re.search(f"'b' is inconsistent: {reason}", done.stderr)
     assert "a full copy is needed" in done.stderr
     assert 6 == bitmap(disk, "list", check=False).returncode
+    bitmap(disk, "add", "c")
+    for command in (
+        ["bitmap", "merge", disk.mountpoint, "b", "c"],
+        ["bitmap", "merge", disk.mountpoint, "c", "b"],
+        ["map", "--bitmap", "b", disk.active],
+        ["create", disk.mountpoint, "s", "--bitmap", "b", "--clear-bitmap"],
+        ["create", disk.mountpoint, "s", "--bitmap", "b", "--next", "d"],
+    ):
+        done = disk.snapfs(*command, check=False)
+        assert (6, True) == (done.returncode, "a full copy is needed" in done.stderr), command
+    bitmap(disk, "remove", "c")
     assert errno.EIO == errno_of((disk.mountpoint / "bitmaps" / "b").read_text)
     assert [] == os.listdir(disk.snapshots)
     bitmap(disk, "clear", "b")
@@ -273,6 +284,15 @@ def test_map_says_what_is_dirty(mount):
     totals = disk.snapfs("map", disk.active, "--totals").stdout
     assert f"dirty: {2 * K64}\n" in totals
     assert 5 == disk.snapfs("map", disk.active, "--bitmap", "c", check=False).returncode
+
+
+@pytest.mark.parametrize("name", ["", "bitmaps", "bitmaps/b", "snapshots", "snapshots/none"])
+def test_map_of_what_has_no_extents_prints_nothing_but_why(mount, name):
+    disk = mount(K64)
+    bitmap(disk, "add", "b")
+    done = disk.snapfs("map", disk.mountpoint / name, check=False)
+    assert (5, "") == (done.returncode, done.stdout)
+    assert re.search("^snapfs: (the mountpoint|there is no|bitmaps|snapshots)", done.stderr)
 
 
 def test_map_agrees_with_qemu_img(mount):
@@ -345,92 +365,3 @@ def test_diff_knows_nothing_of_what_a_snapshot_may_not_read(mount):
     assert [(0, 1, "unknown"), (2, 2, "unknown")] == differing(disk, "s")
     disk.write(K64, b"y")
     assert (1, 1, "changed") == differing(disk, "s")[1]
-
-
-# trim
-
-
-def test_trim_of_active_names_fstrim(mount):
-    disk = mount(4 * K64)
-    done = disk.snapfs("trim", disk.active, check=False)
-    assert (2, True) == (done.returncode, "fstrim(8)" in done.stderr)
-
-
-def test_what_was_trimmed_from_a_snapshot_is_not_copied(mount):
-    disk = mount(os.urandom(16 * K64))
-    snapshot = disk.create("s")
-    done = disk.snapfs("trim", "-v", "-o", str(4 * K64), "-l", str(8 * K64), snapshot)
-    assert f"{snapshot}: 512 KiB ({8 * K64} bytes) trimmed\n" == done.stdout
-    disk.write(4 * K64, os.urandom(8 * K64))
-    assert 0 == disk.json("status")["counters"]["cbw_bytes"]
-    disk.write(3 * K64, os.urandom(K64))
-    assert K64 == disk.json("status")["counters"]["cbw_bytes"]
-    again = json.loads(disk.snapfs("trim", "--json", snapshot).stdout)
-    assert 8 * K64 == again["trimmed"]
-    assert 0 == json.loads(disk.snapfs("trim", "--json", snapshot).stdout)["trimmed"]
-
-
-def test_trim_leaves_out_short_runs(mount):
-    disk = mount(16 * K64)
-    snapshot = disk.create("s")
-    punch(snapshot, K64, K64)
-    done = disk.snapfs("trim", "--json", "-m", "128K", snapshot)
-    assert 14 * K64 == json.loads(done.stdout)["trimmed"]
-
-
-@pytest.fixture
-def loop():
-    """`loop(path)`: a loop device over a file, detached at the end."""
-    if os.geteuid():
-        pytest.skip("only root attaches loop devices")
-    made = []
-
-    def attach(path) -> str:
-        done = run("losetup", "--find", "--show", path, check=False)
-        if done.returncode:
-            pytest.skip(f"no loop device: {done.stderr}")
-        made.append(done.stdout.strip())
-        return made[-1]
-
-    yield attach
-    for device in reversed(made):
-        run("losetup", "-d", device, check=False)
-
-
-def test_blkdiscard_on_a_loop_device_over_a_snapshot(mount, loop):
-    disk = mount(os.urandom(64 * K64))
-    snapshot = disk.create("s")
-    device = loop(snapshot)
-    run("blkdiscard", "-o", str(8 * K64), "-l", str(16 * K64), device)
-    (shown,) = disk.json("list")["snapshots"]
-    assert 16 == shown["clusters"]["discarded"]
-    disk.write(8 * K64, os.urandom(16 * K64))
-    assert 0 == disk.json("status")["counters"]["cbw_bytes"]
-    run("losetup", "-d", device)
-
-
-def test_fstrim_of_a_file_system_in_active_is_a_write(mount, loop, tmp_path):
-    """It frees space of the image, marks what it freed, and the snapshot keeps its bytes."""
-    disk = mount(64 * MIB)
-    run("mkfs.ext4", "-q", "-E", "nodiscard", disk.active)
-    device = loop(disk.active)
-    directory = tmp_path / "fs"
-    directory.mkdir()
-    run("mount", device, directory)
-    try:
-        data = os.urandom(8 * MIB)
-        (directory / "file").write_bytes(data)
-        os.sync()
-        moment = disk.active.read_bytes()
-        disk.snapfs("create", disk.mountpoint, "s", "--next", "b")
-        before = os.stat(disk.image).st_blocks
-        (directory / "file").unlink()
-        os.sync()
-        trimmed = run("fstrim", "-v", directory).stdout
-        assert "trimmed" in trimmed
-        assert os.stat(disk.image).st_blocks < before - 8 * MIB // 512 // 2
-        assert sum(length for _, length in extents(disk, "b")) > 8 * MIB
-        assert moment == (disk.snapshots / "s").read_bytes()
-    finally:
-        run("umount", directory)
-    run("losetup", "-d", device)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from .conftest import SNAPFS, run
-from .test_programs import loop_device
 
 pytestmark = pytest.mark.mount
 
@@ -188,20 +187,6 @@ def test_an_unfinished_copy_of_something_else_is_not_gone_on_with(mount, tmp_pat
     assert disk.image.read_bytes() == dest.read_bytes()
 
 
-def test_a_block_device_takes_force(mount, tmp_path):
-    content = pattern(8 * MIB)
-    disk = mount(content)
-    disk.create("s")
-    (tmp_path / "device").write_bytes(b"\xff" * 9 * MIB)
-    with loop_device(tmp_path / "device") as device:
-        done = copy(disk, "s", device, check=False)
-        assert 2 == done.returncode
-        assert "--force" in done.stderr
-        copy(disk, "s", device, "--force")
-    assert content == (tmp_path / "device").read_bytes()[: 8 * MIB]
-    assert b"\xff" * MIB == (tmp_path / "device").read_bytes()[8 * MIB :]
-
-
 def test_an_incomplete_snapshot_says_what_is_missing_and_stays_partial(mount, tmp_path):
     disk = mount(os.urandom(8 * MIB), "temp-limit=1M")
     disk.create("s")
@@ -253,6 +238,14 @@ def test_the_image_itself_and_its_mount_are_no_destination(mount):
     done = disk.snapfs("copy", disk.active, "/nonexistent/x", check=False)
     assert 2 == done.returncode
     assert "not a snapshot" in done.stderr
+
+
+def test_a_descriptor_that_is_not_open_is_no_place_for_progress(mount, tmp_path):
+    disk = mount(MIB)
+    disk.create("s")
+    done = copy(disk, "s", tmp_path / "copy", "--progress", "77", check=False)
+    assert (2, True) == (done.returncode, "77 is not an open descriptor" in done.stderr)
+    assert [] == list(tmp_path.glob("copy*"))
 
 
 def test_progress_goes_to_a_descriptor(mount, tmp_path):
