@@ -52,6 +52,12 @@ bool carry_prepare(void)
     return true;
 }
 
+void carry_reset(void)
+{
+    write_nowait = true;
+    slow_until = 0;
+}
+
 bool carry_reply(int device, uint64_t unique, int error, const void *data, size_t length)
 {
     struct fuse_out_header out = {

@@ -36,6 +36,9 @@ struct piece {
 /* Get what it takes; false: there is no memory. */
 INTERNAL bool carry_prepare(void);
 
+/* Forget what was found about the image's file system and disk: it may be another one. */
+INTERNAL void carry_reset(void);
+
 /* Send a reply: a header, and the data if there is any.  Whatever the kernel says to it, the
  * request has been answered: it was interrupted, or the mount is gone.  Returns whether it took
  * it. */

@@ -314,6 +314,7 @@ PyObject *fastpath_set(PyObject *module, PyObject *args)
         return NULL;
     }
     fastpath_clear();
+    carry_reset();
     if (publish != Py_None && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) { /* the record */
         publisher = Py_NewRef(publish);
         finisher = Py_NewRef(finish);

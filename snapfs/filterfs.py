@@ -7,7 +7,7 @@ errnos; each is answered exactly once, whatever happens.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import trio
 from attrs import define
@@ -16,20 +16,10 @@ from . import errors, requestfilter
 from .bitmapfs import BitmapTree
 from .cbw import Engine
 from .fastpath import FastPath
+from .handles import Handle, Handles
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from .pagecache import PAGE, PageCache
 from .snapshot import Layer
-
-
-@define(eq=False)
-class Handle:
-    """An open file.  `layer` None: `active`, or a bitmap if there is `content`."""
-
-    inode: int
-    layer: Layer | None
-    own: bool  # opened by the daemon itself
-    creator: int | None = None  # the thread whose open(O_CREAT) made the snapshot
-    content: bytes | None = None  # of a bitmap, at its open(2)
 
 
 class FilterRequests:
@@ -45,7 +35,7 @@ class FilterRequests:
         page_cache: PageCache,
         fast_path: FastPath,
         nursery: trio.Nursery,
-        handles: Mapping[int, Handle],
+        handles: Handles,
         errno_of: Callable[[Exception, str], int],
     ) -> None:
         self._engine = engine

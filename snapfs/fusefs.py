@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import logging
 import math
 import os
@@ -34,7 +33,8 @@ from attrs import frozen
 from . import bitmapfs, errors, requestfilter
 from .cbw import Engine
 from .fastpath import FIRST_SNAPSHOT, FastPath
-from .filterfs import FilterRequests, Handle
+from .filterfs import FilterRequests
+from .handles import Handle, Handles
 from .image import Buffer
 from .pagecache import PageCache
 from .snapshot import Layer
@@ -131,8 +131,7 @@ class SnapshotFS(pyfuse3.Operations):
         self._state_dir = state_dir
         self._ownership = ownership or Ownership()
         self._bitmaps = bitmapfs.BitmapTree(engine)
-        self._handles: dict[int, Handle] = {}  # task-atomic
-        self._numbers = itertools.count(1)
+        self._handles = Handles(page_cache)
         engine.barrier = functools.partial(page_cache.write_back, ACTIVE, "active")
         self._filtered = FilterRequests(
             engine, page_cache, fast_path, nursery, self._handles, self.errno_of
@@ -246,15 +245,9 @@ class SnapshotFS(pyfuse3.Operations):
             raise errors.ReadOnly("snapshots are read-only")
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             raise errors.NotPermitted("owner and mode of a snapshot follow the image")
-        elif not self._is_creator(inode, ctx.pid):
+        elif not self._handles.has_created(inode, ctx.pid):
             raise errors.NotPermitted("the time of a snapshot is that of its creation")
         return self._attributes(inode)
-
-    def _is_creator(self, inode: int, thread: int) -> bool:
-        """Has the thread made this snapshot through a handle that is still open, as touch does?"""
-        return any(
-            handle.inode == inode and handle.creator == thread for handle in self._handles.values()
-        )
 
     async def _change_active(
         self, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields
@@ -379,29 +372,22 @@ class SnapshotFS(pyfuse3.Operations):
 
     # Files
 
-    def _new_handle(self, inode: int, layer: Layer | None, thread: int) -> int:
-        number = next(self._numbers)
-        self._handles[number] = Handle(inode, layer, self._page_cache.is_own(thread))
-        requestfilter.handle_opened(number, inode)
-        return number
-
     @handler
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if bitmapfs.is_bitmap(inode):
             content = await self._bitmaps.open(inode, flags)
-            number = self._new_handle(inode, None, ctx.pid)
-            self._handles[number].content = content
-            return pyfuse3.FileInfo(fh=number, direct_io=True)
-        layer = None if inode == ACTIVE else self._layer(inode)
-        if layer is not None:
+            return _opened(self._handles.add_bitmap(inode, content))
+        if inode == ACTIVE:
             if flags & os.O_TRUNC:
-                raise errors.ReadOnly("snapshots are read-only")
-            if flags & os.O_ACCMODE != os.O_RDONLY:
-                self._check_owner(ctx)
-            self._engine.open_snapshot(layer)
-        elif flags & os.O_TRUNC:
-            await self._engine.resize(0)
-        return pyfuse3.FileInfo(fh=self._new_handle(inode, layer, ctx.pid), keep_cache=True)
+                await self._engine.resize(0)
+            return _opened(self._handles.add_active(inode, ctx.pid, flags))
+        layer = self._layer(inode)
+        if flags & os.O_TRUNC:
+            raise errors.ReadOnly("snapshots are read-only")
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            self._check_owner(ctx)
+        self._engine.open_snapshot(layer)
+        return _opened(self._handles.add_snapshot(inode, layer, ctx.pid))
 
     @handler
     async def create(
@@ -418,14 +404,12 @@ class SnapshotFS(pyfuse3.Operations):
         layer = await self._engine.create_snapshot(_text(name))
         self._engine.open_snapshot(layer)
         inode = FIRST_SNAPSHOT + layer.id
-        number = self._new_handle(inode, layer, ctx.pid)
-        self._handles[number].creator = ctx.pid
-        return pyfuse3.FileInfo(fh=number, keep_cache=True), self._attributes(inode)
+        handle = self._handles.add_snapshot(inode, layer, ctx.pid, creator=ctx.pid)
+        return _opened(handle), self._attributes(inode)
 
     @handler
     async def release(self, fh: int) -> None:
-        requestfilter.handle_closed(fh)
-        handle = self._handles.pop(fh)
+        handle = self._handles.remove(fh)
         if handle.layer is not None:
             await self._engine.close_snapshot(handle.layer)
 
@@ -523,6 +507,10 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         raise errors.NotSupported("extended attributes cannot be removed")
+
+
+def _opened(handle: Handle) -> pyfuse3.FileInfo:
+    return pyfuse3.FileInfo(fh=handle.number, direct_io=handle.direct, keep_cache=handle.keep_cache)
 
 
 def _text(name: bytes) -> str:

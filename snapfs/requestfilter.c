@@ -8,6 +8,7 @@
  *   fuse_session_receive_buf      reads /dev/fuse itself, and answers what fastpath.c can
  *   fuse_session_process_buf      takes the receive buffer back
  *   fuse_session_destroy          forgets the session
+ *   fuse_reply_open               allows direct writes side by side (negotiate.c)
  *
  * and passes everything on.  requestfilter.py loads it and describes the interface.
  *
@@ -44,22 +45,13 @@
 #include <unistd.h>
 
 enum {
-    /* The largest WRITE we ask for: 256 pages of 4 KiB, the kernel's usual limit. */
-    MAX_WRITE = 1 << 20,
     /* The kernel wants max_write and the headers (80 bytes), and at least 8 KiB. */
     BUFFER_SIZE = MAX_WRITE + (1 << 16),
     BUFFER_ALIGNMENT = 4096,
     /* How long to wait for one more request before Python gets its turn: a trip through the
      * event loop takes longer, and at queue depth 1 the next request comes within 20 us. */
     LINGER_NS = 50 * 1000,
-    /* Readahead and asynchronous direct I/O in flight; the kernel's default is 12. */
-    MAX_BACKGROUND = 64,
-    CONGESTION_THRESHOLD = 48,
 };
-
-#ifndef FUSE_HANDLE_KILLPRIV_V2
-#define FUSE_HANDLE_KILLPRIV_V2 (1 << 28) /* linux/fuse.h since 5.11 */
-#endif
 
 #define INTERPOSED __attribute__((visibility("default")))
 
@@ -85,33 +77,14 @@ static struct {
     int (*receive_buf)(struct fuse_session *, struct fuse_buf *);
     void (*process_buf)(struct fuse_session *, const struct fuse_buf *);
     void (*session_destroy)(struct fuse_session *);
+    int (*reply_open)(fuse_req_t, const struct fuse_file_info *);
 } libfuse;
-
-static void (*original_init)(void *, struct fuse_conn_info *); /* NULL: none */
 
 struct filter filter = {.receive_enabled = true};
 
 static bool nonblocking; /* O_NONBLOCK is set on the session's descriptor */
 static void *spare;      /* the receive buffer while it is ours, or NULL */
 static void *lent;       /* the receive buffer while pyfuse3 has it, or NULL */
-
-/* Uses `want` and the 32-bit capabilities, as pyfuse3 does: libfuse 3.17+ merges them into
- * want_ext, but only if nobody changed both. */
-static void on_init(void *userdata, struct fuse_conn_info *conn)
-{
-    /* With AUTO_INVAL_DATA each GETATTR that brings a new mtime drops the whole page cache
-     * of `active`.  Nothing but we write there, and we invalidate what we change. */
-    conn->want &= ~(unsigned)FUSE_CAP_AUTO_INVAL_DATA;
-    conn->want |= conn->capable & (FUSE_CAP_EXPLICIT_INVAL_DATA | FUSE_CAP_ASYNC_READ |
-                                   FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS);
-    conn->max_background = MAX_BACKGROUND;
-    conn->congestion_threshold = CONGESTION_THRESHOLD;
-    if (conn->max_write > MAX_WRITE) /* what BUFFER_SIZE allows for */
-        conn->max_write = MAX_WRITE;
-    /* max_readahead already is the most that the kernel offers. */
-    if (original_init)
-        original_init(userdata, conn);
-}
 
 /* ---- interposed: the life of the session ------------------------------------------- */
 
@@ -127,8 +100,7 @@ static struct fuse_lowlevel_ops *extend_operations(const struct fuse_lowlevel_op
     if (!extended)
         return NULL;
     memcpy(extended, ops, *size);
-    original_init = extended->init;
-    extended->init = on_init;
+    negotiate_install(extended);
     handlers_install(extended);
     *size = extended_size;
     return extended;
@@ -151,7 +123,7 @@ static struct fuse_session *adopt_session(struct fuse_session *created)
  * calls fuse_session_new_versioned and so meets us a second time. */
 static bool pass_on(const struct fuse_lowlevel_ops *ops, size_t size)
 {
-    return !ops || size < sizeof(ops->init) || ops->init == on_init;
+    return !ops || size < sizeof(ops->init) || negotiate_is_installed(ops);
 }
 
 struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *ops,
@@ -393,71 +365,11 @@ INTERPOSED int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf
     return received(se, filter.receive_enabled ? receive(se, buf) : libfuse.receive_buf(se, buf));
 }
 
-/* Adds to the flags of an INIT reply what libfuse cannot be asked for before 3.17.  Without
- * HANDLE_KILLPRIV_V2 the kernel asks for security.capability before each write, with the
- * inode locked, so that no two writes are ever under way.  It makes the file system drop
- * set-user-ID bits on a write, which an image does not have. */
-static void extend_init_reply(char *reply, size_t size, uint32_t offered)
-{
-    struct fuse_out_header header;
-    struct fuse_init_out out;
-
-    if (size < sizeof(header) + offsetof(struct fuse_init_out, flags) + sizeof(out.flags))
-        return;
-    memcpy(&header, reply, sizeof(header));
-    if (header.error)
-        return;
-    reply += sizeof(header) + offsetof(struct fuse_init_out, flags);
-    memcpy(&out.flags, reply, sizeof(out.flags));
-    out.flags |= offered & (uint32_t)FUSE_HANDLE_KILLPRIV_V2;
-    memcpy(reply, &out.flags, sizeof(out.flags));
-}
-
-/* Lets libfuse answer INIT into a pipe in place of the device, and passes the reply on with
- * what extend_init_reply() adds.  Any failure leaves the reply as libfuse makes it. */
-static void process_init(struct fuse_session *se, const struct fuse_buf *buf)
-{
-    const struct fuse_init_in *in =
-        (const void *)((const char *)buf->mem + sizeof(struct fuse_in_header));
-    int fd = fuse_session_fd(se), device = fcntl(fd, F_DUPFD_CLOEXEC, 0), ends[2];
-    uint32_t offered = in->flags; /* before libfuse sees, and may reuse, the buffer */
-    char reply[512];
-    ssize_t size;
-
-    if (device < 0 || pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) {
-        libfuse.process_buf(se, buf);
-    } else {
-        if (dup3(ends[1], fd, O_CLOEXEC) < 0) {
-            libfuse.process_buf(se, buf);
-        } else {
-            libfuse.process_buf(se, buf);
-            size = read(ends[0], reply, sizeof(reply));
-            dup3(device, fd, O_CLOEXEC);
-            if (size > 0) {
-                extend_init_reply(reply, (size_t)size, offered);
-                if (write(fd, reply, (size_t)size) < 0)
-                    fuse_session_exit(se); /* unmounted already */
-            }
-        }
-        close(ends[0]);
-        close(ends[1]);
-    }
-    if (device >= 0)
-        close(device);
-}
-
-static bool is_init(const struct fuse_buf *buf)
-{
-    return buf->size >= sizeof(struct fuse_in_header) + offsetof(struct fuse_init_in, flags) +
-                            sizeof(uint32_t) &&
-           ((const struct fuse_in_header *)buf->mem)->opcode == FUSE_INIT;
-}
-
 INTERPOSED void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
 {
     /* Both may leave a Python exception set: no Python below. */
-    if (lent && buf->mem == lent && is_init(buf))
-        process_init(se, buf);
+    if (lent && buf->mem == lent && negotiate_is_init(buf))
+        negotiate_init(se, buf, libfuse.process_buf);
     else
         libfuse.process_buf(se, buf);
     if (lent && buf->mem == lent) {
@@ -469,6 +381,11 @@ INTERPOSED void fuse_session_process_buf(struct fuse_session *se, const struct f
             spare = lent;
         lent = NULL;
     }
+}
+
+INTERPOSED int fuse_reply_open(fuse_req_t request, const struct fuse_file_info *fi)
+{
+    return fi->direct_io ? negotiate_open(request, fi) : libfuse.reply_open(request, fi);
 }
 
 /* ---- finding libfuse ------------------------------------------------------------------- */
@@ -491,8 +408,9 @@ bool filter_find_libfuse(void)
     FIND(receive_buf, "fuse_session_receive_buf");
     FIND(process_buf, "fuse_session_process_buf");
     FIND(session_destroy, "fuse_session_destroy");
+    FIND(reply_open, "fuse_reply_open");
     if ((libfuse.session_new || libfuse.session_new_versioned) && libfuse.receive_buf &&
-        libfuse.process_buf && libfuse.session_destroy)
+        libfuse.process_buf && libfuse.session_destroy && libfuse.reply_open)
         return true;
     PyErr_SetString(PyExc_ImportError, "libfuse lacks the functions that pyfuse3 calls");
     return false;

@@ -1,7 +1,8 @@
 /* The request filter between libfuse and pyfuse3: what its parts share.
  *
- * requestfilter.c stands in for libfuse's functions, handlers.c adds the requests that pyfuse3
- * does not know, module.c is the face to Python; fastpath.h answers requests by itself.
+ * requestfilter.c stands in for libfuse's functions, negotiate.c agrees with the kernel on what
+ * libfuse does not know, handlers.c adds the requests that pyfuse3 does not know, module.c is the
+ * face to Python; fastpath.h answers requests by itself.
  */
 #ifndef SNAPFS_REQUESTFILTER_H
 #define SNAPFS_REQUESTFILTER_H
@@ -13,6 +14,8 @@
 #include <stdbool.h>
 
 enum {
+    /* The largest WRITE we ask for: 256 pages of 4 KiB, the kernel's usual limit. */
+    MAX_WRITE = 1 << 20,
     /* fs/fuse/dev.c refuses replies with a larger errno, and then waits for ever. */
     MAX_ERRNO = 511,
 };
@@ -34,6 +37,23 @@ extern INTERNAL struct filter filter;
 
 /* Find libfuse's own functions; false, with an exception set, if they are not there. */
 INTERNAL bool filter_find_libfuse(void);
+
+/* ---- negotiate.c; with the GIL --------------------------------------------------------- */
+
+/* Put our init into a table of operations; the one that was there is called by it. */
+INTERNAL void negotiate_install(struct fuse_lowlevel_ops *ops);
+INTERNAL bool negotiate_is_installed(const struct fuse_lowlevel_ops *ops);
+
+/* Is this the INIT request? */
+INTERNAL bool negotiate_is_init(const struct fuse_buf *buf);
+
+/* Let libfuse process it, by `process`, and add to its reply what the kernel offers.  May leave
+ * a Python exception set. */
+INTERNAL void negotiate_init(struct fuse_session *se, const struct fuse_buf *buf,
+                             void (*process)(struct fuse_session *, const struct fuse_buf *));
+
+/* The reply to an open of a file that bypasses the page cache; as fuse_reply_open(). */
+INTERNAL int negotiate_open(fuse_req_t request, const struct fuse_file_info *fi);
 
 /* ---- handlers.c; with the GIL ---------------------------------------------------------- */
 

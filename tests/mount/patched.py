@@ -16,6 +16,17 @@ from snapfs import cli
 sys.exit(cli.main(["mount", *arguments]))
 """
 
+# Copies of the clusters from 2 MiB on hang until told.
+SLOW = """
+import snapfs.image as image
+copy = image.copy_clusters
+def slow(source, target, offset, *rest):
+    if offset >= 2 << 20:
+        reached()
+    return copy(source, target, offset, *rest)
+image.copy_clusters = slow
+"""
+
 
 class Patched:
     """Runs `patch` in the daemon's process before it mounts.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import SNAPFS, Mounted, run
-from .patched import Patched
+from .patched import SLOW, Patched
 from .test_programs import mounted_loop
 
 pytestmark = [
@@ -163,17 +163,6 @@ def bad(source, target, offset, length, cluster_size, budget):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return copy(source, target, offset, length, cluster_size, budget)
 image.copy_clusters = bad
-"""
-
-# Copies of the clusters from 2 MiB on hang until told.
-SLOW = """
-import snapfs.image as image
-copy = image.copy_clusters
-def slow(source, target, offset, *rest):
-    if offset >= 2 << 20:
-        reached()
-    return copy(source, target, offset, *rest)
-image.copy_clusters = slow
 """
 
 # A punch of active is done in steps of 1 MiB, and the second one fails.

@@ -1,0 +1,97 @@
+"""Open files of the mount, by number, and whether they use the kernel's page cache.
+
+`active` is used through the page cache by all who have it open, or by none.
+Without it (opened with O_DIRECT while nobody else has it open, as a virtual
+machine does with cache=none) the kernel lets writes go side by side; otherwise
+each holds the lock of the inode until it is answered, and one that waits for a
+copy holds up all others.  Both at once would not be coherent: the kernel drops
+cached pages before such a write, not after it, and a reader in between keeps
+the old ones.  So who comes later does as those who are there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+from attrs import define
+
+from . import requestfilter
+from .pagecache import PageCache
+from .snapshot import Layer
+
+
+@define(eq=False)
+class Handle:
+    """An open file.  `layer` None: `active`, or a bitmap if there is `content`.
+
+    `direct`: it bypasses the page cache.  `keep_cache`: what the page cache has
+    of the file from before is true.
+    """
+
+    number: int
+    inode: int
+    layer: Layer | None
+    own: bool  # opened by the daemon itself
+    direct: bool
+    keep_cache: bool
+    creator: int | None = None  # the thread whose open(O_CREAT) made the snapshot
+    content: bytes | None = None  # of a bitmap, at its open(2)
+
+
+class Handles:
+    """All open files of one mount.  Task-atomic."""
+
+    def __init__(self, page_cache: PageCache) -> None:
+        self._page_cache = page_cache
+        self._numbers = itertools.count(1)
+        self._handles: dict[int, Handle] = {}
+        self._bypassed = False  # nobody has used the page cache of `active` since
+
+    def __getitem__(self, number: int) -> Handle:
+        return self._handles[number]
+
+    def add_active(self, inode: int, thread: int, flags: int) -> Handle:
+        """`active` is opened by that thread, with these flags of open(2)."""
+        own = self._page_cache.is_own(thread)
+        others = [
+            handle for handle in self._handles.values() if handle.inode == inode and not handle.own
+        ]
+        if own:
+            direct = True  # it neither reads nor writes
+        elif others:
+            direct = others[0].direct
+        else:
+            direct = bool(flags & os.O_DIRECT)
+        keep_cache = direct or not self._bypassed
+        if not own:
+            self._bypassed = direct
+        return self._add(Handle(next(self._numbers), inode, None, own, direct, keep_cache))
+
+    def add_snapshot(
+        self, inode: int, layer: Layer, thread: int, creator: int | None = None
+    ) -> Handle:
+        """A snapshot is opened; `creator`: by the thread that has just made it."""
+        own = self._page_cache.is_own(thread)
+        return self._add(Handle(next(self._numbers), inode, layer, own, False, True, creator))
+
+    def add_bitmap(self, inode: int, content: bytes) -> Handle:
+        """A bitmap is opened, whose size nobody knows before it is read."""
+        handle = Handle(next(self._numbers), inode, None, False, True, False, content=content)
+        return self._add(handle)
+
+    def _add(self, handle: Handle) -> Handle:
+        self._handles[handle.number] = handle
+        requestfilter.handle_opened(handle.number, handle.inode)
+        return handle
+
+    def remove(self, number: int) -> Handle:
+        """A file has been closed by all who had it."""
+        requestfilter.handle_closed(number)
+        return self._handles.pop(number)
+
+    def has_created(self, inode: int, thread: int) -> bool:
+        """Has the thread made this snapshot through a handle that is still open, as touch does?"""
+        return any(
+            handle.inode == inode and handle.creator == thread for handle in self._handles.values()
+        )
