@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 from attrs import frozen
@@ -24,6 +25,7 @@ from .outsider import Outsider
 
 log = logging.getLogger(__name__)
 
+READ_AHEAD_KIB = 1024  # the largest request that the kernel makes
 PAGE = 4096  # the smallest page that Linux has; larger ones are multiples
 
 
@@ -57,6 +59,21 @@ class PageCache:
     async def learn_device(self) -> None:
         """Remember which file system we are; to be called when the mount answers."""
         self.device = await self._outsider.call("device")
+        self._read_ahead(self.device)
+
+    @staticmethod
+    def _read_ahead(device: int) -> None:
+        """Let the kernel read as much ahead as one request can be, if we may (only root may).
+
+        Otherwise it asks for 128 KiB at a time, and a buffered copy of a snapshot takes
+        half as long again.
+        """
+        where = Path("/sys/class/bdi", f"{os.major(device)}:{os.minor(device)}", "read_ahead_kb")
+        try:
+            if int(where.read_text()) < READ_AHEAD_KIB:
+                where.write_text(str(READ_AHEAD_KIB))
+        except (OSError, ValueError) as error:
+            log.debug("the readahead of the mount stays as it is: %s", error)
 
     def is_own(self, process: int) -> bool:
         """Was this request made for us?  `process`: pid of the request, a thread's."""

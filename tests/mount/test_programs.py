@@ -237,3 +237,12 @@ def test_four_readers_and_two_writers_at_once(mount):
         thread.join()
     assert [] == failures
     assert expected == disk.active.read_bytes()
+
+
+def test_the_kernel_reads_ahead_as_much_as_a_request_can_be(mount):
+    disk = mount(MIB)
+    device = os.stat(disk.active).st_dev
+    where = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    if os.geteuid() or not os.access(where, os.W_OK):
+        pytest.skip("only root may change it, where /sys can be written")
+    assert "1024" == where.read_text().strip()
