@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import re
 from pathlib import Path
@@ -104,12 +105,13 @@ def test_trim_of_active_leaves_holes_and_short_runs_alone(mount):
 
 
 def test_trim_of_active_knows_what_is_only_in_the_page_cache(mount):
-    disk = mount(4 * K64, "writeback_cache")
-    with open(disk.active, "r+b", buffering=0) as file:
-        file.write(b"x" * K64)
+    disk = mount(4 * K64)
+    with open(disk.active, "r+b") as file, mmap.mmap(file.fileno(), 4 * K64) as mapping:
+        mapping[:K64] = b"x" * K64
         done = disk.snapfs("trim", "--json", "-o", "0", "-l", "64K", disk.active)
         assert K64 == json.loads(done.stdout)["trimmed"]
-        assert bytes(K64) == os.pread(file.fileno(), K64, 0)
+        assert bytes(K64) == mapping[:K64]
+    assert bytes(4 * K64) == disk.active.read_bytes()
 
 
 def test_trim_of_many_runs_goes_page_by_page(mount):
