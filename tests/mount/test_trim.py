@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from .conftest import run
 from .test_bitmaps import extents, mapped
+from .test_programs import loop_device, mounted_loop
 from .test_semantics import K64, MIB, errno_of, punch
 
 pytestmark = pytest.mark.mount
@@ -104,12 +106,13 @@ def test_trim_of_active_leaves_holes_and_short_runs_alone(mount):
 
 
 def test_trim_of_active_knows_what_is_only_in_the_page_cache(mount):
-    disk = mount(4 * K64, "writeback_cache")
-    with open(disk.active, "r+b", buffering=0) as file:
-        file.write(b"x" * K64)
+    disk = mount(4 * K64)
+    with open(disk.active, "r+b") as file, mmap.mmap(file.fileno(), 4 * K64) as mapping:
+        mapping[:K64] = b"x" * K64
         done = disk.snapfs("trim", "--json", "-o", "0", "-l", "64K", disk.active)
         assert K64 == json.loads(done.stdout)["trimmed"]
-        assert bytes(K64) == os.pread(file.fileno(), K64, 0)
+        assert bytes(K64) == mapping[:K64]
+    assert bytes(4 * K64) == disk.active.read_bytes()
 
 
 def test_trim_of_many_runs_goes_page_by_page(mount):
@@ -137,46 +140,22 @@ def test_trim_beyond_the_end_of_active(mount):
 # Loop devices and file systems
 
 
-@pytest.fixture
-def loop():
-    """`loop(path)`: a loop device over a file, detached at the end."""
-    if os.geteuid():
-        pytest.skip("only root attaches loop devices")
-    made = []
-
-    def attach(path) -> str:
-        done = run("losetup", "--find", "--show", path, check=False)
-        if done.returncode:
-            pytest.skip(f"no loop device: {done.stderr}")
-        made.append(done.stdout.strip())
-        return made[-1]
-
-    yield attach
-    for device in reversed(made):
-        run("losetup", "-d", device, check=False)
-
-
-def test_blkdiscard_on_a_loop_device_over_a_snapshot(mount, loop):
+def test_blkdiscard_on_a_loop_device_over_a_snapshot(mount):
     disk = mount(os.urandom(64 * K64))
     snapshot = disk.create("s")
-    device = loop(snapshot)
-    run("blkdiscard", "-o", str(8 * K64), "-l", str(16 * K64), device)
+    with loop_device(snapshot) as device:
+        run("blkdiscard", "-o", str(8 * K64), "-l", str(16 * K64), device)
     (shown,) = disk.json("list")["snapshots"]
     assert 16 == shown["clusters"]["discarded"]
     disk.write(8 * K64, os.urandom(16 * K64))
     assert 0 == disk.json("status")["counters"]["cbw_bytes"]
-    run("losetup", "-d", device)
 
 
-def test_fstrim_of_a_file_system_in_active_is_a_write(mount, loop, tmp_path):
+def test_fstrim_of_a_file_system_in_active_is_a_write(mount, tmp_path):
     """It frees space of the image, marks what it freed, and the snapshot keeps its bytes."""
     disk = mount(64 * MIB)
     run("mkfs.ext4", "-q", "-E", "nodiscard", disk.active)
-    device = loop(disk.active)
-    directory = tmp_path / "fs"
-    directory.mkdir()
-    run("mount", device, directory)
-    try:
+    with mounted_loop(disk.active, tmp_path / "fs") as directory:
         data = os.urandom(8 * MIB)
         (directory / "file").write_bytes(data)
         os.sync()
@@ -190,9 +169,6 @@ def test_fstrim_of_a_file_system_in_active_is_a_write(mount, loop, tmp_path):
         assert os.stat(disk.image).st_blocks < before - 8 * MIB // 512 // 2
         assert sum(length for _, length in extents(disk, "b")) > 8 * MIB
         assert moment == (disk.snapshots / "s").read_bytes()
-    finally:
-        run("umount", directory)
-    run("losetup", "-d", device)
 
 
 def free_ranges(path: Path) -> list[tuple[int, int]]:
@@ -207,14 +183,10 @@ def free_ranges(path: Path) -> list[tuple[int, int]]:
     return found
 
 
-def test_what_a_guest_writes_to_trimmed_free_space_is_not_copied(mount, loop, tmp_path):
+def test_what_a_guest_writes_to_trimmed_free_space_is_not_copied(mount, tmp_path):
     disk = mount(os.urandom(64 * MIB))
     run("mkfs.ext4", "-q", "-E", "nodiscard", disk.active)
-    device = loop(disk.active)
-    directory = tmp_path / "fs"
-    directory.mkdir()
-    run("mount", device, directory)
-    try:
+    with mounted_loop(disk.active, tmp_path / "fs") as directory:
         (directory / "old").write_bytes(os.urandom(4 * MIB))
         run("fsfreeze", "-f", directory)
         snapshot = disk.create("s")
@@ -222,8 +194,8 @@ def test_what_a_guest_writes_to_trimmed_free_space_is_not_copied(mount, loop, tm
         free = free_ranges(snapshot)
         for offset, length in free:
             disk.snapfs("trim", "-o", str(offset), "-l", str(length), snapshot)
-        before = disk.json("show", "s")["snapshot"]["clusters"]["discarded"] * K64
-        assert before > sum(length for _, length in free) * 0.9
+        given_up = disk.json("show", "s")["snapshot"]["clusters"]["discarded"] * K64
+        assert given_up > sum(length for _, length in free) * 0.9
         (directory / "new").write_bytes(os.urandom(16 * MIB))
         os.sync()
         assert disk.json("status")["counters"]["cbw_bytes"] < 2 * MIB  # ext4's own metadata
@@ -232,7 +204,4 @@ def test_what_a_guest_writes_to_trimmed_free_space_is_not_copied(mount, loop, tm
                 start, stop = extent["start"], extent["start"] + extent["length"]
                 # Only clusters that were not free as a whole.
                 assert not any(first <= start and stop <= first + size for first, size in free)
-    finally:
-        run("umount", directory)
-    run("losetup", "-d", device)
     assert errno.EACCES == errno_of(disk.read, "snapshots/s", -(-free[-1][0] // K64) * K64, 4096)
