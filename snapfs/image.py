@@ -235,8 +235,10 @@ class FileImage:
 
     def punch_data(self, offset: int, length: int) -> None:
         """Punch out what data there is in the range.  Blocks."""
-        for start, stop in _data_inside(self.fd, [(offset, offset + length)], sys.maxsize)[0]:
-            _punch(self.fd, start, stop - start)
+        end = offset + length
+        for start, stop in _data_inside(self.fd, [(offset, end)], sys.maxsize)[0]:
+            # A hole that ends with the file leaves its last block allocated.
+            _punch(self.fd, start, (end if stop == self.size() else stop) - start)
 
     def data_bytes(self, offset: int, length: int) -> int:
         """How much of the range is data, not holes.  Blocks."""

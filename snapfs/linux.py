@@ -13,11 +13,15 @@ FALLOC_FL_ZERO_RANGE = 0x10
 MNT_FORCE = 1  # sys/mount.h
 MNT_DETACH = 2
 OOM_SCORE_ADJ = -900
+RENAME_EXCHANGE = 2  # linux/fs.h
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_IO_FLUSHER = 57
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.renameat2.argtypes = (
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
+)  # fmt: skip
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 
@@ -30,6 +34,14 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def exchange(directory: int, one: str, other: str) -> None:
+    """Let two files of a directory change their names, atomically; raises OSError."""
+    names = os.fsencode(one), os.fsencode(other)
+    if _libc.renameat2(directory, names[0], directory, names[1], RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), other)
 
 
 def unmount(path: str, flags: int = 0) -> None:

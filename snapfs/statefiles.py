@@ -18,12 +18,14 @@ from pathlib import Path
 from .bitmap import buffer_size
 from .errors import StateError
 from .files import write_and_close
+from .linux import exchange
 
 FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
 FS_IOC_SETFLAGS = 0x40086602
 FS_NOCOW_FL = 0x00800000
 
-RESERVE_BYTES = 64 << 10  # freed when the manifest finds the file system full
+RESERVE_BYTES = 256 << 10  # for when the file system is full
+MANIFEST_RESERVE_BYTES = 64 << 10  # the part of it for the manifest
 
 
 def open_directory(path: str | os.PathLike[str], *, parent: int | None = None) -> int:
@@ -104,7 +106,15 @@ def map_file(fd: int, size: int) -> mmap.mmap:
 
     A write to a hole of a mapped file on a full disk is a SIGBUS.
     """
-    os.posix_fallocate(fd, 0, size)
+    status = os.fstat(fd)
+    if status.st_size == 0:
+        _set_nocow(fd)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        # XFS wants as much free space again, even if nothing is left to allocate.
+        if error.errno != errno.ENOSPC or status.st_size < size or status.st_blocks * 512 < size:
+            raise
     return mmap.mmap(fd, size)
 
 
@@ -117,9 +127,7 @@ def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> mmap.mmap:
     flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
     fd = open_file(parent, name, flags)
     try:
-        if create:
-            _set_nocow(fd)
-        elif os.fstat(fd).st_size != size:
+        if not create and os.fstat(fd).st_size != size:
             raise StateError(
                 f"{name} has {os.fstat(fd).st_size} bytes; for {bits} clusters it must have {size}"
             )
@@ -145,16 +153,25 @@ def map_record(parent: int, name: str, size: int, *, create: bool) -> mmap.mmap:
 def replace_file(parent: int, name: str, data: bytes) -> None:
     """Replace a file by another content, atomically and durably.
 
-    On a full file system the reserve file gives way.
+    On a full file system the content goes into the reserve file, whose space is
+    there, and the two change places: so there is room the next time, too.  To
+    remove the reserve and write anew is not enough: XFS frees what was removed
+    some time later, and a new file takes an inode.
     """
     try:
         _write_beside(parent, name, data)
+        os.rename(f"{name}.new", name, src_dir_fd=parent, dst_dir_fd=parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        remove(parent, "reserve")
-        _write_beside(parent, name, data)
-    os.rename(f"{name}.new", name, src_dir_fd=parent, dst_dir_fd=parent)
+        remove(parent, f"{name}.new")
+        _write_reserve(parent, data)
+        try:
+            exchange(parent, "reserve", name)
+        except OSError as other:  # there is none yet, or the file system cannot
+            if other.errno not in (errno.ENOENT, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.rename("reserve", name, src_dir_fd=parent, dst_dir_fd=parent)
     os.fsync(parent)
 
 
@@ -162,18 +179,48 @@ def _write_beside(parent: int, name: str, data: bytes) -> None:
     remove(parent, f"{name}.new")
     fd = open_file(parent, f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     write_and_close(fd, data)
+    try:
+        _set_nocow(fd)  # it may become the reserve
+        _write_synced(fd, data)
+    finally:
+        os.close(fd)
 
 
-def keep_reserve(parent: int) -> None:
-    """Have the reserve file, if there is room for it."""
+def _write_reserve(parent: int, data: bytes) -> None:
+    try:
+        fd = open_file(parent, "reserve", os.O_WRONLY)
+    except FileNotFoundError:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    try:
+        _write_synced(fd, data)
+        os.ftruncate(fd, len(data))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_synced(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.fsync(fd)
+
+
+def keep_reserve(parent: int, size: int = RESERVE_BYTES) -> None:
+    """Have the reserve file, of that size if there is room for it, and not larger."""
     try:
         fd = open_file(parent, "reserve", os.O_RDWR | os.O_CREAT)
     except OSError:
         return
     try:
-        os.posix_fallocate(fd, 0, RESERVE_BYTES)
+        found = os.fstat(fd).st_size
+        if found == 0:
+            _set_nocow(fd)
+        if found > size:
+            os.ftruncate(fd, size)
+        os.posix_fallocate(fd, 0, size)
     except OSError:
-        remove(parent, "reserve")
+        pass  # what there is of it may be enough
     finally:
         os.close(fd)
 

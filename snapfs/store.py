@@ -209,7 +209,8 @@ class Store:
         if self._power:
             self._activity_fd = statefiles.open_file(self._fd, "activity")
             os.fdatasync(self._activity_fd)
-        self._write_manifest()
+        # The rest is for the control socket: XFS makes no file without blocks to spare.
+        self._write_manifest(statefiles.MANIFEST_RESERVE_BYTES)
         if self._made and self._power:
             statefiles.sync_entry(self.directory)
         for layer_id in self._gone:
@@ -279,9 +280,9 @@ class Store:
         self._manifest = self._manifest.with_lists(self._layers.placed(records), tuple(bitmaps))
         await trio.to_thread.run_sync(self._write_manifest, limiter=self._state_limiter)
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, reserve: int = statefiles.RESERVE_BYTES) -> None:
         statefiles.replace_file(self._fd, "manifest.json", self._manifest.dumps())
-        statefiles.keep_reserve(self._fd)
+        statefiles.keep_reserve(self._fd, reserve)
 
     async def remove(self, layer_id: int) -> None:
         self._layers.forget(layer_id)

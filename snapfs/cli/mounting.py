@@ -9,6 +9,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from select import PIPE_BUF
 
 from .. import mountinfo
 from ..errors import ExitCode, MountError, NotMounted, SnapfsError
@@ -17,6 +18,17 @@ from ..wire import Client
 
 LOG_BYTES = 1 << 20  # of daemon.log before it is rotated, once
 END_SECONDS = 90  # the daemon gives up by itself before
+
+
+class _Warnings(logging.Handler):
+    """What whoever mounts should read, too, until the mount is usable."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage().replace("\n", " "))
 
 
 class StartError(MountError):
@@ -63,6 +75,8 @@ def _wait_ready(reader: int) -> int:
     with os.fdopen(reader, "rb") as pipe:
         kind, _, message = pipe.read().decode(errors="replace").partition("\n")
     if kind == "ready":
+        for line in message.splitlines():
+            print(f"snapfs: warning: {line}", file=sys.stderr)
         return ExitCode.OK
     error = StartError(message or "the daemon ended before the mount was usable")
     error.exit_code = ExitCode(int(kind) if kind.isdigit() else ExitCode.ERROR)  # type: ignore[misc]
@@ -78,14 +92,18 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
     if options.temp_dir is not None:
         options.temp_dir = os.path.realpath(options.temp_dir)
     start_logging(options.log_level, config.state)
+    warnings = _Warnings(logging.WARNING)
+    logging.getLogger().addHandler(warnings)
 
     def ready() -> None:
+        logging.getLogger().removeHandler(warnings)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         os.close(null)
         os.chdir("/")
-        os.write(writer, b"ready\n")
+        # No more than a pipe takes at once: the one who reads may be gone.
+        os.write(writer, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
         os.close(writer)
 
     return _serve(lambda: serve(config, ready), lambda line: os.write(writer, line))

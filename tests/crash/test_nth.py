@@ -217,6 +217,10 @@ async def settled(bench: Bench, step: Any, *allowed: tuple[set[str], int]) -> No
         await verify(engine, step)
         layers = {layer.id for layer in engine.layers}
         assert layers == bench.ids()
+        for layer in engine.layers:
+            for first, stop in layer.done.runs(0, len(layer.done), False):
+                leaked = layer.temp.data_bytes(*layer.geometry.whole(first, stop))
+                assert not leaked, (layer.id, first, stop)
         assert not (bench.state / "manifest.json.new").exists()
         if bench.temps is not None:
             assert len(layers) == len(os.listdir(bench.temps))

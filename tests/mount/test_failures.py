@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -134,22 +135,65 @@ def test_temp_limit_is_exact_and_can_be_changed(mount, policy):
     assert moment[2 * MIB :] == disk.read("snapshots/s", 2 * MIB, 2 * MIB)
 
 
-def test_on_a_file_system_without_a_free_byte_one_can_still_free(mount, tmp_path):
-    with tmpfs(tmp_path / "full", "8M") as where:
-        disk = mount(os.urandom(4 * MIB), f"state={where}/state", "temp-reserve=0")
+@contextlib.contextmanager
+def made(kind: str, where: Path) -> Iterator[Path]:
+    """A small file system of a kind."""
+    if kind == "tmpfs":
+        with tmpfs(where, "8M"):
+            yield where
+        return
+    if shutil.which(f"mkfs.{kind}") is None or f"\t{kind}\n" not in Path(
+        "/proc/filesystems"
+    ).read_text(encoding="ascii"):
+        pytest.skip(f"no {kind} here")
+    device = where.with_suffix(".device")
+    with open(device, "wb") as file:
+        file.truncate(320 * MIB)  # XFS wants 300
+    run(f"mkfs.{kind}", "-q", device)
+    where.mkdir()
+    run("mount", "-o", "loop", device, where)
+    try:
+        yield where
+    finally:
+        run("umount", where)
+
+
+def fill(where: Path) -> None:
+    """Take every byte and every inode."""
+    for size in (MIB, 4096, 1):
+        with contextlib.suppress(OSError), open(where / f"filler{size}", "wb", 0) as filler:
+            while True:
+                filler.write(bytes(size))
+    with contextlib.suppress(OSError):
+        for number in range(100_000):
+            (where / f"small{number}").write_bytes(b"x" * 4096)
+    os.sync()
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4", "xfs", "btrfs"])
+def test_on_a_file_system_without_a_free_byte_one_can_still_free(mount, tmp_path, kind, durability):
+    with made(kind, tmp_path / "full") as where:
+        options = (f"state={where}/state", "temp-reserve=0", f"durability={durability}")
+        disk = mount(os.urandom(4 * MIB), *options)
+        moment = disk.active.read_bytes()
         for name in ("a", "b"):
             disk.create(name)
         disk.write(0, b"x" * MIB)
-        with contextlib.suppress(OSError), open(where / "filler", "wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(4096))
-        assert 0 == os.statvfs(where).f_bavail
+        fill(where)
         run("fallocate", "-p", "-o", "0", "-l", str(K64), disk.snapshots / "b")
         os.rename(disk.snapshots / "b", disk.snapshots / "c")
+        fill(where)
         (disk.snapshots / "a").unlink()
+        disk.write(0, b"y" * MIB)  # copies nothing, but is noted in a mapped file
         disk.stop()
+        if kind != "xfs":  # where the control socket finds no inode if others took the last
+            fill(where)
         disk.start()
         assert ["c"] == os.listdir(disk.snapshots)
+        assert moment[K64:MIB] == disk.read("snapshots/c", K64, MIB - K64)
+        disk.kill()
+        disk.start()
         (disk.snapshots / "c").unlink()
         disk.stop()
 

@@ -176,6 +176,9 @@ def test_a_sparse_image_that_cannot_grow_to_its_size_is_warned_of(mount, tmp_pat
         disk.image = where / "disk.img"
         with open(disk.image, "wb") as file:
             file.truncate(64 * MIB)
+        mounted = disk.snapfs("mount", disk.image, disk.mountpoint, "-o", "temp-reserve=0")
+        assert f"snapfs: warning: {64 * MIB} bytes of" in mounted.stderr
+        disk.stop()
         daemon = Patched(disk, "")
         disk.stop()
         _, stderr = daemon.finish()

@@ -527,3 +527,35 @@ async def test_what_a_durable_list_names_is_durable_itself(image, monkeypatch, d
     names = ("access", "done", "losses", "temp")
     assert {str(where.parent), str(where), *(str(where / name) for name in names)} <= synced
     await store.close(engine.layers, [])
+
+
+async def test_on_a_full_disk_the_manifest_changes_places_with_the_reserve(image, monkeypatch):
+    """Again and again, and no file is made for it."""
+    await session(image, create("s"))
+    store = await opened(image)
+    real = statefiles._write_beside
+
+    def full(*arguments) -> None:
+        real(*arguments)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(statefiles, "_write_beside", full)
+    before = set(os.listdir(state_of(image)))
+    inodes = []
+    async with trio.open_nursery() as nursery:
+        engine = engine_of(store, nursery)
+        for old, new in (("s", "t"), ("t", "u"), ("u", "v")):
+            await engine.rename_snapshot(old, new)
+            assert f'"{new}"' in (state_of(image) / "manifest.json").read_text()
+            inodes.append([(state_of(image) / name).stat().st_ino for name in FIXED])
+    assert inodes[0] == inodes[1][::-1] == inodes[2]
+    assert before == set(os.listdir(state_of(image)))
+    await store.close(engine.layers, [])
+    assert ["v"] == [layer.name for layer in (await session(image)).layers]
+    monkeypatch.setattr(statefiles, "_write_beside", full)
+    (state_of(image) / "reserve").unlink()
+    with pytest.raises(OSError, match="No space"):
+        await opened(image)
+
+
+FIXED = ("manifest.json", "reserve")
