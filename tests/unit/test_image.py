@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,3 +120,20 @@ async def test_a_copy_stops_before_its_budget_is_passed_and_zeros_cost_nothing(m
         await image.copy_to(target, 0, 7 * K64, K64, 3 * K64 - 1)
     assert 0 == target.blocks()
     assert 3 * K64 == await image.copy_to(target, 0, 7 * K64, K64, 3 * K64)
+
+
+async def test_a_close_that_fails_has_closed(make, monkeypatch):
+    """As close(2) of NFS may; another file may have the descriptor by then."""
+    image = make(0)
+    real, closed = os.close, []
+
+    def close(fd: int) -> None:
+        closed.append(fd)
+        real(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(OSError, match="Input/output"):
+        image.close()
+    image.close()
+    assert 1 == len(closed)
