@@ -429,6 +429,8 @@ def _end_soon() -> None:
 
 def _give_up(*_signal: object) -> None:
     log.critical("gave up waiting for the storage; the mount is not marked clean")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
     os._exit(1)
 
 

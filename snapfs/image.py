@@ -93,8 +93,11 @@ class Image(Protocol):
         """
 
     def size(self) -> int:
-        """Present size of the file.  Blocks where the storage is slow, as `blocks` and `close` do:
-        for the image only, which nothing can do without, or in a thread."""
+        """Present size of the file.
+
+        Blocks where the storage does not answer, as `blocks` and `close` do: to be called
+        for the image only, which nothing can do without, or in a thread.
+        """
 
     def blocks(self) -> int:
         """Allocated space in units of 512 bytes, as st_blocks."""
@@ -296,5 +299,5 @@ class FileImage:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1  # close(2) closes even if it fails
+            os.close(fd)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from attrs import frozen
 
 from .errors import NotMounted
 
+BLOCKS = Path("/sys/dev/block")
 FS_TYPE = "fuse.snapfs"
 
 
@@ -80,22 +82,29 @@ def split(path: str) -> tuple[Mount, str]:
 def lives_on(path: str) -> list[str]:
     """The files behind the loop devices that the file system of `path` is on, if any.  Blocks.
 
-    Followed through partitions and through file systems on loop devices again.
+    Followed through partitions, through what is built on several devices (LVM, RAID), and
+    through file systems on loop devices again.
     """
     found: list[str] = []
-    try:
-        while len(found) < 16:
-            device = os.stat(path).st_dev
-            number = f"{os.major(device)}:{os.minor(device)}"
-            block = Path(os.path.realpath(f"/sys/dev/block/{number}"))
-            for candidate in (block, block.parent):  # a partition is below its disk
-                backing = candidate / "loop" / "backing_file"
-                if backing.exists():
-                    path = backing.read_text(errors="surrogateescape").rstrip("\n")
-                    found.append(path)
-                    break
-            else:
-                break
-    except OSError:
-        pass  # a file that is gone, or a dead mount: what was found before counts
+    waiting = [path]
+    while waiting and len(found) < 16:
+        try:
+            device = os.stat(waiting.pop()).st_dev
+            block = Path(os.path.realpath(BLOCKS / f"{os.major(device)}:{os.minor(device)}"))
+            backing = list(_backing_files(block))
+        except OSError:
+            continue  # a file that is gone, or a dead mount: what was found counts
+        found += backing
+        waiting += backing
     return found
+
+
+def _backing_files(block: Path) -> Iterator[str]:
+    """The files of loop devices that a block device is, is a part of, or is built on."""
+    for candidate in (block, block.parent):  # a partition is below its disk
+        backing = candidate / "loop" / "backing_file"
+        if backing.exists():
+            yield backing.read_text(errors="surrogateescape").rstrip("\n")
+            return
+    for below in sorted(block.glob("slaves/*")):
+        yield from _backing_files(Path(os.path.realpath(below)))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import logging.handlers
 import os
 import select
-import sys
 from collections.abc import Callable, Sequence
 from select import PIPE_BUF
 
@@ -15,8 +13,8 @@ from .. import mountinfo
 from ..errors import ExitCode, MountError, NotMounted, SnapfsError
 from ..options import MountOptions, parse_options
 from ..wire import Client
+from .logs import start_logging
 
-LOG_BYTES = 1 << 20  # of daemon.log before it is rotated, once
 END_SECONDS = 90  # the daemon gives up by itself before
 
 
@@ -91,12 +89,13 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
     options.state = config.state
     if options.temp_dir is not None:
         options.temp_dir = os.path.realpath(options.temp_dir)
-    start_logging(options.log_level, config.state)
+    log = start_logging(options.log_level, config.state)
     warnings = _Warnings(logging.WARNING)
     logging.getLogger().addHandler(warnings)
 
     def ready() -> None:
         logging.getLogger().removeHandler(warnings)
+        log.start()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -106,7 +105,10 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
         os.write(writer, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
         os.close(writer)
 
-    return _serve(lambda: serve(config, ready), lambda line: os.write(writer, line))
+    try:
+        return _serve(lambda: serve(config, ready), lambda line: os.write(writer, line))
+    finally:
+        log.flush()
 
 
 def _serve(serve: Callable[[], None], tell: Callable[[bytes], object]) -> int:
@@ -136,39 +138,20 @@ def mount_in_foreground(
     from ..daemon import Config, serve  # noqa: PLC0415 - it imports trio
 
     options = parse_options(texts)
-    start_logging(options.log_level)
+    log = start_logging(options.log_level)
 
     def ready() -> None:
+        log.start()
         if ready_fd is not None:
             os.write(ready_fd, b"READY\n")
             os.close(ready_fd)
 
-    serve(Config(image, mountpoint, options), ready)
+    try:
+        serve(Config(image, mountpoint, options), ready)
+    finally:
+        if not log.drain():
+            os._exit(ExitCode.ERROR)  # the interpreter would wait for the thread that writes
     return ExitCode.OK
-
-
-def start_logging(level: str, state: str | None = None) -> None:
-    """Log to stderr, or for a daemon in the background with that state directory to syslog.
-
-    Where there is no syslog, to the file daemon.log in the state directory.
-    """
-    logging.raiseExceptions = False  # a log that cannot be written is no reason to fail
-    handler: logging.Handler
-    if state is None:
-        handler = logging.StreamHandler(sys.stderr)
-        form = "snapfs: %(levelname)s: %(message)s"
-    elif os.path.exists("/dev/log"):
-        facility = logging.handlers.SysLogHandler.LOG_DAEMON
-        handler = logging.handlers.SysLogHandler("/dev/log", facility)
-        form = f"snapfs[{os.getpid()}]: %(message)s"
-    else:
-        path = os.path.join(state, "daemon.log")
-        handler = logging.handlers.RotatingFileHandler(path, "a", LOG_BYTES, 1, delay=True)
-        form = "%(asctime)s %(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(form))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> int:

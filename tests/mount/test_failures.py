@@ -350,6 +350,25 @@ def test_a_punch_that_fails_half_way_leaves_no_old_page(mount):
         assert disk.image.read_bytes() == disk.active.read_bytes()
 
 
+def test_a_log_that_nobody_reads_holds_up_nobody(mount):
+    disk = mount(MIB, start=False)
+    daemon = Patched(disk, "")
+    stderr = os.open(f"/proc/{daemon.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+    for size in (4096, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(stderr, b"x" * size)
+    os.close(stderr)
+    for name in "abc":
+        disk.create(name)  # a line each
+    assert ["a", "b", "c"] == [each["name"] for each in disk.json("list")["snapshots"]]
+    disk.stop()
+    assert 1 == daemon.finish()[0]  # some of the log is lost
+    disk.start()
+    assert disk.json("status")["mount"]["healthy"]
+    disk.stop()
+
+
 def test_random_names_of_attributes_are_answered(mount):
     disk = mount(os.urandom(K64))
     snapshot = disk.create("s")

@@ -156,3 +156,20 @@ async def test_durable_copies_that_queue_up_share_one_sync_and_its_failure(make,
         go.set()
     assert [errno.EIO, K64, K64, K64] == results
     assert [b"x\0\0\0", b"xxxx"] == syncs
+
+
+async def test_a_close_that_fails_has_closed(make, monkeypatch):
+    """As close(2) of NFS may; another file may have the descriptor by then."""
+    image = make(0)
+    real, closed = os.close, []
+
+    def close(fd: int) -> None:
+        closed.append(fd)
+        real(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(OSError, match="Input/output"):
+        image.close()
+    image.close()
+    assert 1 == len(closed)

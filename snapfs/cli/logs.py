@@ -1,0 +1,90 @@
+"""The daemon's log, which nobody waits for.
+
+stderr may be a pipe that nobody empties, and the system's logger may be writing
+to the very disk that the daemon serves: a line that had to wait would hold up
+every request, that of the logger too.  So once the mount answers a thread
+writes the lines, and those that come while too many wait are lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import queue
+import sys
+import threading
+
+LOG_BYTES = 1 << 20  # of daemon.log before it is rotated, once
+MOST_WAITING = 1000  # lines
+LAST_SECONDS = 2.0  # that the end waits for the last lines
+
+
+class LaterHandler(logging.handlers.QueueHandler):
+    """Hands records to `target`, after `start` in a thread."""
+
+    def __init__(self, target: logging.Handler) -> None:
+        super().__init__(queue.Queue(MOST_WAITING))
+        self._target = target
+        self._started = False
+
+    def start(self) -> None:
+        """Write in a thread from now on.  Not before all forks are done."""
+        self._started = True
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def _write(self) -> None:
+        while True:
+            item = self.queue.get()
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                self._target.handle(item)
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Never waits once started; raises queue.Full, which loses the line."""
+        if self._started:
+            self.queue.put_nowait(record)
+        else:
+            self._target.handle(record)
+
+    def drain(self) -> bool:
+        """Wait for what was logged so far to be written, but not for long; has it been?"""
+        if not self._started:
+            return True
+        written = threading.Event()
+        try:
+            self.queue.put_nowait(written)
+        except queue.Full:
+            return False
+        return written.wait(LAST_SECONDS)
+
+    def flush(self) -> None:
+        """`drain`, for who has a handler of any kind."""
+        self.drain()
+
+
+def start_logging(level: str, state: str | None = None) -> LaterHandler:
+    """Log to stderr, or for a daemon in the background with that state directory to syslog.
+
+    Where there is no syslog, to the file daemon.log in the state directory.
+    """
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to fail
+    handler: logging.Handler
+    if state is None:
+        handler = logging.StreamHandler(sys.stderr)
+        form = "snapfs: %(levelname)s: %(message)s"
+    elif os.path.exists("/dev/log"):
+        facility = logging.handlers.SysLogHandler.LOG_DAEMON
+        handler = logging.handlers.SysLogHandler("/dev/log", facility)
+        form = f"snapfs[{os.getpid()}]: %(message)s"
+    else:
+        path = os.path.join(state, "daemon.log")
+        handler = logging.handlers.RotatingFileHandler(path, "a", LOG_BYTES, 1, delay=True)
+        form = "%(asctime)s %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(form))
+    later = LaterHandler(handler)
+    root = logging.getLogger()
+    root.handlers[:] = [later]
+    root.setLevel(level.upper())
+    return later
