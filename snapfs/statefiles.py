@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .bitmap import buffer_size
 from .errors import StateError
-from .files import write_and_close
+from .files import write_synced
 from .linux import exchange
 
 FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
@@ -178,10 +178,9 @@ def replace_file(parent: int, name: str, data: bytes) -> None:
 def _write_beside(parent: int, name: str, data: bytes) -> None:
     remove(parent, f"{name}.new")
     fd = open_file(parent, f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    write_and_close(fd, data)
     try:
         _set_nocow(fd)  # it may become the reserve
-        _write_synced(fd, data)
+        write_synced(fd, data)
     finally:
         os.close(fd)
 
@@ -192,18 +191,11 @@ def _write_reserve(parent: int, data: bytes) -> None:
     except FileNotFoundError:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
     try:
-        _write_synced(fd, data)
+        write_synced(fd, data)
         os.ftruncate(fd, len(data))
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _write_synced(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.fsync(fd)
 
 
 def keep_reserve(parent: int, size: int = RESERVE_BYTES) -> None:

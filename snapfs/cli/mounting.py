@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import select
+import sys
 from collections.abc import Callable, Sequence
 from select import PIPE_BUF
 
