@@ -82,3 +82,9 @@ def end_with_parent(number: int) -> Callable[[], None]:
             os._exit(1)  # it died before we asked for the signal
 
     return prepare
+
+
+def close_all_but(fd: int) -> None:
+    """Close every descriptor but `fd`, standard input, output and error."""
+    os.closerange(3, fd)
+    os.closerange(fd + 1, 1 << 20)

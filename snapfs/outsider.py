@@ -120,8 +120,7 @@ def _live(connection: socket.socket, mountpoint: str) -> NoReturn:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        os.closerange(3, connection.fileno())
-        os.closerange(connection.fileno() + 1, 1 << 20)
+        linux.close_all_but(connection.fileno())
         calls = _Calls(mountpoint)
         with connection.makefile("rb") as lines:
             for line in lines:

@@ -84,7 +84,9 @@ def _wait_ready(reader: int) -> int:
 
 def _run_in_background(image: str, mountpoint: str, options: MountOptions, writer: int) -> int:
     from ..daemon import Config, serve  # noqa: PLC0415 - after the fork: it imports trio
+    from ..linux import close_all_but  # noqa: PLC0415
 
+    close_all_but(writer)  # a lock that a script holds while it mounts is not ours to keep
     # Relative names mean what they meant to the caller.
     config = Config(image, mountpoint, options)
     options.state = config.state

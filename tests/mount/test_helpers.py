@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -121,3 +122,16 @@ def test_the_daemon_tells_systemd(mount, tmp_path):
         daemon.terminate()
         assert b"STOPPING=1" == manager.recv(4096)
         assert 0 == daemon.wait(timeout=60)
+
+
+def test_the_daemon_keeps_no_descriptor_of_whoever_mounts(mount, tmp_path):
+    """As in `flock FILE snapfs mount`: the lock would be held as long as the mount lives."""
+    disk = mount(1 << 20, start=False)
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        options = [word for option in disk.all_options for word in ("-o", option)]
+        command = [SNAPFS, "mount", disk.image, disk.mountpoint, *options]
+        subprocess.run(command, check=True, pass_fds=[lock.fileno()])
+    with open(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    disk.stop()
