@@ -130,7 +130,7 @@ def test_the_daemon_keeps_no_descriptor_of_whoever_mounts(mount, tmp_path):
     with open(tmp_path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         options = [word for option in disk.all_options for word in ("-o", option)]
-        command = [SNAPFS, "mount", disk.image, disk.mountpoint, *options]
+        command = [*SNAPFS, "mount", disk.image, disk.mountpoint, *options]
         subprocess.run(command, check=True, pass_fds=[lock.fileno()])
     with open(tmp_path / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
