@@ -1,0 +1,156 @@
+"""The rows of the table: what is compared with what."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from .serving import MIB, QEMU, SNAPFS, patched
+from .work import Bench, Work
+
+# Changes to a daemon: its bitmaps and its record of activity do not outlive it; a sync takes
+# what it takes on disks without a cache that survives a power cut.
+FORGETFUL = "statefiles.map_file = lambda fd, size: mmap.mmap(-1, size)"
+SLOW_SYNC = 0.002  # seconds
+SLOW = (
+    f"fdatasync, os.fdatasync = os.fdatasync, lambda fd: time.sleep({SLOW_SYNC}) or fdatasync(fd)"
+)
+
+Serve = Callable[[], AbstractContextManager[tuple[Path, Path]]]
+Side = tuple[str, Serve, Work]
+
+
+def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
+    """Name: unit and sides, of which the last is compared with the first."""
+
+    def beside_qemu(what: Work) -> list[Side]:
+        sides: list[Side] = [("QEMU", bench.qemu, what)] if shutil.which(QEMU) else []
+        return [*sides, ("snapfs", bench.snapfs, what)]
+
+    def with_many(what: Work) -> list[Side]:
+        return [
+            ("1 snapshot", bench.snapfs, what),
+            ("8 snapshots", lambda: bench.snapfs(8), what),
+        ]
+
+    def two(what: Work) -> list[Side]:
+        return [("snapfs", lambda: bench.snapfs(2), what)]
+
+    def tebibyte(what: Work) -> list[Side]:
+        return [("1 TiB, 4 snapshots", lambda: bench.snapfs(4, bench.other), what)]
+
+    def plain(what: Work) -> list[Side]:
+        sides: list[Side] = [("QEMU", bench.qemu_plain, what)] if shutil.which(QEMU) else []
+        return [*sides, ("snapfs", lambda: bench.snapfs(0), what)]
+
+    def beside_file(what: Work) -> list[Side]:
+        return [("bare file", bench.bare, what), ("snapfs", lambda: bench.snapfs(0), what)]
+
+    def with_bitmap(what: Work) -> list[Side]:
+        return [
+            ("no bitmap", lambda: bench.snapfs(0), what),
+            ("one bitmap", bench.tracked, what),
+        ]
+
+    def sparse(what: Work) -> list[Side]:
+        return [("16 GiB", lambda: bench.in_pieces(bench.sparse, 16 << 30, 4096, 2 * MIB), what)]
+
+    def pieces(what: Work) -> list[Side]:
+        return [("1 TiB", lambda: bench.in_pieces(bench.pieces, 1 << 40, 100_000, 4096), what)]
+
+    def beside_forgetful(what: Work) -> list[Side]:
+        return [
+            ("anonymous bitmaps", lambda: bench.snapfs(program=patched(FORGETFUL)), what),
+            ("snapfs", bench.snapfs, what),
+        ]
+
+    def power(program: tuple[object, ...], longer: float) -> list[Side]:
+        return [
+            ("a pair of syncs for each", bench.bare, bench.pairs_of_syncs(longer)),
+            (
+                "snapfs",
+                lambda: bench.snapfs(options="durability=power", program=program),
+                bench.copies,
+            ),
+        ]
+
+    def beside_xfs(what: Work) -> list[Side]:
+        return [("XFS reflink", bench.xfs, what), ("snapfs", bench.snapfs, what)]
+
+    def large(what: Work) -> list[Side]:
+        qemu: Side = ("QEMU", lambda: bench.qemu(bench.the_large()), what)
+        sides = [qemu] if shutil.which(QEMU) else []
+        return [*sides, ("snapfs", lambda: bench.snapfs(1, bench.the_large()), what)]
+
+    def latency() -> list[Side]:
+        first: Side = ("QEMU's median", bench.qemu_plain, bench.latency(50))
+        sides = [first] if shutil.which(QEMU) else []
+        return [*sides, ("snapfs, p99", lambda: bench.snapfs(0), bench.latency(99))]
+
+    near = 64 * MIB
+    # fmt: off
+    return {
+        "active: 4 KiB random read, depth 16": ("1/s", plain(bench.active("randread", "4k", 16))),
+        "active: 4 KiB random write, depth 16, 64 MiB": (
+            "1/s", plain(bench.active("randwrite", "4k", 16, size=near))
+        ),
+        "active: 4 KiB random write, depth 16": (
+            "1/s", plain(bench.active("randwrite", "4k", 16, amount=2 * near))
+        ),
+        "active: 4 KiB random read, depth 1": ("1/s", plain(bench.active("randread", "4k", 1))),
+        "active: 4 KiB random write, depth 1": (
+            "1/s", plain(bench.active("randwrite", "4k", 1, size=near))
+        ),
+        "active: 4 KiB random write, 4 threads": (
+            "1/s", plain(bench.active("randwrite", "4k", 1, size=near, threads=4))
+        ),
+        "active: 1 MiB read": ("1/s", plain(bench.active("read", "1M", 1))),
+        "active: 1 MiB write": ("1/s", plain(bench.active("write", "1M", 1, size=4 * near))),
+        "active: cold 4 KiB random read, depth 16": ("1/s", plain(bench.cold)),
+        "active: 4 KiB random read, depth 1, latency": ("us", latency()),
+        "processor time of a 4 KiB read, depth 16": (
+            "us", plain(bench.processor_time("randread"))
+        ),
+        "processor time of a 4 KiB write, depth 16": (
+            "us", plain(bench.processor_time("randwrite"))
+        ),
+        "snapshot read 4 KiB, depth 16": ("1/s", beside_qemu(bench.small_snapshot_read)),
+        "snapshot read 1 MiB, half copied": ("1/s", beside_qemu(bench.half_copied_read)),
+        "snapshot read 1 MiB": ("1/s", beside_qemu(bench.snapshot_read)),
+        "reader of a snapshot beside a writer": ("1/s", beside_qemu(bench.beside("reader"))),
+        "writer beside a reader of a snapshot": ("1/s", beside_qemu(bench.beside("writer"))),
+        "cp of a 2 GiB snapshot": ("MB/s", large(bench.copy)),
+        "cp of a snapshot, cold": ("MB/s", beside_qemu(bench.cold_copy)),
+        "page cache: 1 MiB read, second pass": ("1/s", beside_file(bench.cached)),
+        "buffered 1 MiB read, first pass": (
+            "1/s", beside_file(bench.active("read", "1M", 1, amount=bench.size, direct=False))
+        ),
+        "buffered 1 MiB write": (
+            "1/s", beside_file(bench.active("write", "1M", 1, amount=bench.size // 2, direct=False))
+        ),
+        "first writes 1 MiB": ("1/s", beside_qemu(bench.first_writes)),
+        "first writes 4 KiB, depth 16": ("1/s", beside_qemu(bench.small_first_writes)),
+        "reflink: first writes 1 MiB": ("1/s", beside_xfs(bench.first_writes)),
+        "reflink: first writes 4 KiB, depth 16": ("1/s", beside_xfs(bench.small_first_writes)),
+        "persistence: first writes 1 MiB": ("1/s", beside_forgetful(bench.first_writes)),
+        "persistence: first writes 4 KiB, depth 16": (
+            "1/s", beside_forgetful(bench.small_first_writes)
+        ),
+        "durability=power: copies, depth 16": ("1/s", power((SNAPFS,), 0)),
+        "durability=power: copies, syncs 2 ms longer": ("1/s", power(patched(SLOW), SLOW_SYNC)),
+        "many: first writes 1 MiB": ("1/s", with_many(bench.first_writes)),
+        "many: first writes 4 KiB": ("1/s", with_many(bench.small_first_writes)),
+        "tracking: 4 KiB random write, depth 16": (
+            "1/s", with_bitmap(bench.active("randwrite", "4k", 16, size=near))
+        ),
+        "tracking: 1 MiB write": ("1/s", with_bitmap(bench.active("write", "1M", 1))),
+        "increment of 1 % of 8 GiB data, of its full": ("%", sparse(bench.increment)),
+        "map of 100,000 extents": ("s", pieces(bench.map_seconds)),
+        "map of 100,000 extents, memory": ("MiB", pieces(bench.map_memory)),
+        "cmp of two snapshots": ("MB/s", two(bench.compare)),
+        "writer's longest stall at a creation": ("ms", tebibyte(bench.stall)),
+        "resident memory": ("MiB", tebibyte(bench.resident)),
+    }
+    # fmt: on

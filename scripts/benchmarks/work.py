@@ -1,0 +1,276 @@
+"""What is measured: each piece of work gives a number, for what is served."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .serving import CLUSTER, MIB, SNAPFS, Serving, run
+
+Work = Callable[[Path, Path], float]
+
+
+class Bench(Serving):
+    """Work on what is served; higher is better unless the unit is one of time or memory."""
+
+    def _fio(
+        self,
+        file: Path,
+        rw: str,
+        block: str,
+        depth: int,
+        *,
+        amount: int = 0,
+        size: int | None = None,
+        direct: bool = True,
+        seconds: float = 2,
+        threads: int = 1,
+    ) -> list[object]:
+        """A command: so many bytes of requests in [0, size), or for so long if `amount` is 0."""
+        engine = "libaio" if direct and threads == 1 else "psync"
+        return [
+            "fio", "--name=bench", f"--filename={file}", f"--rw={rw}", f"--bs={block}",
+            f"--iodepth={depth}", f"--ioengine={engine}", f"--numjobs={threads}",
+            "--group_reporting", f"--direct={int(direct)}", f"--size={min(size or self.size, self.size)}",
+            "--invalidate=0", "--randrepeat=0", "--allow_file_create=0", "--output-format=json",
+            *([f"--io_size={amount}"] if amount else [f"--runtime={seconds}", "--time_based"]),
+        ]  # fmt: skip
+
+    def _report(self, command: list[object]) -> dict[str, Any]:
+        return self._side(run(*command))
+
+    def _side(self, output: str) -> dict[str, Any]:
+        job = json.loads(output)["jobs"][0]
+        side: dict[str, Any] = job["read"] if job["read"]["iops"] else job["write"]
+        return side
+
+    def fio(self, file: Path, rw: str, block: str, depth: int, **how: Any) -> float:
+        """Requests per second, as `_fio` has them."""
+        return float(self._report(self._fio(file, rw, block, depth, **how))["iops"])
+
+    def active(self, rw: str, block: str, depth: int, **how: Any) -> Work:
+        """Requests of one kind to `active`, per second."""
+        return lambda active, snapshots: self.fio(active, rw, block, depth, **how)
+
+    def latency(self, percentile: int) -> Work:
+        """Of a 4 KiB read, one at a time, in microseconds."""
+
+        def measure(active: Path, snapshots: Path) -> float:
+            report = self._report(self._fio(active, "randread", "4k", 1))
+            return float(report["clat_ns"]["percentile"][f"{percentile}.000000"]) / 1000
+
+        return measure
+
+    def processor_time(self, rw: str) -> Work:
+        """What the daemon spends on a request, in microseconds."""
+
+        def measure(active: Path, snapshots: Path) -> float:
+            pid = self.daemon(snapshots)
+            before = self._spent(pid)
+            report = self._report(self._fio(active, rw, "4k", 16, size=64 * MIB))
+            return 1e6 * (self._spent(pid) - before) / float(report["total_ios"])
+
+        return measure
+
+    def daemon(self, snapshots: Path) -> int:
+        """The process that serves."""
+        if (self.directory / "pid").exists():
+            return int((self.directory / "pid").read_text())
+        return int(json.loads(run(SNAPFS, "status", snapshots.parent, "--json"))["mount"]["pid"])
+
+    def _spent(self, pid: int) -> float:
+        """Seconds of processor time that a process has used."""
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def cached(self, active: Path, snapshots: Path) -> float:
+        """A second pass over what the kernel has in its page cache of the mount."""
+        for _ in range(2):
+            rate = self.fio(active, "read", "1M", 1, amount=self.size, direct=False)
+        return rate
+
+    def small_snapshot_read(self, active: Path, snapshots: Path) -> float:
+        return self.fio(snapshots / "s0", "randread", "4k", 16)
+
+    def half_copied_read(self, active: Path, snapshots: Path) -> float:
+        self.fio(active, "write", "1M", 1, amount=self.size // 2, size=self.size // 2)
+        return self.fio(snapshots / "s0", "read", "1M", 1)
+
+    def beside(self, wanted: str) -> Callable[[Path, Path], float]:
+        """Reader of a snapshot and writer of `active` at once; the rate of one of them."""
+
+        def measure(active: Path, snapshots: Path) -> float:
+            sides = {
+                "reader": self._fio(snapshots / "s0", "read", "1M", 1, seconds=3),
+                "writer": self._fio(active, "randwrite", "4k", 16, size=64 * MIB, seconds=3),
+            }
+            running = {
+                name: subprocess.Popen(
+                    [str(word) for word in command], stdout=subprocess.PIPE, text=True
+                )
+                for name, command in sides.items()
+            }
+            reports = {name: process.communicate()[0] for name, process in running.items()}
+            return float(self._side(reports[wanted])["iops"])
+
+        return measure
+
+    def cold(self, active: Path, snapshots: Path) -> float:
+        run("sync")
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return self.fio(active, "randread", "4k", 16, amount=32 * MIB)
+
+    def snapshot_read(self, active: Path, snapshots: Path) -> float:
+        return self.fio(snapshots / "s0", "read", "1M", 1)
+
+    def first_writes(self, active: Path, snapshots: Path) -> float:
+        return self.fio(active, "write", "1M", 1, amount=self.size)
+
+    def small_first_writes(self, active: Path, snapshots: Path) -> float:
+        amount = self.size // CLUSTER * 4096
+        return self.fio(active, "randwrite", "4k", 16, amount=amount)
+
+    def copies(self, active: Path, snapshots: Path) -> float:
+        """Copies per second for 4 KiB writes to clusters at random, 16 at a time."""
+        amount = self.size // CLUSTER // 2 * 4096
+        command = self._fio(active, "randwrite", "4k", 16, amount=amount)
+        rate = float(self._report([*command, f"--blockalign={CLUSTER}"])["iops"])
+        counters = json.loads(run(SNAPFS, "status", snapshots.parent, "--json"))["counters"]
+        return rate * float(counters["cbw_copies"]) / float(counters["writes"])
+
+    def pairs_of_syncs(self, seconds: float) -> Callable[[Path, Path], float]:
+        """A loop of copies with a pair of syncs each, which take so much longer than they do."""
+        return lambda image, directory: self._pairs_of_syncs(image, directory, seconds)
+
+    def _pairs_of_syncs(self, image: Path, directory: Path, longer: float) -> float:
+        def sync(fd: int) -> None:
+            time.sleep(longer) if longer else None
+            os.fdatasync(fd)
+
+        clusters = random.sample(range(self.size // CLUSTER), self.size // CLUSTER // 2)
+        source = os.open(image, os.O_RDONLY)
+        temp, done = (
+            os.open(directory / name, os.O_RDWR | os.O_CREAT) for name in ("temp", "done")
+        )
+        os.ftruncate(temp, self.size)
+        os.posix_fallocate(done, 0, self.size // CLUSTER)
+        os.fsync(done)
+        with mmap.mmap(done, self.size // CLUSTER) as bits:
+            started = time.perf_counter()
+            for cluster in clusters:
+                os.pwrite(temp, os.pread(source, CLUSTER, cluster * CLUSTER), cluster * CLUSTER)
+                sync(temp)
+                bits[cluster // 8] |= 1 << cluster % 8
+                sync(done)
+            seconds = time.perf_counter() - started
+        for fd in (source, temp, done):
+            os.close(fd)
+        for name in ("temp", "done"):
+            (directory / name).unlink()
+        return len(clusters) / seconds
+
+    def compare(self, active: Path, snapshots: Path) -> float:
+        return self._cold_rate("cmp", snapshots / "s0", snapshots / "s1")
+
+    def copy(self, active: Path, snapshots: Path) -> float:
+        target = self.directory / "copy"
+        try:
+            return self._rate(2 << 30, "cp", "--sparse=auto", snapshots / "s0", target)
+        finally:
+            target.unlink()
+
+    def cold_copy(self, active: Path, snapshots: Path) -> float:
+        return self._cold_rate("cp", "--sparse=auto", snapshots / "s0", self.directory / "copy")
+
+    def _cold_rate(self, *command: object) -> float:
+        run("sync")
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return self._rate(self.size, *command)
+
+    def _rate(self, amount: int, *command: object) -> float:
+        started = time.perf_counter()
+        run(*command)
+        return amount / 1e6 / (time.perf_counter() - started)
+
+    def stall(self, active: Path, snapshots: Path) -> float:
+        """The longest a writer waited while a snapshot was made, in ms."""
+        spans: list[tuple[float, float]] = []
+        ending = threading.Event()
+
+        def write() -> None:
+            page = mmap.mmap(-1, 4096)
+            page.write(b"x" * 4096)
+            fd = os.open(active, os.O_WRONLY | os.O_DIRECT)
+            while not ending.is_set():
+                offset = random.randrange(1 << 24) << 16
+                started = time.perf_counter()
+                os.pwrite(fd, page, offset)
+                spans.append((started, time.perf_counter()))
+            os.close(fd)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        while len(spans) < 100:
+            time.sleep(0.01)
+        started = time.perf_counter()
+        (snapshots / "fifth").touch()
+        ended = time.perf_counter()
+        ending.set()
+        writer.join()
+        (snapshots / "fifth").unlink()
+        return 1000 * max(b - a for a, b in spans if a < ended and b > started)
+
+    def increment(self, active: Path, snapshots: Path) -> float:
+        """The time of an incremental backup of 1 % of the data, in per cent of the full's."""
+        where, mountpoint = self.directory / "backup", snapshots.parent
+        run(SNAPFS, "backup", "--init", where)
+        full = self._seconds(SNAPFS, "backup", mountpoint, where)
+        data = [at for at in range(0, 16 << 30, CLUSTER) if at % (4 * MIB) < 2 * MIB]
+        spans = []
+        for _ in range(5):
+            with open(active, "r+b", buffering=0) as file:
+                for offset in random.sample(data, len(data) // 100):
+                    os.pwrite(file.fileno(), os.urandom(CLUSTER), offset)
+            spans.append(self._seconds(SNAPFS, "backup", mountpoint, where))
+        shutil.rmtree(where)
+        print(f"    full {full:.2f} s, increments", *(f"{span:.2f}" for span in spans), flush=True)
+        return 100 * statistics.median(spans) / full
+
+    def _seconds(self, *command: object) -> float:
+        run("sync")
+        started = time.perf_counter()
+        run(*command)
+        return time.perf_counter() - started
+
+    def map_seconds(self, active: Path, snapshots: Path) -> float:
+        return self._seconds(SNAPFS, "map", "--json", active)
+
+    def map_memory(self, active: Path, snapshots: Path) -> float:
+        """Most memory of the command, or of the daemon after it, in MiB."""
+        with subprocess.Popen(
+            [SNAPFS, "map", "--json", active], stdout=subprocess.DEVNULL
+        ) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit("bench: snapfs map failed")
+        client = usage.ru_maxrss / 1024
+        return max(client, self.resident(active, snapshots))
+
+    def resident(self, active: Path, snapshots: Path) -> float:
+        """Resident memory of the daemon in MiB."""
+        for line in Path(f"/proc/{self.daemon(snapshots)}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+        raise AssertionError("no VmRSS")
