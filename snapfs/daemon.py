@@ -327,7 +327,7 @@ class Daemon:
                 options.durability,
                 fast_path.collect,
                 store.temp_directory,
-                lambda: fs.unhealthy,
+                lambda: fs.failures.unhealthy,
             )
             if not options.no_fastpath and not fast_path.start():
                 log.warning("the fast path is off: this machine's byte order is not served")

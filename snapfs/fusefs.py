@@ -1,4 +1,4 @@
-"""The FUSE face: inodes, handles, and the one table of errnos.
+"""The FUSE face: inodes, names, and requests.
 
     /active              inode 2, the live image
     /snapshots/          inode 3
@@ -9,7 +9,7 @@
 The only importer of pyfuse3, which must come after `requestfilter.load`.  An
 exception that is not a FUSEError would end the mount, so `handler` stands
 around every method that pyfuse3 calls: domain errors and OSErrors become
-errnos, anything else a logged traceback, EIO, and an unhealthy mount.
+errnos, anything else a logged traceback, EIO, and an unhealthy mount (failures.py).
 
 The kernel checks modes (mount option default_permissions); what only the owner
 of the mount may do is checked here as well, whatever the modes say.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import math
 import os
 import stat
 from collections.abc import Callable, Coroutine
@@ -32,6 +31,7 @@ from attrs import frozen
 
 from . import bitmapfs, errors, requestfilter
 from .cbw import Engine
+from .failures import Failures
 from .fastpath import FIRST_SNAPSHOT, FastPath
 from .filterfs import FilterRequests
 from .handles import Handle, Handles
@@ -46,21 +46,7 @@ ACTIVE = 2
 SNAPSHOTS = 3
 BITMAPS = bitmapfs.DIRECTORY
 
-REPEAT_SECONDS = 60.0  # between two lines of the log about one kind of failure
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
-
-ERRNOS: tuple[tuple[type[errors.SnapfsError], int], ...] = (
-    (errors.SnapshotExists, errno.EEXIST),
-    (errors.NotFound, errno.ENOENT),
-    (errors.AccessDenied, errno.EACCES),
-    (errors.SnapshotLost, errno.EIO),
-    (errors.ReadOnly, errno.EROFS),
-    (errors.NotSupported, errno.EOPNOTSUPP),
-    (errors.NotPermitted, errno.EPERM),
-    (errors.InUse, errno.EBUSY),
-    (errors.UsageError, errno.EINVAL),
-    (errors.SnapfsError, errno.EIO),
-)
 
 _Self = TypeVar("_Self", bound="SnapshotFS")
 _Arguments = ParamSpec("_Arguments")
@@ -97,6 +83,11 @@ class Ownership:
     gid: int | None = None
     umask: int = 0
 
+    def of(self, status: os.stat_result) -> tuple[int, int]:
+        """User and group of the files, over an image with that status."""
+        uid = status.st_uid if self.uid is None else self.uid
+        return uid, status.st_gid if self.gid is None else self.gid
+
 
 class SnapshotFS(pyfuse3.Operations):
     """The tree of one mount, over an engine.
@@ -122,8 +113,7 @@ class SnapshotFS(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = writeback_cache
-        self.unhealthy: str | None = None  # the first unexpected exception
-        self._logged: dict[tuple[str, int | None], float] = {}  # failures, and when
+        self.failures = Failures(engine.events)
         self.fast_path = fast_path
         self._engine = engine
         self._image_fd = image_fd
@@ -142,41 +132,16 @@ class SnapshotFS(pyfuse3.Operations):
     # Errors
 
     def errno_of(self, error: Exception, what: str) -> int:
-        """The errno that tells a caller of an exception; unexpected ones are logged."""
+        """The errno that tells a caller of an exception; see `Failures.errno_of`."""
         if isinstance(error, pyfuse3.FUSEError):
             return int(error.errno)
-        if isinstance(error, errors.SnapfsError):
-            return next(number for kind, number in ERRNOS if isinstance(error, kind))
-        if isinstance(error, OSError) and error.errno:
-            if error.errno in (errno.EIO, errno.ENOSPC):
-                self._log_failure(what, error)
-            return error.errno
-        log.error("unexpected error in %s", what, exc_info=error)
-        if self.unhealthy is None:
-            self.unhealthy = f"unexpected error in {what}: {error!r}"
-            self._engine.events.record("unhealthy", reason=self.unhealthy)
-        return errno.EIO
-
-    def _log_failure(self, what: str, error: OSError) -> None:
-        """One line for a kind of failure in `REPEAT_SECONDS`; a full disk fails every request."""
-        now = trio.current_time()
-        repeated = now - self._logged.get((what, error.errno), -math.inf) < REPEAT_SECONDS
-        if not repeated:
-            self._logged[what, error.errno] = now
-        log.log(logging.DEBUG if repeated else logging.ERROR, "%s: %s", what, error)
+        return self.failures.errno_of(error, what)
 
     # Attributes
 
-    def _owner(self, status: os.stat_result) -> tuple[int, int]:
-        own = self._ownership
-        return (
-            status.st_uid if own.uid is None else own.uid,
-            status.st_gid if own.gid is None else own.gid,
-        )
-
     def owner(self) -> int:
         """The user to whom the files belong."""
-        return self._owner(os.fstat(self._image_fd))[0]
+        return self._ownership.of(os.fstat(self._image_fd))[0]
 
     def _check_owner(self, context: pyfuse3.RequestContext) -> None:
         if context.uid not in (0, os.geteuid(), self.owner()):
@@ -194,7 +159,7 @@ class SnapshotFS(pyfuse3.Operations):
         entry.st_ino = inode
         entry.entry_timeout = 0
         entry.attr_timeout = 0
-        entry.st_uid, entry.st_gid = self._owner(status)
+        entry.st_uid, entry.st_gid = self._ownership.of(status)
         entry.st_blksize = self._engine.geometry.cluster_size
         mode = stat.S_IMODE(status.st_mode)
         entry.st_atime_ns = status.st_atime_ns

@@ -39,10 +39,11 @@ class Bench(Serving):
     ) -> list[object]:
         """A command: so many bytes of requests in [0, size), or for so long if `amount` is 0."""
         engine = "libaio" if direct and threads == 1 else "psync"
+        size = min(size or self.size, self.size)
         return [
             "fio", "--name=bench", f"--filename={file}", f"--rw={rw}", f"--bs={block}",
             f"--iodepth={depth}", f"--ioengine={engine}", f"--numjobs={threads}",
-            "--group_reporting", f"--direct={int(direct)}", f"--size={min(size or self.size, self.size)}",
+            "--group_reporting", f"--direct={int(direct)}", f"--size={size}",
             "--invalidate=0", "--randrepeat=0", "--allow_file_create=0", "--output-format=json",
             *([f"--io_size={amount}"] if amount else [f"--runtime={seconds}", "--time_based"]),
         ]  # fmt: skip
