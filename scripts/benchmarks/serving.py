@@ -55,6 +55,7 @@ class Serving:
         self.sparse = directory / "sparse.img"  # 16 GiB, half of it data
         self.pieces = directory / "pieces.img"  # 1 TiB, 100,000 extents of data
         self.large = directory / "large.img"  # 2 GiB
+        self._large_folios = False  # how the image's data is in the page cache
 
     def prepare(self) -> None:
         self._fill(self.image, self.size)
@@ -190,20 +191,25 @@ class Serving:
             run("umount", where)
             disk.unlink()
 
-    def warm(self) -> None:
+    def warm(self, large: bool) -> None:
         """Bring the image's data into the page cache, and what is dirty to the disk.
 
-        In a virtual machine memory that the guest has not used lately comes from the
-        host, page by page: that takes several times as long as a copy, and hits whoever
-        needs it first.
+        Page by page, as small requests leave it, or in `large` folios: both sides find it
+        the same.  In a virtual machine memory that the guest has not used lately comes
+        from the host, page by page: that takes several times as long as a copy, and hits
+        whoever needs it first.
         """
         run("sync", "-f", self.directory)
         mmap.mmap(-1, 4 * self.size, mmap.MAP_PRIVATE | mmap.MAP_POPULATE).close()
-        self._read(self.image)
+        if large != self._large_folios:
+            with open(self.image, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._large_folios = large
+        self._read(self.image, large)
 
-    def _read(self, image: Path) -> None:
+    def _read(self, image: Path, large: bool = False) -> None:
         with open(image, "rb") as file:
-            # Page by page, as small requests leave it; both sides find it the same.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            if not large:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             while file.read(MIB):
                 pass
