@@ -89,7 +89,7 @@ def lives_on(path: str) -> list[str]:
     waiting = [path]
     while waiting and len(found) < 16:
         try:
-            device = os.stat(waiting.pop()).st_dev
+            device = _device_below(waiting.pop())
             block = Path(os.path.realpath(BLOCKS / f"{os.major(device)}:{os.minor(device)}"))
             backing = list(_backing_files(block))
         except OSError:
@@ -97,6 +97,21 @@ def lives_on(path: str) -> list[str]:
         found += backing
         waiting += backing
     return found
+
+
+def _device_below(path: str) -> int:
+    """The block device that the file system of a file is on, one of them, as st_rdev.
+
+    btrfs has devices of its own, with major number 0: what it was mounted from tells.
+    """
+    device = os.stat(path).st_dev
+    if os.major(device):
+        return device
+    real = os.path.realpath(path)
+    for mount in sorted(reversed(mounts()), key=lambda each: -len(each.mountpoint)):
+        if os.path.commonpath((mount.mountpoint, real)) == mount.mountpoint:
+            return os.stat(mount.source).st_rdev if os.path.isabs(mount.source) else device
+    return device
 
 
 def _backing_files(block: Path) -> Iterator[str]:

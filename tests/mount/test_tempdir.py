@@ -140,13 +140,14 @@ def test_a_temp_directory_that_is_not_mounted_is_named(mount, tmp_path):
     assert f"{where} for temp images does not exist; mount the file system" in refused(disk)
 
 
-def test_a_temp_directory_that_would_wait_for_the_mount_is_refused(mount, tmp_path):
+@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
+def test_a_temp_directory_that_would_wait_for_the_mount_is_refused(mount, tmp_path, kind):
     disk = mount(MIB, start=False)
     below = f"temp-dir={disk.mountpoint}/temps"
     assert "is under the mountpoint" in refused(disk, below)
     with open(disk.active, "wb") as file:  # what a dead mount's loop device is on
-        file.truncate(64 * MIB)
-    run("mkfs.ext4", "-q", disk.active)
+        file.truncate(128 * MIB)
+    run(f"mkfs.{kind}", "-q", disk.active)
     with mounted_loop(disk.active, tmp_path / "fs") as where:
         assert "the temp-dir is on a file system that lives on" in refused(
             disk, f"temp-dir={where}"
