@@ -2,8 +2,9 @@
  *
  * What may block.  Reads use RWF_NOWAIT.  One that finds a page missing has begun to read
  * ahead (filemap_get_pages() in mm/filemap.c), so that trying again makes sense.  A large read
- * goes through a pipe, which holds references to the pages, and so is copied once, not twice;
- * splice(2) would wait for the disk, so mincore(2) is asked before whether all is there.
+ * is sent from a mapping of the page cache, and so is copied once, not twice; a page that is not
+ * there would be waited for, so mincore(2) is asked before whether all is.  When mapping itself
+ * may wait, or fail, is at may_map().
  *
  * Writes use RWF_NOWAIT where the file system can (XFS, btrfs).  ext4 cannot: there a write of
  * a part of a page first makes sure that the page is cached, since it would be read otherwise;
@@ -90,6 +91,18 @@ struct window {
     struct iovec data;
 };
 
+/* Not without RWF_NOWAIT: a network file system may ask its server when a file is mapped.  Not
+ * while no write may pass: who cuts the image leaves nothing under the mapping, and the read
+ * would fail; and of a file that we may not write mincore(2) says that all of it is there
+ * (can_do_mincore() in mm/mincore.c). */
+static bool may_map(const struct piece *piece)
+{
+    const struct piece first = {piece->fd, piece->offset, 1};
+    char byte;
+
+    return state.writable && read_cached(&first, &byte) == FASTPATH_ANSWERED;
+}
+
 static bool open_window(struct window *window, const struct piece *piece)
 {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), before = piece->offset % page;
@@ -127,7 +140,7 @@ static bool read_mapped(int device, uint64_t unique, const struct piece *pieces,
     int opened = 0;
 
     while (good && opened < count) {
-        good = open_window(&windows[opened], &pieces[opened]);
+        good = may_map(&pieces[opened]) && open_window(&windows[opened], &pieces[opened]);
         if (good) {
             good = is_cached(&windows[opened]);
             parts[opened + 1] = windows[opened].data;

@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncGenerator
 
 import trio
+from bitarray import bitarray
 
 from .active import MAX_SIZE, ActiveImage
 from .dirty import Selection
@@ -34,6 +35,8 @@ from .snapshot import Layer, Policy, check_name
 from .views import Extent
 
 log = logging.getLogger(__name__)
+
+TRIES = 3  # to have a layer as large as an image that grows, before its writes wait for one
 
 
 class Engine(ActiveImage):
@@ -100,22 +103,22 @@ class Engine(ActiveImage):
                 self._check_new(name)
                 async with self.tracker.switching(selection) as switch:
                     await self._keeper.save(layer)
-                    async with self._gate.closed():
-                        self._notice_size()
-                        if self.unhealthy is not None:
-                            raise StateError(self.unhealthy)
-                        if layer.geometry.size != self.size:  # a write extended the image meanwhile
-                            self._keeper.leave(layer)
-                            layer = await self._make_layer()
-                            await self._keeper.save(layer)
-                        bits = self.tracker.selected(selection)
-                        await self.tracker.begin(switch)
-                        if bits is not None:
-                            layer.restrict(bits, selection.bitmap)
-                        layer.name, layer.policy = name, policy
-                        layer.created_ns = time.time_ns()
-                        layer.blocks = self._image.blocks()
-                        self._stack.append(layer)
+                    for left in reversed(range(TRIES)):
+                        async with self._gate.closed():
+                            self._notice_size()
+                            if self.unhealthy is not None:
+                                raise StateError(self.unhealthy)
+                            if layer.geometry.size != self.size and not left:
+                                layer = await self._successor(layer)
+                            if layer.geometry.size == self.size:
+                                bits = self.tracker.selected(selection)
+                                await self.tracker.begin(switch)
+                                layer.name, layer.policy = name, policy
+                                self._begin(layer, bits, selection)
+                                break
+                        # A write extended the image meanwhile.  No write must wait for a
+                        # new temp image, unless there is no end to it.
+                        layer = await self._successor(layer)
                     await self._make_durable(layer)
                     await self._keeper.save()
             except BaseException:
@@ -124,6 +127,25 @@ class Engine(ActiveImage):
                 raise
             layer.visible = True
             return layer
+
+    def _begin(self, layer: Layer, bits: bitarray | None, selection: Selection) -> None:
+        """The instant; the gate is closed.  `bits`: the clusters to give access to, None: all."""
+        if bits is not None:
+            layer.restrict(bits, selection.bitmap)
+        layer.created_ns = time.time_ns()
+        layer.blocks = self._image.blocks()
+        self._stack.append(layer)
+
+    async def _successor(self, layer: Layer) -> Layer:
+        """Make a layer in place of one that has not the size of the image, and list it."""
+        self._keeper.leave(layer)
+        layer = await self._make_layer()
+        try:
+            await self._keeper.save(layer)
+        except BaseException:
+            self._keeper.leave(layer)
+            raise
+        return layer
 
     async def _make_durable(self, layer: Layer) -> None:
         """What a new snapshot finds in the image must survive a power cut as its name will."""

@@ -34,7 +34,7 @@ class MappedFile:
     mapping: mmap.mmap
     limiter: trio.CapacityLimiter = field(repr=False)
     _syncs: int = field(default=0, init=False)  # under way
-    _closed: bool = field(default=False, init=False)
+    closed: bool = field(default=False, init=False)  # nobody needs it any more
 
     async def sync(self) -> None:
         """Make what is mapped durable.  OSError: it is not, and a later call writes all again.
@@ -42,8 +42,8 @@ class MappedFile:
         After a failure the kernel takes its pages for clean, although the
         disk never got them (fsync(2), NOTES), so they are made dirty again.
         """
-        if self._closed:
-            return  # nobody needs it any more
+        if self.closed:
+            return
         self._syncs += 1
         try:
             await trio.to_thread.run_sync(os.fdatasync, self.fd, limiter=self.limiter)
@@ -56,11 +56,11 @@ class MappedFile:
 
     def close(self) -> None:
         """Close the descriptor, when no sync is under way."""
-        self._closed = True
+        self.closed = True
         self._close_unused()
 
     def _close_unused(self) -> None:
-        if self._closed and not self._syncs and self.fd >= 0:
+        if self.closed and not self._syncs and self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
@@ -101,6 +101,8 @@ class LayerFiles:
             waiting.extend(access.cleared())
             ranges = list(waiting)
             await files["losses"].sync()
+            if files["access"].closed:
+                return  # its layer was removed meanwhile, and has no bits any more
             access.apply(ranges)
             await files["access"].sync()
             waiting.clear()

@@ -79,7 +79,8 @@ class Outsider:
         device: st_dev of the mount.  sync: fsync(2) of a file.  open: a file,
         for `finish` with the value as name: fsync and close it; or `close`.  unmount.
         """
-        if self._stream is None or self._sending is None:
+        stream = self._stream  # None as soon as the child is gone, maybe while we wait
+        if stream is None or self._sending is None:
             raise OSError(errno.ESRCH, "the helper process does not run")
         question = _Question()
         number = next(self._numbers)
@@ -87,7 +88,7 @@ class Outsider:
         line = json.dumps({"id": number, "call": call, "name": name}).encode() + b"\n"
         try:
             async with self._sending:
-                await self._stream.send_all(line)
+                await stream.send_all(line)
         except trio.BrokenResourceError:
             self._waiting.pop(number, None)
             question.answered.set()

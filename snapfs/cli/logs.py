@@ -24,7 +24,9 @@ class LaterHandler(logging.handlers.QueueHandler):
     """Hands records to `target`, after `start` in a thread."""
 
     def __init__(self, target: logging.Handler) -> None:
-        super().__init__(queue.Queue(MOST_WAITING))
+        # A signal's handler logs, too, maybe in the midst of a put: that must be reentrant.
+        self._lines: queue.SimpleQueue[logging.LogRecord | threading.Event] = queue.SimpleQueue()
+        super().__init__(self._lines)
         self._target = target
         self._started = False
 
@@ -35,7 +37,7 @@ class LaterHandler(logging.handlers.QueueHandler):
 
     def _write(self) -> None:
         while True:
-            item = self.queue.get()
+            item = self._lines.get()
             if isinstance(item, threading.Event):
                 item.set()
             else:
@@ -44,9 +46,14 @@ class LaterHandler(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         """Never waits once started; raises queue.Full, which loses the line."""
         if self._started:
-            self.queue.put_nowait(record)
+            self._put(record)
         else:
             self._target.handle(record)
+
+    def _put(self, item: logging.LogRecord | threading.Event) -> None:
+        if self._lines.qsize() >= MOST_WAITING:
+            raise queue.Full
+        self._lines.put(item)
 
     def drain(self) -> bool:
         """Wait for what was logged so far to be written, but not for long; has it been?"""
@@ -54,7 +61,7 @@ class LaterHandler(logging.handlers.QueueHandler):
             return True
         written = threading.Event()
         try:
-            self.queue.put_nowait(written)
+            self._put(written)
         except queue.Full:
             return False
         return written.wait(LAST_SECONDS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,9 @@ class Recorder:
         self._on_change = on_change
         self._data: dict[str, Contents] = {str(disk): Contents(bytearray(disk.read_bytes()))}
         self._mapped: dict[str, list[bytes]] = {}  # states since the last sync, oldest first
+        # Files are made and synced in a thread: a state that was read before one of its
+        # syncs, as that a file was empty, must not be entered after it.
+        self._looking = threading.Lock()
         self._manifests: list[bytes] = [b""]  # possible ones
         self._syncs: Counter[str] = Counter()  # fdatasync(2) that succeeded, by path
         self._patch(monkeypatch)
@@ -166,14 +170,15 @@ class Recorder:
 
     def _look(self, path: str) -> int:
         """Note the state of a mapped file; the number of the newest one."""
-        try:
-            now = Path(path).read_bytes()
-        except FileNotFoundError:  # removed in a thread, just now
-            return len(self._mapped.setdefault(path, [b""])) - 1
-        states = self._mapped.setdefault(path, [bytes(len(now))])
-        if states[-1] != now:
-            states.append(now)
-        return len(states) - 1
+        with self._looking:
+            try:
+                now = Path(path).read_bytes()
+            except FileNotFoundError:  # removed in a thread, just now
+                return len(self._mapped.setdefault(path, [b""])) - 1
+            states = self._mapped.setdefault(path, [bytes(len(now))])
+            if states[-1] != now:
+                states.append(now)
+            return len(states) - 1
 
     def _synced(self, path: str, number: int) -> None:
         wanted = self._mapped[path][number]

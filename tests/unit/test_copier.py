@@ -290,6 +290,41 @@ async def test_a_creation_that_waits_for_temp_storage_holds_up_no_deletion(bench
     check_quiet(bench.engine, bench.store)
 
 
+async def test_writes_do_not_wait_for_the_temp_image_of_an_image_that_grows(bench, nursery):
+    listing = bench.store.stall("save", times=1)
+    nursery.start_soon(bench.engine.create_snapshot, "s")
+    await listing.reached.wait()
+    await bench.engine.write(SIZE, b"longer")
+    making = bench.store.stall("create", times=1)
+    listing.release()
+    await making.reached.wait()
+    with trio.fail_after(5):
+        await bench.engine.write(0, b"x")
+        await bench.engine.write(SIZE + 6, b" and longer")
+    making.release()
+    await wait_all_tasks_blocked()
+    (layer,) = bench.engine.layers
+    assert b"x" == bytes(await bench.engine.read_snapshot(layer, 0, 1))
+    assert b"longer and longer" == bytes(await bench.engine.read_snapshot(layer, SIZE, 100))
+    check_quiet(bench.engine, bench.store)
+
+
+async def test_a_snapshot_of_an_image_that_grows_and_grows(bench, monkeypatch):
+    """At last the writes are held."""
+    real = bench.store.create
+
+    async def create(layer_id, geometry):
+        if bench.engine._gate.open:
+            await bench.engine.write(bench.engine.size, b"more")
+        return await real(layer_id, geometry)
+
+    monkeypatch.setattr(bench.store, "create", create)
+    layer = await bench.engine.create_snapshot("s")
+    assert (SIZE + 12, SIZE + 12) == (layer.geometry.size, bench.engine.size)
+    await wait_all_tasks_blocked()  # the others are removed
+    check_quiet(bench.engine, bench.store)
+
+
 async def test_a_name_that_was_taken_meanwhile_leaves_nothing(bench, nursery):
     await bench.engine.create_snapshot("old")
     stall = bench.store.stall("create", times=1)

@@ -7,6 +7,7 @@ import os
 import random
 import select
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,35 @@ async def test_a_large_read_in_many_pieces(tmp_path):
             read_request(FIRST_SNAPSHOT + layer.id, rig.handle(layer), 0, len(content))
         )
         assert mapped == requestfilter.fastpath_statistics()["mapped"]
+
+
+async def test_nothing_is_mapped_while_the_image_may_be_cut(tmp_path):
+    image = tmp_path / "large.img"
+    content = os.urandom(160 << 10)
+    image.write_bytes(content)
+    request = read_request(ACTIVE, ACTIVE_HANDLE, 0, len(content))
+    async with Rig.make(image) as rig:
+        mapped = requestfilter.fastpath_statistics()["mapped"]
+        async with rig.engine._gate.closed():  # as a resize does
+            assert (0, content) == rig.send(request)
+        assert mapped == requestfilter.fastpath_statistics()["mapped"]
+
+
+async def test_a_file_that_may_have_to_be_waited_for_is_not_mapped():
+    """Of a network file system; here of one that does not know RWF_NOWAIT either."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as where:
+        image = Path(where) / "large.img"
+        image.write_bytes(os.urandom(160 << 10))
+        with image.open("rb") as file:
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+                pytest.skip("tmpfs knows RWF_NOWAIT")
+            except OSError as error:
+                assert errno.EOPNOTSUPP == error.errno
+        async with Rig.make(image) as rig:
+            mapped = requestfilter.fastpath_statistics()["mapped"]
+            assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 160 << 10)) is None
+            assert mapped == requestfilter.fastpath_statistics()["mapped"]
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 1), (5, 3 * CLUSTER), (SIZE - 7, 7), (0, SIZE)])

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import subprocess
+import sys
 import threading
 
 from snapfs.cli import logs
@@ -27,7 +29,7 @@ def test_a_log_that_nobody_empties_holds_up_nobody(monkeypatch):
         thread = threading.Thread(target=lambda: [*lines, done.set()])
         thread.start()
         monkeypatch.setattr(logs, "LAST_SECONDS", 60.0)
-        while handler.queue.full():
+        while handler.queue.qsize() >= logs.MOST_WAITING:
             done.wait(0.01)
         handler.flush()
         pipe.close()
@@ -44,3 +46,25 @@ def test_lines_are_written_in_order_before_and_after_the_start():
         handler.handle(record(str(number)))
     handler.flush()
     assert ["first", *map(str, range(100))] == text.getvalue().split()
+
+
+INTERRUPTED = """
+import logging, signal
+from snapfs.cli import logs
+
+logging.raiseExceptions = False
+log = logging.getLogger("snapfs")
+log.propagate = False
+log.addHandler(logs.LaterHandler(logging.NullHandler()))
+log.handlers[0].start()
+signal.signal(signal.SIGALRM, lambda *_: log.warning("from a signal"))
+signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+for number in range(20000):
+    log.warning("line %d", number)
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+def test_a_signal_that_comes_in_the_midst_of_a_line_can_log():
+    """As the one that ends a daemon whose storage does not answer."""
+    subprocess.run([sys.executable, "-c", INTERRUPTED], check=True, timeout=60)

@@ -37,6 +37,22 @@ async def test_calls_and_their_errors(outsider, tmp_path, nursery):
         await outsider.call("open", "nothing")
 
 
+async def test_a_call_that_is_about_to_be_sent_when_the_process_ends_fails(outsider, nursery):
+    ended = trio.Event()
+
+    async def run(task_status: trio.TaskStatus[None]) -> None:
+        await outsider.run(task_status)
+        ended.set()
+
+    await nursery.start(run)
+    async with trio.open_nursery() as waiting:
+        async with outsider._sending:
+            waiting.start_soon(refused, outsider, "sync", "file")
+            await trio.testing.wait_all_tasks_blocked()
+            os.kill(outsider.pid, signal.SIGKILL)
+            await ended.wait()
+
+
 async def test_before_it_runs_there_is_nobody_to_ask(outsider):
     await refused(outsider, "sync", "file")
 

@@ -559,3 +559,34 @@ async def test_on_a_full_disk_the_manifest_changes_places_with_the_reserve(image
 
 
 FIXED = ("manifest.json", "reserve")
+
+
+async def test_a_layer_is_removed_while_its_loss_is_made_durable(image, monkeypatch, nursery):
+    """Who writes waits for the rest of that, and must not fail."""
+    store = await Store.open(str(image), cluster_size=CLUSTER, durability="power", limiter=LIMITER)
+    engine = engine_of(store, nursery)
+    layer = await engine.create_snapshot("s")
+    real, syncing, removed = os.fdatasync, threading.Event(), threading.Event()
+
+    def fdatasync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("/losses"):
+            syncing.set()
+            assert removed.wait(10)
+        real(fd)
+
+    async def copy_to(*_arguments: object) -> int:
+        raise OSError(errno.EIO, "cannot copy")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(FileImage, "copy_to", copy_to)
+    async with trio.open_nursery() as writing:
+        writing.start_soon(engine.write, 0, b"x")
+        await trio.to_thread.run_sync(syncing.wait, 10)
+        assert "incomplete" == layer.state
+        await engine.delete_snapshot("s")
+        with trio.fail_after(10):
+            while list(store.directory.glob("snapshots/*")):
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        removed.set()
+    assert b"x" == image.read_bytes()[:1]
+    await store.close(engine.layers, [])
