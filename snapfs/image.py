@@ -178,6 +178,10 @@ def _data_inside(
     return extents, position
 
 
+def _nothing() -> None:
+    """A call that is made for what comes after it."""
+
+
 class FileImage:
     """An `Image` that is a regular file.
 
@@ -189,10 +193,9 @@ class FileImage:
         self.fd = fd
         self._limiter = limiter
         self._writes = Offloader(limiter)
-        # Copies that must be durable, and one sync for those that queued up.  One trip
-        # at a time: a sync that fails is then that of all that it may concern.  Two
-        # would share the error, which a descriptor reports once, to one of them.
-        self._durable = Offloader(limiter, trips=1, ending=self._sync)
+        # Copies that must be durable: one sync for those that wait for it by then.
+        self._syncs = Offloader(limiter, trips=1, ending=self._sync)
+        self._failed_syncs = 0
         self._write_nowait = True  # until the file system says it cannot
 
     async def _offload(
@@ -262,7 +265,11 @@ class FileImage:
         await self._offload(self._sync)
 
     def _sync(self) -> None:
-        os.fdatasync(self.fd)
+        try:
+            os.fdatasync(self.fd)
+        except OSError:
+            self._failed_syncs += 1
+            raise
 
     async def data_extents(
         self, offset: int, length: int, limit: int
@@ -286,10 +293,17 @@ class FileImage:
         # In the queue of the target, which is the one that is written.
         if not isinstance(target, FileImage):
             raise TypeError("a file is copied to a file")
-        queue = target._durable if durable else target._writes
-        return await queue.run(
+        failed = target._failed_syncs
+        written = await target._writes.run(
             copy_clusters, self.fd, target.fd, offset, length, cluster_size, budget
         )
+        if durable:
+            await target._syncs.run(_nothing)
+            # A descriptor tells of an error once.  What was written while another sync failed
+            # may be what it failed for, and the next one would not tell.
+            if target._failed_syncs != failed:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return written
 
     def size(self) -> int:
         return os.fstat(self.fd).st_size

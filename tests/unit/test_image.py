@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from snapfs._copy import copy_clusters
 from snapfs.image import FileImage
 
 K64 = 1 << 16
@@ -154,8 +155,30 @@ async def test_durable_copies_that_queue_up_share_one_sync_and_its_failure(make,
             nursery.start_soon(copy, cluster)
         await wait_all_tasks_blocked()
         go.set()
-    assert [errno.EIO, K64, K64, K64] == results
+    assert [errno.EIO] * 4 == results
     assert [b"x\0\0\0", b"xxxx"] == syncs
+    results.clear()
+    await copy(2)
+    assert [K64] == results
+
+
+async def test_a_durable_copy_that_takes_long_holds_up_no_other(make, monkeypatch):
+    image, target = make(b"x" * 4 * K64), make(4 * K64)
+    reached, go = threading.Event(), threading.Event()
+
+    def slow(source: int, temp: int, offset: int, *rest: int) -> int:
+        if not offset:
+            reached.set()
+            go.wait()
+        return copy_clusters(source, temp, offset, *rest)
+
+    monkeypatch.setattr("snapfs.image.copy_clusters", slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.copy_to, target, 0, K64, K64, K64, True)
+        await trio.to_thread.run_sync(reached.wait)
+        assert K64 == await image.copy_to(target, K64, K64, K64, K64, True)
+        assert b"\0x\0\0" == bytes(everything(target)[::K64])
+        go.set()
 
 
 async def test_a_close_that_fails_has_closed(make, monkeypatch):
