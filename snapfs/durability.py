@@ -85,9 +85,10 @@ class Promises:
         self._nursery = nursery
         self._promises: RequestList[Promise] = RequestList()
 
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._promises)
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Clusters [first, stop) of those that are not kept."""
+        return [(promise.first, promise.stop) for promise in self._promises]
 
     def make(self, commit: GroupCommit, first: int, stop: int) -> None:
         """Bits of [first, stop) changed in a file."""

@@ -3,9 +3,9 @@
  * No policy is made here.  fastpath.py describes the engine's state as plain data, anew for
  * each drain of /dev/fuse (state.h), and this file answers what follows from it:
  *
- *   WRITE of `active`    inside the known size, no cluster pending, no frozen read in the
- *                        range, snapshots not being created: sets the dirty bits, notes
- *                        activity, writes.  With pending clusters it is kept until the pool
+ *   WRITE of `active`    inside the known size, no cluster pending, no frozen read and no
+ *                        promise (durability.py) in the range, snapshots not being created:
+ *                        sets the dirty bits, notes activity, writes.  With pending clusters it is kept until the pool
  *                        has copied them (waiting.c), then it goes on like any other
  *   READ of `active`     data in the page cache
  *   READ of a snapshot   every cluster accessible, its source by the engine's rule (the first
@@ -216,10 +216,11 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
         return FASTPATH_PYTHONS;
     first = arg->offset >> state.shift;
     stop = clusters_of(arg->offset + arg->size);
-    if (overlaps(&state.frozen, first, stop))
+    if (overlaps(&state.frozen, first, stop) || overlaps(&state.promised, first, stop))
         return FASTPATH_PYTHONS;
     for (int i = 0; i < state.dirty_count; i++)
-        if (!holds(&state.dirty[i], stop)) /* the image has just grown */
+        if (!holds(&state.dirty[i], stop) || /* the image has just grown */
+            (state.dirty_durable && !all_set(&state.dirty[i], first, stop)))
             return FASTPATH_PYTHONS;
     if (any_set(&state.pending, first, stop))
         return waiting_preserve(first, stop) ? FASTPATH_KEPT : FASTPATH_PYTHONS;

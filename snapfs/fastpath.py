@@ -15,6 +15,7 @@ import trio
 from . import requestfilter
 from .cbw import Engine
 from .copier import Copy
+from .dirty import EVERYTHING
 from .image import FileImage, Image
 from .pagecache import PageCache
 
@@ -63,6 +64,7 @@ class FastPath:
         if MOST < max(map(len, (moment.layers, moment.dirty, moment.frozen, moment.copying))):
             return None
         quarantined = self._page_cache.quarantined()
+        promised = moment.promised if len(moment.promised) <= MOST else [(0, EVERYTHING)]
         return (
             _descriptor(moment.image),
             moment.size,
@@ -70,8 +72,10 @@ class FastPath:
             moment.writable,
             self.busy > 0,
             moment.dirty,
+            moment.dirty_durable,
             moment.frozen,
             moment.copying,
+            promised,
             [
                 (
                     FIRST_SNAPSHOT + layer.id,

@@ -34,9 +34,11 @@ class Moment(NamedTuple):
     """The image and its layers.
 
     `writable`: a write may pass that lies inside the size, touches no pending
-    cluster and none of `frozen` (ranges of clusters [first, stop)), and that
-    first sets its bits in all of `dirty` (writable buffers) and announces itself
-    to the store.  `copying`: where copies are under way.  `layers`: oldest first.
+    cluster and none of `frozen` and `promised` (ranges of clusters [first, stop)),
+    and that first sets its bits in all of `dirty` (writable buffers) and announces
+    itself to the store.  `promised`: where bits must become durable first.
+    `dirty_durable`: those of a write must be, too: it may not pass unless they are set
+    already.  `copying`: where copies are under way.  `layers`: oldest first.
     """
 
     image: Image
@@ -46,5 +48,7 @@ class Moment(NamedTuple):
     pending: bitarray
     frozen: list[tuple[int, int]]
     copying: list[tuple[int, int]]
+    promised: list[tuple[int, int]]
     dirty: list[Any]
+    dirty_durable: bool
     layers: list[LayerMoment]

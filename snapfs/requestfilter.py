@@ -58,6 +58,8 @@ Published = tuple[
     bool,
     bool,
     list[object],
+    bool,
+    list[tuple[int, int]],
     list[tuple[int, int]],
     list[tuple[int, int]],
     list[tuple[int, int, int, bool, bool, object, object]],
@@ -65,10 +67,10 @@ Published = tuple[
     object,
 ]
 """The engine's state: descriptor and size of the image, log2 of the cluster size, whether
-writes may pass, whether a task is in a handler; dirty bitmaps; frozen ranges of clusters,
-and those being copied; layers, oldest first (inode, size, descriptor of the temp image,
-readable, live, access, done); pending; the page with the record of activity.
-Bitmaps and page are writable buffers."""
+writes may pass, whether a task is in a handler; dirty bitmaps, and whether their bits must be
+durable; ranges of clusters that are frozen, being copied, and promised; layers, oldest first
+(inode, size, descriptor of the temp image, readable, live, access, done); pending; the page
+with the record of activity.  Bitmaps and page are writable buffers."""
 
 LseekHandler = Callable[[int, int, int, int, int], object]
 """(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""

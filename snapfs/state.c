@@ -78,28 +78,29 @@ struct activity {
 
 bool state_load(PyObject *published)
 {
-    PyObject *dirty, *frozen, *copying, *layers;
+    PyObject *dirty, *frozen, *copying, *promised, *layers;
     unsigned long long size;
-    int writable, busy;
+    int writable, busy, dirty_durable;
 
     if (!PyTuple_Check(published))
         return refuse("not a tuple");
-    if (!PyArg_ParseTuple(published, "iKIppOOOOw*w*", &state.image, &size, &state.shift, &writable,
-                          &busy, &dirty, &frozen, &copying, &layers, &state.pending,
-                          &state.activity))
+    if (!PyArg_ParseTuple(published, "iKIppOpOOOOw*w*", &state.image, &size, &state.shift,
+                          &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
+                          &layers, &state.pending, &state.activity))
         return false;
     state.loaded = true; /* from here on state_unload() releases the buffers */
     state.receiver = -1;
     state.size = size;
     state.writable = writable;
     state.busy = busy;
+    state.dirty_durable = dirty_durable;
     if (state.image < 0 || size > INT64_MAX || state.shift < 12 || state.shift > 22 ||
         !holds(&state.pending, clusters_of(size)) ||
         state.activity.len < (Py_ssize_t)sizeof(struct activity) ||
         (uintptr_t)state.activity.buf % _Alignof(struct activity))
         return refuse("the image");
     return load_ranges(&state.frozen, frozen) && load_ranges(&state.copying, copying) &&
-           load_dirty(dirty) && load_layers(layers);
+           load_ranges(&state.promised, promised) && load_dirty(dirty) && load_layers(layers);
 }
 
 void state_unload(void)
@@ -114,7 +115,8 @@ void state_unload(void)
         PyBuffer_Release(&state.dirty[i]);
     PyBuffer_Release(&state.pending);
     PyBuffer_Release(&state.activity);
-    state.frozen.count = state.copying.count = state.layer_count = state.dirty_count = 0;
+    state.frozen.count = state.copying.count = state.promised.count = 0;
+    state.layer_count = state.dirty_count = 0;
     state.loaded = false;
 }
 

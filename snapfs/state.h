@@ -48,6 +48,8 @@ struct layer {
 struct state {
     bool loaded;
     bool writable;   /* writes may pass: no snapshot is being created, not read-only */
+    bool dirty_durable; /* the bits of a write must be: those that are set are, if nothing is
+                         * promised there */
     bool busy;       /* a task of Python's is in a handler */
     int image;
     unsigned shift;  /* log2 of the cluster size */
@@ -55,6 +57,7 @@ struct state {
     Py_buffer pending;
     Py_buffer activity;
     struct ranges frozen, copying; /* snapshot reads of the image, and copies, of Python's */
+    struct ranges promised;        /* bits have changed, and are not durable yet: as above */
     struct layer layers[MAX_LAYERS]; /* oldest first */
     Py_buffer dirty[MAX_BITMAPS];
     int layer_count, dirty_count;

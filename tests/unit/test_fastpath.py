@@ -318,6 +318,33 @@ async def test_nothing_is_written_natively_while_a_promise_is_not_kept(image):
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"x"))
 
 
+async def test_a_promise_keeps_native_writes_from_its_clusters_and_no_others(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.discard(layer, 2 * CLUSTER, 6 * CLUSTER)
+        assert layer.commits is not None
+        rig.engine.copier.promises.make(layer.commits.access, 3, 5)
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER - 1, b"x"))
+        for first in (3, 4):
+            assert rig.send(write_request(ACTIVE_HANDLE, first * CLUSTER, b"x")) is None
+        assert rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER - 1, b"xy")) is None
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
+        await rig.engine.copier.promises.kept(3, 5)
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER, b"x"))
+
+
+async def test_more_promises_than_there_is_room_for_keep_all_writes_out(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.discard(layer, 2 * CLUSTER, 6 * CLUSTER)
+        assert layer.commits is not None
+        for count, answer in ((256, written(1)), (1, None)):
+            for _ in range(count):
+                rig.engine.copier.promises.make(layer.commits.access, 3, 4)
+            assert answer == rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
+        assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
+
+
 async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image):
     async with Rig.make(image) as rig:
         layer = await rig.engine.create_snapshot("s")
@@ -483,7 +510,14 @@ async def test_what_must_be_durable_before_a_write_is_not_written_natively(image
     async with Rig.make(image, durability="power") as rig:
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"x"))
         await rig.engine.tracker.add("b")
-        assert rig.send(write_request(ACTIVE_HANDLE, 0, b"x")) is None
+        assert rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"x")) is None
+        await rig.engine.write(CLUSTER, b"x")
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"x"))
+        await rig.engine.tracker.add("c")
+        for offset in (CLUSTER, 2 * CLUSTER - 1):
+            assert rig.send(write_request(ACTIVE_HANDLE, offset, b"xy")) is None
+        await rig.engine.write(CLUSTER, b"x")
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"x"))
 
 
 async def test_with_power_durability_only_what_is_copied_durably_is_written_natively(
@@ -498,11 +532,11 @@ async def test_with_power_durability_only_what_is_copied_durably_is_written_nati
         def fdatasync(fd: int) -> None:
             real(fd)
             if layer.done.get(0):  # not durable yet: it is in the thread that syncs it
-                seen.append(rig.engine.moment().writable)
+                seen.append(rig.engine.moment().promised)
 
         monkeypatch.setattr(os, "fdatasync", fdatasync)
         await rig.engine.write(0, b"x")
-        assert [False] == seen
+        assert [[(0, 1)]] == seen
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"y"))
         assert rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"y")) is None
         assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
@@ -731,7 +765,12 @@ async def test_an_empty_image(tmp_path):
 
 @pytest.mark.parametrize(
     "state",
-    [7, (), (1, 2), (0, 1, 12, True, False, [], [], [], [], bytearray(), bytearray(56))],
+    [
+        7,
+        (),
+        (1, 2),
+        (0, 1, 12, True, False, [], False, [], [], [], [], bytearray(), bytearray(56)),
+    ],
     ids=["not a tuple", "empty", "short", "bitmap too short"],
 )
 async def test_nonsense_switches_it_off(image, state, monkeypatch):
