@@ -225,6 +225,8 @@ class Engine(ActiveImage):
 
     def moment(self) -> Moment:
         """All that it takes to answer what needs no policy, until the next checkpoint."""
+        receiver = self._stack.receiver
+        commits = receiver.commits if receiver is not None else None
         return Moment(
             self._image,
             self._geometry.size,
@@ -239,11 +241,11 @@ class Engine(ActiveImage):
             [
                 LayerMoment(
                     layer.id, layer.geometry.size, layer.state != "lost",
-                    layer.live and layer.commits is None, layer.temp,
-                    layer.access.bits, layer.done.bits,
+                    layer.live, layer.temp, layer.access.bits, layer.done.bits,
                 )
                 for layer in self._stack
             ],
+            commits.done_file if commits is not None else None,
         )  # fmt: skip
 
     # Extents

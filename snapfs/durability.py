@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 import trio
 from attrs import define, frozen
 
+from .bitmap import Bitmap
 from .reqlist import Request, RequestList
 from .rounds import Rounds
 
@@ -71,11 +72,23 @@ class Promise(Request):
 
 
 @frozen
+class DoneFile:
+    """The done bits of a layer in their mapped file, for native code.
+
+    `fd` is open while the layer is in the stack.
+    """
+
+    fd: int
+    bits: Bitmap
+
+
+@frozen
 class Commits:
     """What makes the bits of a layer durable."""
 
     done: GroupCommit
     access: GroupCommit
+    done_file: DoneFile
 
 
 class Promises:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bitarray import bitarray
 
+from .durability import DoneFile
 from .image import Image
 
 
@@ -18,7 +19,7 @@ class LayerMoment(NamedTuple):
     """One layer.
 
     `readable`: its state does not forbid reading as a whole.  `live`: it may receive
-    copies, of which none has to be durable before the image is written; the newest does.
+    copies; the newest does.
     """
 
     id: int
@@ -39,6 +40,9 @@ class Moment(NamedTuple):
     itself to the store.  `promised`: where bits must become durable first.
     `dirty_durable`: those of a write must be, too: it may not pass unless they are set
     already.  `copying`: where copies are under way.  `layers`: oldest first.
+    `done_file`: of the layer that receives copies, if they must survive a power cut:
+    its done bits must be set there, too, when the copied data is durable, and be durable
+    themselves before the image is written.
     """
 
     image: Image
@@ -52,3 +56,4 @@ class Moment(NamedTuple):
     dirty: list[Any]
     dirty_durable: bool
     layers: list[LayerMoment]
+    done_file: DoneFile | None

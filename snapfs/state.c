@@ -70,6 +70,23 @@ static bool load_layers(PyObject *layers)
     return true;
 }
 
+static bool load_done_file(PyObject *published)
+{
+    struct done_file *file = &state.done_file;
+
+    if (published == Py_None)
+        return true;
+    if (!PyTuple_Check(published))
+        return refuse("the file of done bits");
+    if (!PyArg_ParseTuple(published, "iw*", &file->fd, &file->bits))
+        return false;
+    file->durable = true;
+    if (file->fd < 0 || state.receiver < 0 ||
+        !holds(&file->bits, state.layers[state.receiver].clusters))
+        return refuse("the file of done bits");
+    return true;
+}
+
 /* activity.py's record, in the mapped page. */
 struct activity {
     char magic[8];
@@ -78,15 +95,15 @@ struct activity {
 
 bool state_load(PyObject *published)
 {
-    PyObject *dirty, *frozen, *copying, *promised, *layers;
+    PyObject *dirty, *frozen, *copying, *promised, *layers, *done_file;
     unsigned long long size;
     int writable, busy, dirty_durable;
 
     if (!PyTuple_Check(published))
         return refuse("not a tuple");
-    if (!PyArg_ParseTuple(published, "iKIppOpOOOOw*w*", &state.image, &size, &state.shift,
+    if (!PyArg_ParseTuple(published, "iKIppOpOOOOOw*w*", &state.image, &size, &state.shift,
                           &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
-                          &layers, &state.pending, &state.activity))
+                          &layers, &done_file, &state.pending, &state.activity))
         return false;
     state.loaded = true; /* from here on state_unload() releases the buffers */
     state.receiver = -1;
@@ -100,7 +117,8 @@ bool state_load(PyObject *published)
         (uintptr_t)state.activity.buf % _Alignof(struct activity))
         return refuse("the image");
     return load_ranges(&state.frozen, frozen) && load_ranges(&state.copying, copying) &&
-           load_ranges(&state.promised, promised) && load_dirty(dirty) && load_layers(layers);
+           load_ranges(&state.promised, promised) && load_dirty(dirty) && load_layers(layers) &&
+           load_done_file(done_file);
 }
 
 void state_unload(void)
@@ -113,6 +131,9 @@ void state_unload(void)
     }
     for (int i = 0; i < state.dirty_count; i++)
         PyBuffer_Release(&state.dirty[i]);
+    if (state.done_file.durable)
+        PyBuffer_Release(&state.done_file.bits);
+    state.done_file.durable = false;
     PyBuffer_Release(&state.pending);
     PyBuffer_Release(&state.activity);
     state.frozen.count = state.copying.count = state.promised.count = 0;

@@ -45,6 +45,13 @@ struct layer {
     Py_buffer access, done;
 };
 
+/* Of the receiver. */
+struct done_file {
+    bool durable;   /* must its copies survive a power cut?  Else the rest is nothing */
+    int fd;
+    Py_buffer bits; /* of the mapped file: what is set there may be on the disk at any moment */
+};
+
 struct state {
     bool loaded;
     bool writable;   /* writes may pass: no snapshot is being created, not read-only */
@@ -62,6 +69,7 @@ struct state {
     Py_buffer dirty[MAX_BITMAPS];
     int layer_count, dirty_count;
     int receiver; /* index of the newest live layer, -1: none */
+    struct done_file done_file;
 };
 
 extern INTERNAL struct state state;

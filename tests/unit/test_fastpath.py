@@ -403,7 +403,7 @@ async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch
         await rig.engine.create_snapshot("s")
 
         def finish(*arguments):
-            copies = arguments[4]
+            copies = arguments[5]
             while copies:  # end them, lest they are another test's
                 for ended in requestfilter.ended_copies():
                     copies.remove(next(each for each in copies if each[0] == ended[0]))
@@ -520,13 +520,9 @@ async def test_what_must_be_durable_before_a_write_is_not_written_natively(image
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"x"))
 
 
-async def test_with_power_durability_only_what_is_copied_durably_is_written_natively(
-    image, monkeypatch
-):
+async def test_what_python_makes_durable_is_not_written_natively_meanwhile(image, monkeypatch):
     async with Rig.make(image, durability="power") as rig:
         layer = await rig.engine.create_snapshot("s")
-        assert rig.send(write_request(ACTIVE_HANDLE, 0, b"x")) is None
-        assert [] == list(layer.done.runs(0, 17))
         seen, real = [], os.fdatasync
 
         def fdatasync(fd: int) -> None:
@@ -538,9 +534,43 @@ async def test_with_power_durability_only_what_is_copied_durably_is_written_nati
         await rig.engine.write(0, b"x")
         assert [[(0, 1)]] == seen
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"y"))
-        assert rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"y")) is None
         assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
     assert b"y" + OLD[1:] == image.read_bytes()
+
+
+async def test_with_power_durability_first_writes_land_natively(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        assert layer.commits is not None
+        requests = [
+            write_request(ACTIVE_HANDLE, n * CLUSTER + 5, b"x", unique=n) for n in range(1, 16)
+        ]
+        assert [2] * 15 == rig.drain(*requests)
+        assert {n: written(1) for n in range(1, 16)} == rig.replies()
+        assert ([], [], []) == (rig.handed, rig.engine.copier.ranges, rig.engine.moment().promised)
+        for bits in (layer.done, layer.commits.done_file.bits):
+            assert [(1, 16)] == list(bits.runs(0, 17))
+        assert [1] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 15))
+        counters = rig.engine.counters
+        assert (15, 15 * CLUSTER) == (counters.cbw_copies, counters.cbw_bytes)
+        assert 0 < counters.cbw_seconds
+        assert 0 == rig.engine.space._claimed
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+        check_bitmaps(rig.engine)
+
+
+async def test_with_power_durability_copies_that_take_long_become_the_engines(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        requests = [write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n) for n in (1, 2, 4)]
+        assert [2, 2, 2] == rig.drain(*requests, patient=False)
+        await until_quiet(rig, 3)
+        assert [(1, CLUSTER, 0), (2, 2 * CLUSTER, 0), (4, 4 * CLUSTER, 0)] == sorted(rig.handed)
+        assert [(1, 3), (4, 5)] == list(layer.done.runs(0, 17))
+        assert (0, 0) == (layer.pins, rig.engine.space._claimed)
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 9 * CLUSTER, NEW))
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+        check_bitmaps(rig.engine)
 
 
 async def test_reads_of_snapshots_find_their_sources(image):
@@ -769,7 +799,7 @@ async def test_an_empty_image(tmp_path):
         7,
         (),
         (1, 2),
-        (0, 1, 12, True, False, [], False, [], [], [], [], bytearray(), bytearray(56)),
+        (0, 1, 12, True, False, [], False, [], [], [], [], None, bytearray(), bytearray(56)),
     ],
     ids=["not a tuple", "empty", "short", "bitmap too short"],
 )
