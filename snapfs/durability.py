@@ -11,6 +11,9 @@ in the page cache.  For that
 Bits that changed and are not durable yet are *promises* on their range; whoever
 overwrites or frees waits until none overlaps.  Many wait for one sync.  With
 durability=process there are no promises, and nothing here waits.
+
+Copies that native code makes keep the same order there (copypool.h, waiting.c); what
+is not durable when it lets go of them becomes a promise here.
 """
 
 from __future__ import annotations

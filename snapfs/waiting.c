@@ -459,7 +459,7 @@ bool waiting_finish(int device, PyObject *finisher)
 
 bool waiting_is_busy(void)
 {
-    return drain.lent || drain.handed_count || drain.kept_count;
+    return drain.lent || drain.promised_count || drain.handed_count || drain.kept_count;
 }
 
 /* ---- for the Python module ------------------------------------------------------------- */
