@@ -383,12 +383,14 @@ PyObject *fastpath_try(PyObject *module, PyObject *args)
             Py_CLEAR(verdicts);
         Py_XDECREF(verdict);
     }
-    Py_BEGIN_ALLOW_THREADS
-    while (patient && poll(&more, 1, 0) == 0 && waiting_wait(device, SECOND))
-        ;
+    if (patient) {
+        Py_BEGIN_ALLOW_THREADS
+        while (poll(&more, 1, 0) == 0 && waiting_wait(device, SECOND))
+            ;
+        Py_END_ALLOW_THREADS
+    }
     waiting_settle(device, false);
     state_rest();
-    Py_END_ALLOW_THREADS
     fastpath_end(device);
     return verdicts;
 }

@@ -144,8 +144,9 @@ async def test_a_pending_cluster_is_copied_before_it_is_written(image):
         check_bitmaps(rig.engine)
 
 
-async def test_writes_to_one_cluster_share_a_copy(image):
-    async with Rig.make(image) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_writes_to_one_cluster_share_a_copy(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         requests = [
             write_request(ACTIVE_HANDLE, 5 * CLUSTER + 100 * n, bytes([n]) * 100, unique=n)
@@ -159,11 +160,12 @@ async def test_writes_to_one_cluster_share_a_copy(image):
     assert b"".join(bytes([n]) * 100 for n in range(1, 11)) in image.read_bytes()
 
 
-async def test_one_write_of_everything_copies_in_pieces(tmp_path):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_one_write_of_everything_copies_in_pieces(tmp_path, durability):
     image = tmp_path / "large.img"
     content = os.urandom(1 << 20)
     image.write_bytes(content)
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         await rig.engine.write(100 * CLUSTER, NEW)
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, bytes(1 << 20)))
@@ -172,11 +174,12 @@ async def test_one_write_of_everything_copies_in_pieces(tmp_path):
     assert bytes(1 << 20) == image.read_bytes()
 
 
-async def test_zeros_and_holes_take_no_room(image):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_zeros_and_holes_take_no_room(image, durability):
     with open(image, "r+b") as file:
         file.truncate(40 * CLUSTER)
         os.pwrite(file.fileno(), bytes(CLUSTER), 2 * CLUSTER)
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         for cluster in (2, 30, 39):
             assert [2] == rig.drain(write_request(ACTIVE_HANDLE, cluster * CLUSTER, NEW))
@@ -185,16 +188,18 @@ async def test_zeros_and_holes_take_no_room(image):
         assert bytes(CLUSTER) == bytes(await rig.engine.read_snapshot(layer, 30 * CLUSTER, CLUSTER))
 
 
-async def test_the_short_last_cluster_is_copied(image):
-    async with Rig.make(image) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_the_short_last_cluster_is_copied(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, SIZE - 1, b"x"))
         assert 100 == rig.engine.counters.cbw_bytes
         assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
 
 
-async def test_the_newest_snapshot_that_lives_receives(image):
-    async with Rig.make(image) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_the_newest_snapshot_that_lives_receives(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         old = await rig.engine.create_snapshot("old")
         new = await rig.engine.create_snapshot("new")
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
@@ -215,8 +220,9 @@ async def test_what_python_copies_is_pythons(image):
             assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
 
 
-async def test_copies_stay_inside_the_limit(image):
-    async with Rig.make(image, temp_limit=3 * CLUSTER) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_copies_stay_inside_the_limit(image, durability):
+    async with Rig.make(image, durability=durability, temp_limit=3 * CLUSTER) as rig:
         layer = await rig.engine.create_snapshot("s")
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
         assert [0] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 3))
@@ -227,7 +233,10 @@ async def test_copies_stay_inside_the_limit(image):
 
 
 async def until_quiet(rig: Rig, handed: int) -> None:
-    while len(rig.handed) < handed or rig.fast._copies:
+    def busy() -> bool:
+        return bool(rig.fast._copies) or any(layer.pins for layer in rig.engine.layers)
+
+    while len(rig.handed) < handed or busy():
         await trio.testing.wait_all_tasks_blocked()
         await trio.sleep(0.001)  # a thread has to end
 
@@ -253,11 +262,12 @@ async def test_copies_that_take_long_become_the_engines(image):
         check_bitmaps(rig.engine)
 
 
+@pytest.mark.parametrize("durability", ["process", "power"])
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
-async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch):
+async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch, durability):
     """Its end is kept from Python, as if the temp image did not answer."""
     ended = requestfilter.ended_copies
-    async with Rig.make(image, cbw_timeout=0.05, on_cbw_error=policy) as rig:
+    async with Rig.make(image, durability=durability, cbw_timeout=0.05, on_cbw_error=policy) as rig:
         layer = await rig.engine.create_snapshot("s")
         monkeypatch.setattr(requestfilter, "ended_copies", list)
         with Rig.readable_never(monkeypatch) as let_go:
@@ -345,8 +355,9 @@ async def test_more_promises_than_there_is_room_for_keep_all_writes_out(image):
         assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
 
 
-async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image):
-    async with Rig.make(image) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         rig.drain(write_request(ACTIVE_HANDLE, 0, NEW), patient=False)
         await rig.engine.discard(layer, 0, CLUSTER)
@@ -356,9 +367,10 @@ async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image)
         check_bitmaps(rig.engine)
 
 
+@pytest.mark.parametrize("durability", ["process", "power"])
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
-async def test_a_copy_that_fails_goes_to_the_policy(image, policy):
-    async with Rig.make(image, on_cbw_error=policy) as rig:
+async def test_a_copy_that_fails_goes_to_the_policy(image, policy, durability):
+    async with Rig.make(image, durability=durability, on_cbw_error=policy) as rig:
         layer = await rig.engine.create_snapshot("s")
         good, null = os.dup(layer.temp.fd), os.open("/dev/full", os.O_RDWR)
         os.dup2(null, layer.temp.fd)
@@ -381,10 +393,11 @@ async def test_a_copy_that_fails_goes_to_the_policy(image, policy):
     ]
 
 
-async def test_more_writes_than_can_be_kept(image):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_more_writes_than_can_be_kept(image, durability):
     with open(image, "r+b") as file:
         file.truncate(400 * CLUSTER)
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         await rig.engine.create_snapshot("s")
         requests = [
             write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n + 1) for n in range(300)
@@ -396,10 +409,11 @@ async def test_more_writes_than_can_be_kept(image):
         assert 128 == rig.engine.counters.cbw_copies
 
 
-async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch, durability):
     seen = []
     monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(str(args.exc_value)))
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         await rig.engine.create_snapshot("s")
 
         def finish(*arguments):
@@ -416,11 +430,12 @@ async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch
         assert not rig.fast.collect()["on"]
 
 
-async def test_a_hand_over_that_finds_no_memory_answers_the_writes(image, monkeypatch):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_a_hand_over_that_finds_no_memory_answers_the_writes(image, monkeypatch, durability):
     memory = pytest.importorskip("_testcapi")
     seen: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(args.exc_type))
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
 
         def lend(length: int) -> int:
