@@ -5,8 +5,9 @@
  *
  *   WRITE of `active`    inside the known size, no cluster pending, no frozen read and no
  *                        promise (durability.py) in the range, snapshots not being created:
- *                        sets the dirty bits, notes activity, writes.  With pending clusters it is kept until the pool
- *                        has copied them (waiting.c), then it goes on like any other
+ *                        sets the dirty bits, notes activity, writes.  With pending clusters
+ *                        it is kept until the pool has copied them (waiting.c), then it goes
+ *                        on like any other
  *   READ of `active`     data in the page cache
  *   READ of a snapshot   every cluster accessible, its source by the engine's rule (the first
  *                        done_j with j >= i, else the image), data in the page cache
