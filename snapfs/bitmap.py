@@ -129,6 +129,11 @@ class SetThrough(Bitmap):
         self._file = file
         self._bits[:] = file._bits[: len(file)]
 
+    @property
+    def file(self) -> Bitmap:
+        """The bits in the file."""
+        return self._file
+
     def set(self, first: int, stop: int) -> None:
         super().set(first, stop)
         self._file.set(first, stop)

@@ -247,29 +247,27 @@ class Engine(ActiveImage):
 
     def moment(self) -> Moment:
         """All that it takes to answer what needs no policy, until the next checkpoint."""
-        # What must be durable before a write lands takes a wait: promises, and bits that
-        # would become some.
-        promises = len(self.copier.promises) or any(
-            bitmap.parts is not None and bitmap.parts.commit is not None
-            for bitmap in self.tracker.bitmaps.recording()
-        )
+        receiver = self._stack.receiver
+        commits = receiver.commits if receiver is not None else None
         return Moment(
             self._image,
             self._geometry.size,
             self._geometry.cluster_size,
-            self._gate.open and not self.read_only and not promises,
+            self._gate.open and not self.read_only,
             self._stack.pending.bits,
             [(read.first, read.stop) for read in self._frozen_reads],
             self.copier.ranges,
+            self.copier.promises.ranges,
             self.tracker.bitmaps.buffers(),
+            self.tracker.bitmaps.durable,
             [
                 LayerMoment(
                     layer.id, layer.geometry.size, layer.state != "lost",
-                    layer.live and layer.commits is None, layer.temp,
-                    layer.access.bits, layer.done.bits,
+                    layer.live, layer.temp, layer.access.bits, layer.done.bits,
                 )
                 for layer in self._stack
             ],
+            commits.done_file if commits is not None else None,
         )  # fmt: skip
 
     # Extents

@@ -241,6 +241,12 @@ class Copier:
         if clusters:
             self._failing = None
 
+    def promise(self, first: int, stop: int) -> None:
+        """Native copies have landed whose done bits are not durable yet."""
+        layer = self._stack.receiver
+        assert layer is not None and layer.commits is not None
+        self.promises.make(layer.commits.done, first, stop)
+
     def adopt(self, first: int, stop: int) -> Copy:
         """Take over a native copy that is under way or has failed, to be ended by `conclude`.
 
@@ -255,7 +261,7 @@ class Copier:
         return copy
 
     async def conclude(self, copy: Copy, number: int, written: int, seconds: float) -> None:
-        """An adopted copy has ended; `number`: errno, 0 if all of it is there.
+        """An adopted copy has ended; `number`: errno, 0 if all of it is there, durable if need be.
 
         One that failed leaves its clusters pending: the writers that wait try themselves.
         """

@@ -3,11 +3,19 @@
  * Two threads: the copying of one waits for the locks of the files, the page cache and, if
  * need be, the disk; with more of them first writes become slower.  A temp image that hangs
  * hangs them, and nothing else: the fast path starts no copies then.
+ *
+ * Durable copies.  While one thread syncs the other copies: that is why nobody takes more than
+ * half of what there is.  Each group has an open file description of its own for its sync,
+ * opened before anything of the group is written.  An error of writing back is told once to
+ * each description that was open then, and the pages are clean afterwards: with a description
+ * that two share, the one that syncs first would take the error of the other's data, whose sync
+ * then succeeds.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #include "copypool.h"
+#include "syncing.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -21,6 +29,7 @@
 enum {
     THREADS = 2,
     STACK = 256 << 10,
+    GROUP = 16, /* durable copies that share a sync */
 };
 
 #define BUFFER_SIZE ((size_t)4 << 20) /* the largest cluster; touched only as far as used */
@@ -34,7 +43,8 @@ static uint64_t last_taken;   /* under the mutex: copies are taken in the order 
 static int counts[2];         /* trio thread's: by `handed` */
 static int ended = -1;        /* eventfd */
 static int threads;           /* trio thread's */
-static int ended_count;       /* atomic: ended and not freed */
+static int ended_count;       /* atomic: how many have ENDED */
+static int promised_count;    /* trio thread's */
 
 static long long now(void)
 {
@@ -44,6 +54,7 @@ static long long now(void)
     return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
+/* With the mutex. */
 static struct copy *next_copy(void)
 {
     struct copy *found = NULL;
@@ -56,6 +67,65 @@ static struct copy *next_copy(void)
     return found;
 }
 
+/* How many durable copies one thread may take now.  With the mutex. */
+static int share(void)
+{
+    int count = 0;
+
+    for (int i = 0; i < POOL_SIZE; i++)
+        count += copies[i].state == COPY_QUEUED || copies[i].state == COPY_RUNNING;
+    count = (count + 1) / 2;
+    return count < GROUP ? count : GROUP;
+}
+
+/* What a thread is to do next: one copy, or durable ones to the same file.  With the mutex. */
+static int take(struct copy *group[GROUP])
+{
+    struct copy *copy = next_copy();
+    int count = 0, most = copy && copy->durable ? share() : 1;
+
+    while (copy && count < most &&
+           (!count || (copy->durable && copy->work.target == group[0]->work.target))) {
+        copy->state = COPY_RUNNING;
+        last_taken++;
+        group[count++] = copy;
+        copy = next_copy();
+    }
+    return count;
+}
+
+static void carry_out(struct copy *copy, char *buffer)
+{
+    long long started = now();
+
+    copy->error = buffer ? copy_clusters_of(&copy->work, buffer) : ENOMEM;
+    copy->nanoseconds = now() - started;
+}
+
+/* All of them are there and durable, or have an error. */
+static void carry_out_durably(struct copy *group[], int count, char *buffer)
+{
+    int fd = sync_reopen(group[0]->work.target), error = fd < 0 ? errno : 0, good = 0;
+    long long started;
+
+    for (int i = 0; i < count; i++) {
+        group[i]->error = error;
+        if (!error)
+            carry_out(group[i], buffer);
+        good += !group[i]->error;
+    }
+    started = now();
+    if (good && fdatasync(fd))
+        error = errno;
+    for (int i = 0; i < count; i++) {
+        group[i]->nanoseconds += (now() - started) / count;
+        if (!group[i]->error)
+            group[i]->error = error;
+    }
+    if (fd >= 0)
+        close(fd);
+}
+
 static void *run(void *unused)
 {
     char *buffer = malloc(BUFFER_SIZE);
@@ -63,25 +133,23 @@ static void *run(void *unused)
 
     pthread_mutex_lock(&mutex);
     for (;;) {
-        struct copy *copy = next_copy();
-        uint64_t one = 1;
-        long long started;
+        struct copy *group[GROUP];
+        int count = take(group);
 
-        if (!copy) {
+        if (!count) {
             pthread_cond_wait(&work_to_do, &mutex);
             continue;
         }
-        last_taken++;
-        copy->state = COPY_RUNNING;
         pthread_mutex_unlock(&mutex);
-        started = now();
-        copy->error = buffer ? copy_clusters_of(&copy->work, buffer) : ENOMEM;
-        copy->nanoseconds = now() - started;
+        if (group[0]->durable)
+            carry_out_durably(group, count, buffer);
+        else
+            carry_out(group[0], buffer);
         pthread_mutex_lock(&mutex);
-        copy->state = COPY_ENDED;
-        __atomic_add_fetch(&ended_count, 1, __ATOMIC_RELEASE);
-        if (write(ended, &one, sizeof(one)) < 0)
-            abort(); /* an eventfd that takes 2^64 - 2 of them */
+        for (int i = 0; i < count; i++)
+            group[i]->state = COPY_ENDED;
+        __atomic_add_fetch(&ended_count, count, __ATOMIC_RELEASE);
+        pool_wake();
     }
     return NULL;
 }
@@ -115,7 +183,7 @@ static bool have_threads(void)
     return threads > 0;
 }
 
-bool pool_start(uint64_t first, uint64_t stop, const struct cluster_copy *work)
+bool pool_start(uint64_t first, uint64_t stop, const struct cluster_copy *work, bool durable)
 {
     struct copy *copy = NULL;
 
@@ -128,7 +196,7 @@ bool pool_start(uint64_t first, uint64_t stop, const struct cluster_copy *work)
     if (copy) {
         *copy = (struct copy){
             .number = ++last_number, .first = first, .stop = stop, .work = *work,
-            .state = COPY_QUEUED};
+            .state = COPY_QUEUED, .durable = durable};
         counts[false]++;
         pthread_cond_signal(&work_to_do);
     }
@@ -171,12 +239,17 @@ struct copy *pool_ended(bool handed)
     return found;
 }
 
-struct copy *pool_any(void)
+struct copy *pool_any(bool promised)
 {
-    for (int i = 0; i < POOL_SIZE; i++)
-        if (copies[i].number && !copies[i].handed)
-            return &copies[i];
-    return NULL;
+    struct copy *found = NULL;
+
+    pthread_mutex_lock(&mutex);
+    for (int i = 0; i < POOL_SIZE && !found; i++)
+        if (copies[i].number && !copies[i].handed &&
+            (copies[i].state == COPY_PROMISED) == promised)
+            found = &copies[i];
+    pthread_mutex_unlock(&mutex);
+    return found;
 }
 
 void pool_hand_over(struct copy *copy)
@@ -188,14 +261,68 @@ void pool_hand_over(struct copy *copy)
     pthread_mutex_unlock(&mutex);
 }
 
+/* One that has ENDED, or is PROMISED, becomes something else.  With the mutex. */
+static void become(struct copy *copy, enum copy_state state)
+{
+    if (copy->state == COPY_PROMISED)
+        promised_count--;
+    else
+        __atomic_sub_fetch(&ended_count, 1, __ATOMIC_RELEASE);
+    copy->state = state;
+    if (state == COPY_PROMISED) {
+        promised_count++;
+    } else {
+        copy->number = 0;
+        counts[copy->handed]--;
+    }
+}
+
 void pool_free(struct copy *copy)
 {
-    counts[copy->handed]--;
     pthread_mutex_lock(&mutex);
-    copy->state = COPY_FREE;
-    copy->number = 0;
+    become(copy, COPY_FREE);
     pthread_mutex_unlock(&mutex);
-    __atomic_sub_fetch(&ended_count, 1, __ATOMIC_RELEASE);
+}
+
+void pool_promise(struct copy *copy)
+{
+    pthread_mutex_lock(&mutex);
+    become(copy, COPY_PROMISED);
+    pthread_mutex_unlock(&mutex);
+}
+
+bool pool_is_promised(uint64_t first, uint64_t stop)
+{
+    bool found = false;
+
+    if (!promised_count)
+        return false;
+    pthread_mutex_lock(&mutex);
+    for (int i = 0; i < POOL_SIZE && !found; i++)
+        found = copies[i].state == COPY_PROMISED && copies[i].first < stop &&
+                first < copies[i].stop;
+    pthread_mutex_unlock(&mutex);
+    return found;
+}
+
+bool pool_cover(void)
+{
+    if (!promised_count)
+        return false;
+    pthread_mutex_lock(&mutex);
+    for (int i = 0; i < POOL_SIZE; i++)
+        copies[i].covered = copies[i].state == COPY_PROMISED;
+    pthread_mutex_unlock(&mutex);
+    return true;
+}
+
+void pool_keep_promises(void)
+{
+    pthread_mutex_lock(&mutex);
+    for (int i = 0; i < POOL_SIZE; i++)
+        if (copies[i].state == COPY_PROMISED && copies[i].covered)
+            become(&copies[i], COPY_FREE);
+    pthread_mutex_unlock(&mutex);
 }
 
 bool pool_wait(int device, long long nanoseconds)
@@ -238,4 +365,12 @@ void pool_clear(void)
     if (read(ended, &count, sizeof(count)) < 0) {
         /* none has ended since the last time */
     }
+}
+
+void pool_wake(void)
+{
+    uint64_t one = 1;
+
+    if (write(ended, &one, sizeof(one)) < 0)
+        abort(); /* an eventfd that takes 2^64 - 2 of them */
 }

@@ -151,7 +151,8 @@ class DirtyBitmaps:
         """The bits of all that record, for native code: see `DirtyParts.buffer`.
 
         A write may be carried out natively only if all of its clusters have
-        their bit in each of them, or room for it that is set before the write.
+        their bit in each of them, or room for it that is set before the write;
+        the latter not if they must be `durable`.
         """
         return [bitmap.parts.buffer for bitmap in self._bitmaps if bitmap.parts is not None]
 
@@ -179,6 +180,11 @@ class DirtyBitmaps:
                         self.promise(bitmap.parts.commit, first, stop)
                     bitmap.parts.bits.set(first, stop)
         return enough
+
+    @property
+    def durable(self) -> bool:
+        """Must bits be durable before what they tell of is written?"""
+        return any(bitmap.parts.commit for bitmap in self._bitmaps if bitmap.parts is not None)
 
     def short(self, stop: int) -> list[DirtyBitmap]:
         """Those that record and have no room for clusters up to `stop`."""

@@ -11,6 +11,9 @@ in the page cache.  For that
 Bits that changed and are not durable yet are *promises* on their range; whoever
 overwrites or frees waits until none overlaps.  Many wait for one sync.  With
 durability=process there are no promises, and nothing here waits.
+
+Copies that native code makes keep the same order there (copypool.h, waiting.c); what
+is not durable when it lets go of them becomes a promise here.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Awaitable, Callable
 import trio
 from attrs import define, frozen
 
+from .bitmap import Bitmap
 from .reqlist import Request, RequestList
 from .rounds import Rounds
 
@@ -71,11 +75,23 @@ class Promise(Request):
 
 
 @frozen
+class DoneFile:
+    """The done bits of a layer in their mapped file, for native code.
+
+    `fd` is open while the layer is in the stack.
+    """
+
+    fd: int
+    bits: Bitmap
+
+
+@frozen
 class Commits:
     """What makes the bits of a layer durable."""
 
     done: GroupCommit
     access: GroupCommit
+    done_file: DoneFile
 
 
 class Promises:
@@ -85,9 +101,10 @@ class Promises:
         self._nursery = nursery
         self._promises: RequestList[Promise] = RequestList()
 
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._promises)
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Clusters [first, stop) of those that are not kept."""
+        return [(promise.first, promise.stop) for promise in self._promises]
 
     def make(self, commit: GroupCommit, first: int, stop: int) -> None:
         """Bits of [first, stop) changed in a file."""

@@ -3,10 +3,11 @@
  * No policy is made here.  fastpath.py describes the engine's state as plain data, anew for
  * each drain of /dev/fuse (state.h), and this file answers what follows from it:
  *
- *   WRITE of `active`    inside the known size, no cluster pending, no frozen read in the
- *                        range, snapshots not being created: sets the dirty bits, notes
- *                        activity, writes.  With pending clusters it is kept until the pool
- *                        has copied them (waiting.c), then it goes on like any other
+ *   WRITE of `active`    inside the known size, no cluster pending, no frozen read and no
+ *                        promise (durability.py) in the range, snapshots not being created:
+ *                        sets the dirty bits, notes activity, writes.  With pending clusters
+ *                        it is kept until the pool has copied them (waiting.c), then it goes
+ *                        on like any other
  *   READ of `active`     data in the page cache
  *   READ of a snapshot   every cluster accessible, its source by the engine's rule (the first
  *                        done_j with j >= i, else the image), data in the page cache
@@ -19,9 +20,11 @@
 #define _GNU_SOURCE
 #endif
 #include "fastpath.h"
+#include "copypool.h"
 #include "waiting.h"
 
 #include <linux/fuse.h>
+#include <poll.h>
 #include <string.h>
 
 enum {
@@ -36,6 +39,9 @@ enum {
  * drain; otherwise a trip through the event loop should not take much longer than it must. */
 #define PATIENCE_IDLE (2 * SECOND / 1000)
 #define PATIENCE_BUSY (SECOND / 4000)
+/* While copies wait for syncs, which take about as long as an idle drain may: at its end all of
+ * them are waited for, and nothing begins meanwhile. */
+#define PATIENCE_SYNCING (10 * SECOND / 1000)
 
 static PyObject *publisher, *finisher; /* both NULL: the fast path is off */
 
@@ -102,7 +108,10 @@ bool fastpath_may_linger(void)
 
 long long fastpath_patience(void)
 {
-    return state.loaded && state.busy ? PATIENCE_BUSY : PATIENCE_IDLE;
+    if (state.loaded && state.busy)
+        return PATIENCE_BUSY;
+    return state.loaded && state.done_file.durable && pool_count(false) ? PATIENCE_SYNCING
+                                                                        : PATIENCE_IDLE;
 }
 
 /* ---- judging --------------------------------------------------------------------------- */
@@ -216,13 +225,16 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
         return FASTPATH_PYTHONS;
     first = arg->offset >> state.shift;
     stop = clusters_of(arg->offset + arg->size);
-    if (overlaps(&state.frozen, first, stop))
+    if (overlaps(&state.frozen, first, stop) || overlaps(&state.promised, first, stop))
         return FASTPATH_PYTHONS;
     for (int i = 0; i < state.dirty_count; i++)
-        if (!holds(&state.dirty[i], stop)) /* the image has just grown */
+        if (!holds(&state.dirty[i], stop) || /* the image has just grown */
+            (state.dirty_durable && !all_set(&state.dirty[i], first, stop)))
             return FASTPATH_PYTHONS;
     if (any_set(&state.pending, first, stop))
         return waiting_preserve(first, stop) ? FASTPATH_KEPT : FASTPATH_PYTHONS;
+    if (pool_is_promised(first, stop))
+        return FASTPATH_KEPT;
     for (int i = 0; i < state.dirty_count; i++)
         set_bits(&state.dirty[i], first, stop);
     state_note_write();
@@ -238,10 +250,13 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
 static bool waits_for_copy(const struct fuse_in_header *in)
 {
     const struct fuse_write_in *arg = (const void *)(in + 1);
+    uint64_t first, stop;
 
-    return in->opcode == FUSE_WRITE &&
-           any_set(&state.pending, arg->offset >> state.shift,
-                   clusters_of(arg->offset + arg->size));
+    if (in->opcode != FUSE_WRITE)
+        return false;
+    first = arg->offset >> state.shift;
+    stop = clusters_of(arg->offset + arg->size);
+    return any_set(&state.pending, first, stop) || pool_is_promised(first, stop);
 }
 
 enum fastpath_verdict fastpath_consider(int device, const void *request, size_t size, bool *cold)
@@ -350,11 +365,13 @@ PyObject *fastpath_handle_closed(PyObject *module, PyObject *number)
 PyObject *fastpath_try(PyObject *module, PyObject *args)
 {
     PyObject *requests, *verdicts;
+    struct pollfd more = {.events = POLLIN};
     int device, patient;
     (void)module;
 
     if (!PyArg_ParseTuple(args, "iO!p:try_requests", &device, &PyList_Type, &requests, &patient))
         return NULL;
+    more.fd = device;
     verdicts = PyList_New(0);
     if (!verdicts || !fastpath_begin())
         return verdicts;
@@ -368,8 +385,12 @@ PyObject *fastpath_try(PyObject *module, PyObject *args)
             Py_CLEAR(verdicts);
         Py_XDECREF(verdict);
     }
-    while (patient && waiting_wait(device, SECOND))
-        ;
+    if (patient) {
+        Py_BEGIN_ALLOW_THREADS
+        while (poll(&more, 1, 0) == 0 && waiting_wait(device, SECOND))
+            ;
+        Py_END_ALLOW_THREADS
+    }
     waiting_settle(device, false);
     state_rest();
     fastpath_end(device);

@@ -15,6 +15,7 @@ import trio
 from . import requestfilter
 from .cbw import Engine
 from .copier import Copy
+from .dirty import EVERYTHING
 from .image import FileImage, Image
 from .pagecache import PageCache
 
@@ -63,6 +64,8 @@ class FastPath:
         if MOST < max(map(len, (moment.layers, moment.dirty, moment.frozen, moment.copying))):
             return None
         quarantined = self._page_cache.quarantined()
+        done = moment.done_file
+        promised = moment.promised if len(moment.promised) <= MOST else [(0, EVERYTHING)]
         return (
             _descriptor(moment.image),
             moment.size,
@@ -70,8 +73,10 @@ class FastPath:
             moment.writable,
             self.busy > 0,
             moment.dirty,
+            moment.dirty_durable,
             moment.frozen,
             moment.copying,
+            promised,
             [
                 (
                     FIRST_SNAPSHOT + layer.id,
@@ -84,6 +89,7 @@ class FastPath:
                 )
                 for layer in moment.layers
             ],
+            (done.fd, done.bits.bits) if done is not None else None,
             moment.pending,
             self._activity,
         )
@@ -94,11 +100,14 @@ class FastPath:
         written: int,
         clusters: int,
         nanoseconds: int,
+        promises: list[tuple[int, int]],
         copies: list[tuple[int, int, int]],
         writes: list[tuple[int, int, int, bytes]],
         reads: list[tuple[int, int, int, int, bool]],
     ) -> None:
         self._engine.copier.note_native(lent, written, clusters, nanoseconds / 1e9)
+        for first, stop in promises:
+            self._engine.copier.promise(first, stop)
         if copies and not self._copies:
             self._nursery.start_soon(self._conclude_copies)
         for number, first, stop in copies:

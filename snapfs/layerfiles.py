@@ -20,7 +20,7 @@ import trio
 from attrs import define, field
 
 from .bitmap import Bitmap, ClearLater, SetThrough
-from .durability import Commits, GroupCommit
+from .durability import Commits, DoneFile, GroupCommit
 from .image import Image
 from .snapshot import LayerParts
 from .statefiles import open_file
@@ -107,7 +107,11 @@ class LayerFiles:
             await files["access"].sync()
             waiting.clear()
 
-        commits = Commits(GroupCommit(files["done"].sync), GroupCommit(sync_access))
+        commits = Commits(
+            GroupCommit(files["done"].sync),
+            GroupCommit(sync_access),
+            DoneFile(files["done"].fd, done.file),
+        )
         parts = LayerParts(access, done, temp, mappings["losses"], commits)
         return cls(parts, tuple(files.values()))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bitarray import bitarray
 
+from .durability import DoneFile
 from .image import Image
 
 
@@ -18,7 +19,7 @@ class LayerMoment(NamedTuple):
     """One layer.
 
     `readable`: its state does not forbid reading as a whole.  `live`: it may receive
-    copies, of which none has to be durable before the image is written; the newest does.
+    copies; the newest does.
     """
 
     id: int
@@ -34,9 +35,14 @@ class Moment(NamedTuple):
     """The image and its layers.
 
     `writable`: a write may pass that lies inside the size, touches no pending
-    cluster and none of `frozen` (ranges of clusters [first, stop)), and that
-    first sets its bits in all of `dirty` (writable buffers) and announces itself
-    to the store.  `copying`: where copies are under way.  `layers`: oldest first.
+    cluster and none of `frozen` and `promised` (ranges of clusters [first, stop)),
+    and that first sets its bits in all of `dirty` (writable buffers) and announces
+    itself to the store.  `promised`: where bits must become durable first.
+    `dirty_durable`: those of a write must be, too: it may not pass unless they are set
+    already.  `copying`: where copies are under way.  `layers`: oldest first.
+    `done_file`: of the layer that receives copies, if they must survive a power cut:
+    its done bits must be set there, too, when the copied data is durable, and be durable
+    themselves before the image is written.
     """
 
     image: Image
@@ -46,5 +52,8 @@ class Moment(NamedTuple):
     pending: bitarray
     frozen: list[tuple[int, int]]
     copying: list[tuple[int, int]]
+    promised: list[tuple[int, int]]
     dirty: list[Any]
+    dirty_durable: bool
     layers: list[LayerMoment]
+    done_file: DoneFile | None

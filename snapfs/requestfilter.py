@@ -58,17 +58,21 @@ Published = tuple[
     bool,
     bool,
     list[object],
+    bool,
+    list[tuple[int, int]],
     list[tuple[int, int]],
     list[tuple[int, int]],
     list[tuple[int, int, int, bool, bool, object, object]],
+    tuple[int, object] | None,
     object,
     object,
 ]
 """The engine's state: descriptor and size of the image, log2 of the cluster size, whether
-writes may pass, whether a task is in a handler; dirty bitmaps; frozen ranges of clusters,
-and those being copied; layers, oldest first (inode, size, descriptor of the temp image,
-readable, live, access, done); pending; the page with the record of activity.
-Bitmaps and page are writable buffers."""
+writes may pass, whether a task is in a handler; dirty bitmaps, and whether their bits must be
+durable; ranges of clusters that are frozen, being copied, and promised; layers, oldest first
+(inode, size, descriptor of the temp image, readable, live, access, done); if copies must survive
+a power cut, descriptor and bitmap of the file of done bits of the layer that receives them;
+pending; the page with the record of activity.  Bitmaps and page are writable buffers."""
 
 LseekHandler = Callable[[int, int, int, int, int], object]
 """(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""
@@ -182,6 +186,7 @@ def set_fastpath(
             int,
             int,
             int,
+            list[tuple[int, int]],
             list[tuple[int, int, int]],
             list[tuple[int, int, int, bytes]],
             list[tuple[int, int, int, int, bool]],
@@ -196,8 +201,9 @@ def set_fastpath(
     as long; None: not now.  `lend(bytes)` lends temp space for copies and returns how much.
 
     `finish` is called at the end of a drain in which space was lent or something is left:
-    `finish(lent, written, clusters, nanoseconds, copies, writes, reads)`, bytes lent, and
-    written by copies that landed, of so many clusters, in that time; copies (number, first and last
+    `finish(lent, written, clusters, nanoseconds, promises, copies, writes, reads)`, bytes lent, and
+    written by copies that landed, of so many clusters, in that time; promises, ranges of clusters
+    among them whose done bits are to be made durable; copies (number, first and last
     cluster, exclusive) that are Python's from now on, see `ended_copies`; and writes (unique,
     handle, offset, data) and reads (unique, handle, offset, length, direct) that Python is to
     carry out and answer by `reply_write` and `reply_read`.
@@ -250,7 +256,7 @@ def try_requests(device: int, requests: list[bytes], *, patient: bool = True) ->
     """Answer requests as if they had been read from `device` in one drain.  For tests.
 
     For each 0: Python's, 1: answered, 2: kept until its copies had landed or its data had
-    come.  Unless `patient` the drain ends before that can be.
+    come.  Unless `patient` the drain ends before that can be; else when `device` has a request.
     """
     return _requestfilter.try_requests(device, requests, patient)
 

@@ -70,6 +70,23 @@ static bool load_layers(PyObject *layers)
     return true;
 }
 
+static bool load_done_file(PyObject *published)
+{
+    struct done_file *file = &state.done_file;
+
+    if (published == Py_None)
+        return true;
+    if (!PyTuple_Check(published))
+        return refuse("the file of done bits");
+    if (!PyArg_ParseTuple(published, "iw*", &file->fd, &file->bits))
+        return false;
+    file->durable = true;
+    if (file->fd < 0 || state.receiver < 0 ||
+        !holds(&file->bits, state.layers[state.receiver].clusters))
+        return refuse("the file of done bits");
+    return true;
+}
+
 /* activity.py's record, in the mapped page. */
 struct activity {
     char magic[8];
@@ -78,28 +95,30 @@ struct activity {
 
 bool state_load(PyObject *published)
 {
-    PyObject *dirty, *frozen, *copying, *layers;
+    PyObject *dirty, *frozen, *copying, *promised, *layers, *done_file;
     unsigned long long size;
-    int writable, busy;
+    int writable, busy, dirty_durable;
 
     if (!PyTuple_Check(published))
         return refuse("not a tuple");
-    if (!PyArg_ParseTuple(published, "iKIppOOOOw*w*", &state.image, &size, &state.shift, &writable,
-                          &busy, &dirty, &frozen, &copying, &layers, &state.pending,
-                          &state.activity))
+    if (!PyArg_ParseTuple(published, "iKIppOpOOOOOw*w*", &state.image, &size, &state.shift,
+                          &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
+                          &layers, &done_file, &state.pending, &state.activity))
         return false;
     state.loaded = true; /* from here on state_unload() releases the buffers */
     state.receiver = -1;
     state.size = size;
     state.writable = writable;
     state.busy = busy;
+    state.dirty_durable = dirty_durable;
     if (state.image < 0 || size > INT64_MAX || state.shift < 12 || state.shift > 22 ||
         !holds(&state.pending, clusters_of(size)) ||
         state.activity.len < (Py_ssize_t)sizeof(struct activity) ||
         (uintptr_t)state.activity.buf % _Alignof(struct activity))
         return refuse("the image");
     return load_ranges(&state.frozen, frozen) && load_ranges(&state.copying, copying) &&
-           load_dirty(dirty) && load_layers(layers);
+           load_ranges(&state.promised, promised) && load_dirty(dirty) && load_layers(layers) &&
+           load_done_file(done_file);
 }
 
 void state_unload(void)
@@ -112,9 +131,13 @@ void state_unload(void)
     }
     for (int i = 0; i < state.dirty_count; i++)
         PyBuffer_Release(&state.dirty[i]);
+    if (state.done_file.durable)
+        PyBuffer_Release(&state.done_file.bits);
+    state.done_file.durable = false;
     PyBuffer_Release(&state.pending);
     PyBuffer_Release(&state.activity);
-    state.frozen.count = state.copying.count = state.layer_count = state.dirty_count = 0;
+    state.frozen.count = state.copying.count = state.promised.count = 0;
+    state.layer_count = state.dirty_count = 0;
     state.loaded = false;
 }
 

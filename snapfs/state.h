@@ -45,9 +45,18 @@ struct layer {
     Py_buffer access, done;
 };
 
+/* Of the receiver. */
+struct done_file {
+    bool durable;   /* must its copies survive a power cut?  Else the rest is nothing */
+    int fd;
+    Py_buffer bits; /* of the mapped file: what is set there may be on the disk at any moment */
+};
+
 struct state {
     bool loaded;
     bool writable;   /* writes may pass: no snapshot is being created, not read-only */
+    bool dirty_durable; /* the bits of a write must be: those that are set are, if nothing is
+                         * promised there */
     bool busy;       /* a task of Python's is in a handler */
     int image;
     unsigned shift;  /* log2 of the cluster size */
@@ -55,10 +64,12 @@ struct state {
     Py_buffer pending;
     Py_buffer activity;
     struct ranges frozen, copying; /* snapshot reads of the image, and copies, of Python's */
+    struct ranges promised;        /* bits have changed, and are not durable yet: as above */
     struct layer layers[MAX_LAYERS]; /* oldest first */
     Py_buffer dirty[MAX_BITMAPS];
     int layer_count, dirty_count;
     int receiver; /* index of the newest live layer, -1: none */
+    struct done_file done_file;
 };
 
 extern INTERNAL struct state state;

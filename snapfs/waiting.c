@@ -7,6 +7,11 @@
  * is copied here before the engine has dealt with that.  So timeouts, failures and their
  * policy are Python's.
  *
+ * Copies that must survive a power cut.  For those to land means to set done in the mapped file,
+ * too; their clusters stay closed to writes until a sync of that file, which syncing.c makes,
+ * has succeeded.  What is not durable at the end of the drain is a promise of the engine's
+ * (durability.py), which syncs it once more.
+ *
  * Cold data.  A READ, or a WRITE of a part of a page, that has found a page missing is tried
  * again, by all the rules, until the data is there; after 2 ms it is Python's, and so are cold
  * requests for a while, since that disk is slow.
@@ -17,11 +22,13 @@
 #include "waiting.h"
 #include "copypool.h"
 #include "fastpath.h"
+#include "syncing.h"
 
 #include <errno.h>
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     /* Requests that wait for copies or data, and bytes of them.  The kernel sends no more than
@@ -38,12 +45,18 @@ enum {
 #define SETTLE_TIME (10 * SECOND / 1000)
 /* For data to come from the disk after the drain has ended, how often to look, and how long
  * not to wait for any after some did not come. */
+/* How long not to copy what must survive a power cut after a disk did not sync it in that time,
+ * and twice as long each time it happens again: the engine waits for slow disks better. */
+#define LEAST_PAUSE (SETTLE_TIME)
+#define MOST_PAUSE (SECOND / 2)
 #define COLD_TIME (2 * SECOND / 1000)
 #define COLD_NAP (30 * SECOND / 1000000)
 #define COLD_PAUSE (SECOND / 2)
 
 static PyObject *lender;
 static long long cold_until; /* cold requests go to Python before this time */
+static long long slow_until; /* and copies that must survive a power cut before this */
+static long long slow_pause; /* the last one, 0: the disk was fast since */
 static unsigned long long cold_kept;
 
 /* Of the drain that is under way. */
@@ -56,10 +69,11 @@ static struct {
     } kept[MAX_KEPT];
     struct range handed[POOL_SIZE]; /* copies that are Python's now, and their numbers */
     uint64_t numbers[POOL_SIZE];
-    int kept_count, handed_count;
+    struct range promised[POOL_SIZE]; /* clusters whose done bits Python is to make durable */
+    int kept_count, handed_count, promised_count;
     int cold_count; /* of kept */
     size_t kept_bytes;
-    bool failed;      /* a copy has: no more copies here */
+    bool failed;      /* a copy or a sync has: no more copies here */
     uint64_t lent;    /* bytes of temp space that we may use */
     uint64_t claimed; /* by copies, those that have landed included */
     unsigned long long clusters, written, nanoseconds; /* landed */
@@ -111,6 +125,13 @@ static bool next_uncopied(uint64_t *first, uint64_t stop, uint64_t most, uint64_
     return false;
 }
 
+/* Can what is copied now be made durable here, if it must be? */
+static bool can_sync(void)
+{
+    return !state.done_file.durable ||
+           (nanoseconds(CLOCK_MONOTONIC) >= slow_until && sync_open(state.done_file.fd));
+}
+
 bool waiting_preserve(uint64_t first, uint64_t stop)
 {
     const struct layer *receiver;
@@ -120,7 +141,7 @@ bool waiting_preserve(uint64_t first, uint64_t stop)
     if (state.receiver < 0 || drain.failed || pool_count(true))
         return false;
     receiver = &state.layers[state.receiver];
-    if (stop > receiver->clusters || overlaps(&state.copying, first, stop))
+    if (stop > receiver->clusters || overlaps(&state.copying, first, stop) || !can_sync())
         return false;
     for (position = first; next_uncopied(&position, stop, most, &end); position = end)
         count += end - position;
@@ -136,7 +157,7 @@ bool waiting_preserve(uint64_t first, uint64_t stop)
             .cluster_size = (size_t)cluster_size,
             .budget = (off_t)((end - position) << state.shift),
         };
-        if (!pool_start(position, end, &work))
+        if (!pool_start(position, end, &work, state.done_file.durable))
             return false;
     }
     return true;
@@ -147,6 +168,24 @@ static void hand_over(struct copy *copy)
     drain.handed[drain.handed_count] = (struct range){copy->first, copy->stop};
     drain.numbers[drain.handed_count++] = copy->number;
     pool_hand_over(copy);
+}
+
+/* A promise of ours becomes Python's.  Our sync may have failed, or may yet, and then the kernel
+ * takes the pages for clean: they are made dirty again for Python's. */
+static void hand_over_promise(struct copy *copy)
+{
+    volatile uint8_t *bytes = state.done_file.bits.buf;
+
+    for (uint64_t i = copy->first >> 3; i <= (copy->stop - 1) >> 3; i++)
+        bytes[i] = bytes[i];
+    drain.promised[drain.promised_count++] = (struct range){copy->first, copy->stop};
+    pool_free(copy);
+}
+
+static void hand_over_promises(void)
+{
+    for (struct copy *copy; (copy = pool_any(true));)
+        hand_over_promise(copy);
 }
 
 /* Step 2 of a write for the copies that have ended. */
@@ -162,12 +201,37 @@ static void land(void)
             continue;
         }
         set_bits(&receiver->done, copy->first, copy->stop);
+        if (copy->durable)
+            set_bits(&state.done_file.bits, copy->first, copy->stop);
         clear_bits(&state.pending, copy->first, copy->stop);
         drain.clusters += copy->stop - copy->first;
         drain.written += (unsigned long long)copy->work.written;
         drain.nanoseconds += (unsigned long long)copy->nanoseconds;
-        pool_free(copy);
+        if (copy->durable)
+            pool_promise(copy);
+        else
+            pool_free(copy);
     }
+}
+
+/* See to it that the done bits of what has landed become durable: those that were set when a
+ * sync began are when it has succeeded, the others get the next one. */
+static void keep_promises(void)
+{
+    enum sync_state found = sync_look();
+
+    if (found == SYNC_UNDER_WAY)
+        return;
+    if (found == SYNC_GOOD)
+        pool_keep_promises();
+    if (found == SYNC_FAILED) {
+        drain.failed = true;
+        state.writable = false; /* what is promised is Python's; it does not take long */
+    }
+    if (!state.writable)
+        hand_over_promises();
+    else if (pool_cover())
+        sync_begin();
 }
 
 /* ---- keeping requests ------------------------------------------------------------------ */
@@ -222,10 +286,17 @@ static void try_again(int device)
     }
 }
 
+/* Is there something to go on with? */
+static bool has_ended(void)
+{
+    return pool_has_ended() || sync_has_ended();
+}
+
 void waiting_progress(int device)
 {
-    if (pool_count(false) && pool_has_ended()) {
+    if (pool_count(false) && has_ended()) {
         land();
+        keep_promises();
         try_again(device);
     }
 }
@@ -236,7 +307,7 @@ bool waiting_wait(int device, long long time)
 
     if ((!pool_count(false) && !cold) || time <= 0)
         return false;
-    if (!pool_has_ended() && !pool_wait(device, cold && time > COLD_NAP ? COLD_NAP : time) && !cold)
+    if (!has_ended() && !pool_wait(device, cold && time > COLD_NAP ? COLD_NAP : time) && !cold)
         return false;
     waiting_progress(device);
     if (drain.cold_count)
@@ -246,6 +317,19 @@ bool waiting_wait(int device, long long time)
 
 /* ---- the end of the drain -------------------------------------------------------------- */
 
+/* Has the disk been so slow that something is left? */
+static void note_speed(bool slow)
+{
+    if (!slow) {
+        slow_pause = drain.clusters ? 0 : slow_pause;
+        return;
+    }
+    slow_pause = slow_pause ? 2 * slow_pause : LEAST_PAUSE;
+    if (slow_pause > MOST_PAUSE)
+        slow_pause = MOST_PAUSE;
+    slow_until = nanoseconds(CLOCK_MONOTONIC) + slow_pause;
+}
+
 void waiting_settle(int device, bool patient)
 {
     long long started = nanoseconds(CLOCK_MONOTONIC);
@@ -254,18 +338,37 @@ void waiting_settle(int device, bool patient)
         long long passed = nanoseconds(CLOCK_MONOTONIC) - started;
         if (passed > (pool_count(false) ? SETTLE_TIME : COLD_TIME))
             break;
-        if (pool_has_ended() || pool_wait(-1, drain.cold_count ? COLD_NAP : SETTLE_TIME - passed))
+        if (has_ended() || pool_wait(-1, drain.cold_count ? COLD_NAP : SETTLE_TIME - passed))
             waiting_progress(device);
         if (drain.cold_count)
             try_again(device);
     }
     if (patient && drain.cold_count)
         cold_until = nanoseconds(CLOCK_MONOTONIC) + COLD_PAUSE;
-    for (struct copy *copy; (copy = pool_any());)
+    if (patient && state.done_file.durable)
+        note_speed(pool_count(false) > 0);
+    hand_over_promises();
+    for (struct copy *copy; (copy = pool_any(false));)
         hand_over(copy);
+    sync_close();
 }
 
 /* Lists for Python of what it takes over. */
+static PyObject *handed_promises(void)
+{
+    PyObject *list = PyList_New(drain.promised_count);
+
+    for (int i = 0; list && i < drain.promised_count; i++) {
+        PyObject *item = Py_BuildValue("KK", (unsigned long long)drain.promised[i].first,
+                                       (unsigned long long)drain.promised[i].stop);
+        if (!item)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, item);
+    }
+    return list;
+}
+
 static PyObject *handed_copies(void)
 {
     PyObject *list = PyList_New(drain.handed_count);
@@ -313,12 +416,14 @@ static PyObject *kept_requests(uint32_t opcode)
     return list;
 }
 
-/* After a bug nobody knows of the copies: they must not read what is written from now on.  And
- * nobody must wait for ever. */
+/* After a bug nobody knows of the copies: they must not read what is written from now on, nor
+ * of what is promised.  And nobody must wait for ever. */
 static void give_up(int device)
 {
     Py_BEGIN_ALLOW_THREADS
     pool_settle();
+    if (drain.promised_count && fdatasync(state.done_file.fd))
+        abort(); /* to go on might make a snapshot wrong; the next mount goes on without loss */
     Py_END_ALLOW_THREADS
     for (int i = 0; i < drain.kept_count; i++)
         carry_reply(device, ((const struct fuse_in_header *)drain.kept[i].request)->unique, EIO,
@@ -327,20 +432,22 @@ static void give_up(int device)
 
 bool waiting_finish(int device, PyObject *finisher)
 {
-    PyObject *copies, *writes, *reads, *result = NULL;
+    PyObject *promises, *copies, *writes, *reads, *result = NULL;
 
     if (!waiting_is_busy())
         return true;
-    copies = handed_copies();
+    promises = handed_promises();
+    copies = promises ? handed_copies() : NULL;
     writes = copies ? kept_requests(FUSE_WRITE) : NULL;
     reads = writes ? kept_requests(FUSE_READ) : NULL;
     if (reads)
         result = PyObject_CallFunction(
-            finisher, "KKKKOOO", (unsigned long long)drain.lent, drain.written, drain.clusters,
-            drain.nanoseconds, copies, writes, reads);
+            finisher, "KKKKOOOO", (unsigned long long)drain.lent, drain.written, drain.clusters,
+            drain.nanoseconds, promises, copies, writes, reads);
     if (!result)
         give_up(device);
     Py_XDECREF(result);
+    Py_XDECREF(promises);
     Py_XDECREF(copies);
     Py_XDECREF(writes);
     Py_XDECREF(reads);
@@ -352,7 +459,7 @@ bool waiting_finish(int device, PyObject *finisher)
 
 bool waiting_is_busy(void)
 {
-    return drain.lent || drain.handed_count || drain.kept_count;
+    return drain.lent || drain.promised_count || drain.handed_count || drain.kept_count;
 }
 
 /* ---- for the Python module ------------------------------------------------------------- */

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from snapfs import requestfilter
 from snapfs.errors import AccessDenied, SnapfsError
 from snapfs.fastpath import FIRST_SNAPSHOT
+from snapfs.manifest import Durability
 
 SIZE = 12 * CLUSTER + 100
 SLOW_COUNTERS = {"cbw_seconds"}
@@ -137,6 +138,8 @@ class Side:
         for layer in engine.layers:
             found += [layer.id, layer.name, layer.access.slice(0, len(layer.access))]
             found += [layer.done.slice(0, len(layer.done)), layer.temp.blocks(), layer.pins]
+            if layer.commits is not None:
+                found.append(layer.commits.done_file.bits.slice(0, len(layer.done)))
             for cluster in range(layer.geometry.clusters):
                 span = layer.geometry.span(cluster, cluster + 1)
                 try:
@@ -147,14 +150,14 @@ class Side:
         return found
 
 
-async def compare(directory: Path, script: list[Step]) -> None:
+async def compare(directory: Path, script: list[Step], durability: Durability) -> None:
     """Both sides take turns: handles and the switch are the process's."""
     results: list[list[object]] = []
     for fast in (True, False):
         async with AsyncExitStack() as stack:
             image = directory / f"{'fast' if fast else 'slow'}.img"
             image.write_bytes(bytes(range(1, 252)) * (SIZE // 251) + bytes(SIZE % 251))
-            rig = await stack.enter_async_context(Rig.make(image, on=fast))
+            rig = await stack.enter_async_context(Rig.make(image, on=fast, durability=durability))
             side = Side(rig, fast)
             found: list[object] = []
             for step in script:
@@ -169,8 +172,11 @@ def loaded() -> None:
     requestfilter.load()
 
 
+@pytest.mark.parametrize("durability", ["process", "power"])
 @settings(max_examples=settings().max_examples // 3)  # each saves manifests to the disk
 @given(script=steps)
-def test_both_ways_give_the_same(tmp_path_factory: pytest.TempPathFactory, script: list[Step]):
+def test_both_ways_give_the_same(
+    tmp_path_factory: pytest.TempPathFactory, script: list[Step], durability: Durability
+):
     directory = tmp_path_factory.mktemp("twins")
-    trio.run(compare, directory, script)
+    trio.run(compare, directory, script, durability)

@@ -174,8 +174,9 @@ async def test_a_pending_cluster_is_copied_before_it_is_written(image):
         check_bitmaps(rig.engine)
 
 
-async def test_writes_to_one_cluster_share_a_copy(image):
-    async with Rig.make(image) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_writes_to_one_cluster_share_a_copy(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         requests = [
             write_request(ACTIVE_HANDLE, 5 * CLUSTER + 100 * n, bytes([n]) * 100, unique=n)
@@ -189,11 +190,12 @@ async def test_writes_to_one_cluster_share_a_copy(image):
     assert b"".join(bytes([n]) * 100 for n in range(1, 11)) in image.read_bytes()
 
 
-async def test_one_write_of_everything_copies_in_pieces(tmp_path):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_one_write_of_everything_copies_in_pieces(tmp_path, durability):
     image = tmp_path / "large.img"
     content = os.urandom(1 << 20)
     image.write_bytes(content)
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         await rig.engine.write(100 * CLUSTER, NEW)
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, bytes(1 << 20)))
@@ -202,11 +204,12 @@ async def test_one_write_of_everything_copies_in_pieces(tmp_path):
     assert bytes(1 << 20) == image.read_bytes()
 
 
-async def test_zeros_and_holes_take_no_room(image):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_zeros_and_holes_take_no_room(image, durability):
     with open(image, "r+b") as file:
         file.truncate(40 * CLUSTER)
         os.pwrite(file.fileno(), bytes(CLUSTER), 2 * CLUSTER)
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         for cluster in (2, 30, 39):
             assert [2] == rig.drain(write_request(ACTIVE_HANDLE, cluster * CLUSTER, NEW))
@@ -215,16 +218,18 @@ async def test_zeros_and_holes_take_no_room(image):
         assert bytes(CLUSTER) == bytes(await rig.engine.read_snapshot(layer, 30 * CLUSTER, CLUSTER))
 
 
-async def test_the_short_last_cluster_is_copied(image):
-    async with Rig.make(image) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_the_short_last_cluster_is_copied(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, SIZE - 1, b"x"))
         assert 100 == rig.engine.counters.cbw_bytes
         assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
 
 
-async def test_the_newest_snapshot_that_lives_receives(image):
-    async with Rig.make(image) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_the_newest_snapshot_that_lives_receives(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         old = await rig.engine.create_snapshot("old")
         new = await rig.engine.create_snapshot("new")
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
@@ -245,8 +250,9 @@ async def test_what_python_copies_is_pythons(image):
             assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
 
 
-async def test_copies_stay_inside_the_limit(image):
-    async with Rig.make(image, temp_limit=3 * CLUSTER) as rig:
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_copies_stay_inside_the_limit(image, durability):
+    async with Rig.make(image, durability=durability, temp_limit=3 * CLUSTER) as rig:
         layer = await rig.engine.create_snapshot("s")
         assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
         assert [0] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 3))
@@ -257,7 +263,10 @@ async def test_copies_stay_inside_the_limit(image):
 
 
 async def until_quiet(rig: Rig, handed: int) -> None:
-    while len(rig.handed) < handed or rig.fast._copies:
+    def busy() -> bool:
+        return bool(rig.fast._copies) or any(layer.pins for layer in rig.engine.layers)
+
+    while len(rig.handed) < handed or busy():
         await trio.testing.wait_all_tasks_blocked()
         await trio.sleep(0.001)  # a thread has to end
 
@@ -283,11 +292,12 @@ async def test_copies_that_take_long_become_the_engines(image):
         check_bitmaps(rig.engine)
 
 
+@pytest.mark.parametrize("durability", ["process", "power"])
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
-async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch):
+async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch, durability):
     """Its end is kept from Python, as if the temp image did not answer."""
     ended = requestfilter.ended_copies
-    async with Rig.make(image, cbw_timeout=0.05, on_cbw_error=policy) as rig:
+    async with Rig.make(image, durability=durability, cbw_timeout=0.05, on_cbw_error=policy) as rig:
         layer = await rig.engine.create_snapshot("s")
         monkeypatch.setattr(requestfilter, "ended_copies", list)
         with Rig.readable_never(monkeypatch) as let_go:
@@ -348,8 +358,36 @@ async def test_nothing_is_written_natively_while_a_promise_is_not_kept(image):
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"x"))
 
 
-async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image):
-    async with Rig.make(image) as rig:
+async def test_a_promise_keeps_native_writes_from_its_clusters_and_no_others(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.discard(layer, 2 * CLUSTER, 6 * CLUSTER)
+        assert layer.commits is not None
+        rig.engine.copier.promises.make(layer.commits.access, 3, 5)
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER - 1, b"x"))
+        for first in (3, 4):
+            assert rig.send(write_request(ACTIVE_HANDLE, first * CLUSTER, b"x")) is None
+        assert rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER - 1, b"xy")) is None
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
+        await rig.engine.copier.promises.kept(3, 5)
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 3 * CLUSTER, b"x"))
+
+
+async def test_more_promises_than_there_is_room_for_keep_all_writes_out(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        await rig.engine.discard(layer, 2 * CLUSTER, 6 * CLUSTER)
+        assert layer.commits is not None
+        for count, answer in ((256, written(1)), (1, None)):
+            for _ in range(count):
+                rig.engine.copier.promises.make(layer.commits.access, 3, 4)
+            assert answer == rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, b"x"))
+        assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image, durability):
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         rig.drain(write_request(ACTIVE_HANDLE, 0, NEW), patient=False)
         await rig.engine.discard(layer, 0, CLUSTER)
@@ -359,9 +397,10 @@ async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image)
         check_bitmaps(rig.engine)
 
 
+@pytest.mark.parametrize("durability", ["process", "power"])
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
-async def test_a_copy_that_fails_goes_to_the_policy(image, policy):
-    async with Rig.make(image, on_cbw_error=policy) as rig:
+async def test_a_copy_that_fails_goes_to_the_policy(image, policy, durability):
+    async with Rig.make(image, durability=durability, on_cbw_error=policy) as rig:
         layer = await rig.engine.create_snapshot("s")
         good, null = os.dup(layer.temp.fd), os.open("/dev/full", os.O_RDWR)
         os.dup2(null, layer.temp.fd)
@@ -384,10 +423,11 @@ async def test_a_copy_that_fails_goes_to_the_policy(image, policy):
     ]
 
 
-async def test_more_writes_than_can_be_kept(image):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_more_writes_than_can_be_kept(image, durability):
     with open(image, "r+b") as file:
         file.truncate(400 * CLUSTER)
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         await rig.engine.create_snapshot("s")
         requests = [
             write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n + 1) for n in range(300)
@@ -399,14 +439,15 @@ async def test_more_writes_than_can_be_kept(image):
         assert 128 == rig.engine.counters.cbw_copies
 
 
-async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch, durability):
     seen = []
     monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(str(args.exc_value)))
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         await rig.engine.create_snapshot("s")
 
         def finish(*arguments):
-            copies = arguments[4]
+            copies = arguments[5]
             while copies:  # end them, lest they are another test's
                 for ended in requestfilter.ended_copies():
                     copies.remove(next(each for each in copies if each[0] == ended[0]))
@@ -419,11 +460,12 @@ async def test_a_bug_at_the_end_of_a_drain_answers_the_writes(image, monkeypatch
         assert not rig.fast.collect()["on"]
 
 
-async def test_a_hand_over_that_finds_no_memory_answers_the_writes(image, monkeypatch):
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_a_hand_over_that_finds_no_memory_answers_the_writes(image, monkeypatch, durability):
     memory = pytest.importorskip("_testcapi")
     seen: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(args.exc_type))
-    async with Rig.make(image) as rig:
+    async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
 
         def lend(length: int) -> int:
@@ -513,30 +555,67 @@ async def test_what_must_be_durable_before_a_write_is_not_written_natively(image
     async with Rig.make(image, durability="power") as rig:
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"x"))
         await rig.engine.tracker.add("b")
-        assert rig.send(write_request(ACTIVE_HANDLE, 0, b"x")) is None
+        assert rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"x")) is None
+        await rig.engine.write(CLUSTER, b"x")
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"x"))
+        await rig.engine.tracker.add("c")
+        for offset in (CLUSTER, 2 * CLUSTER - 1):
+            assert rig.send(write_request(ACTIVE_HANDLE, offset, b"xy")) is None
+        await rig.engine.write(CLUSTER, b"x")
+        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"x"))
 
 
-async def test_with_power_durability_only_what_is_copied_durably_is_written_natively(
-    image, monkeypatch
-):
+async def test_what_python_makes_durable_is_not_written_natively_meanwhile(image, monkeypatch):
     async with Rig.make(image, durability="power") as rig:
         layer = await rig.engine.create_snapshot("s")
-        assert rig.send(write_request(ACTIVE_HANDLE, 0, b"x")) is None
-        assert [] == list(layer.done.runs(0, 17))
         seen, real = [], os.fdatasync
 
         def fdatasync(fd: int) -> None:
             real(fd)
             if layer.done.get(0):  # not durable yet: it is in the thread that syncs it
-                seen.append(rig.engine.moment().writable)
+                seen.append(rig.engine.moment().promised)
 
         monkeypatch.setattr(os, "fdatasync", fdatasync)
         await rig.engine.write(0, b"x")
-        assert [False] == seen
+        assert [[(0, 1)]] == seen
         assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 0, b"y"))
-        assert rig.send(write_request(ACTIVE_HANDLE, CLUSTER, b"y")) is None
         assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
     assert b"y" + OLD[1:] == image.read_bytes()
+
+
+async def test_with_power_durability_first_writes_land_natively(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        assert layer.commits is not None
+        requests = [
+            write_request(ACTIVE_HANDLE, n * CLUSTER + 5, b"x", unique=n) for n in range(1, 16)
+        ]
+        assert [2] * 15 == rig.drain(*requests)
+        assert {n: written(1) for n in range(1, 16)} == rig.replies()
+        assert ([], [], []) == (rig.handed, rig.engine.copier.ranges, rig.engine.moment().promised)
+        for bits in (layer.done, layer.commits.done_file.bits):
+            assert [(1, 16)] == list(bits.runs(0, 17))
+        assert [1] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 15))
+        counters = rig.engine.counters
+        assert (15, 15 * CLUSTER) == (counters.cbw_copies, counters.cbw_bytes)
+        assert 0 < counters.cbw_seconds
+        assert 0 == rig.engine.space._claimed
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+        check_bitmaps(rig.engine)
+
+
+async def test_with_power_durability_copies_that_take_long_become_the_engines(image):
+    async with Rig.make(image, durability="power") as rig:
+        layer = await rig.engine.create_snapshot("s")
+        requests = [write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n) for n in (1, 2, 4)]
+        assert [2, 2, 2] == rig.drain(*requests, patient=False)
+        await until_quiet(rig, 3)
+        assert [(1, CLUSTER, 0), (2, 2 * CLUSTER, 0), (4, 4 * CLUSTER, 0)] == sorted(rig.handed)
+        assert [(1, 3), (4, 5)] == list(layer.done.runs(0, 17))
+        assert (0, 0) == (layer.pins, rig.engine.space._claimed)
+        assert [2] == rig.drain(write_request(ACTIVE_HANDLE, 9 * CLUSTER, NEW))
+        assert OLD == bytes(await rig.engine.read_snapshot(layer, 0, SIZE))
+        check_bitmaps(rig.engine)
 
 
 async def test_reads_of_snapshots_find_their_sources(image):
@@ -761,7 +840,12 @@ async def test_an_empty_image(tmp_path):
 
 @pytest.mark.parametrize(
     "state",
-    [7, (), (1, 2), (0, 1, 12, True, False, [], [], [], [], bytearray(), bytearray(56))],
+    [
+        7,
+        (),
+        (1, 2),
+        (0, 1, 12, True, False, [], False, [], [], [], [], None, bytearray(), bytearray(56)),
+    ],
     ids=["not a tuple", "empty", "short", "bitmap too short"],
 )
 async def test_nonsense_switches_it_off(image, state, monkeypatch):
