@@ -153,7 +153,8 @@ async def test_durable_copies_that_queue_up_share_one_sync_and_its_failure(make,
         await trio.to_thread.run_sync(reached.wait)
         for cluster in (1, 2, 3):
             nursery.start_soon(copy, cluster)
-        await wait_all_tasks_blocked()
+        while len(target._syncs._queue) < 3:  # all are copied and wait for the next sync
+            await trio.lowlevel.checkpoint()
         go.set()
     assert [errno.EIO] * 4 == results
     assert [b"x\0\0\0", b"xxxx"] == syncs
