@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
 
 from snapfs._copy import copy_clusters
 from snapfs.image import FileImage
