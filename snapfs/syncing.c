@@ -55,10 +55,14 @@ static void *run(void *unused)
         pthread_mutex_lock(&mutex);
         state = good ? SYNC_GOOD : SYNC_FAILED;
         if (closed) {
-            close(file);
             file = -1;
             state = SYNC_NONE;
             closed = false;
+            /* Without the mutex, which the trio thread takes: the file may have been removed
+             * meanwhile, and goes now. */
+            pthread_mutex_unlock(&mutex);
+            close(fd);
+            pthread_mutex_lock(&mutex);
         } else {
             pool_wake();
         }
