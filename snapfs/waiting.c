@@ -43,12 +43,12 @@ enum {
 /* For copies to end after the drain has; then they are the engine's.  Long for a page cache, and
  * what a disk that hangs costs the others once: nothing is copied here until it is over. */
 #define SETTLE_TIME (10 * SECOND / 1000)
-/* For data to come from the disk after the drain has ended, how often to look, and how long
- * not to wait for any after some did not come. */
 /* How long not to copy what must survive a power cut after a disk did not sync it in that time,
  * and twice as long each time it happens again: the engine waits for slow disks better. */
 #define LEAST_PAUSE (SETTLE_TIME)
 #define MOST_PAUSE (SECOND / 2)
+/* For data to come from the disk after the drain has ended, how often to look, and how long
+ * not to wait for any after some did not come. */
 #define COLD_TIME (2 * SECOND / 1000)
 #define COLD_NAP (30 * SECOND / 1000000)
 #define COLD_PAUSE (SECOND / 2)
