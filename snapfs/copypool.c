@@ -5,7 +5,7 @@
  * hangs them, and nothing else: the fast path starts no copies then.
  *
  * Durable copies.  While one thread syncs the other copies: that is why nobody takes more than
- * half of what there is.  Each group has an open file description of its own for its sync,
+ * half of what there is, if there are many.  Each group has an open file description of its own for its sync,
  * opened before anything of the group is written.  An error of writing back is told once to
  * each description that was open then, and the pages are clean afterwards: with a description
  * that two share, the one that syncs first would take the error of the other's data, whose sync
@@ -18,6 +18,7 @@
 #include "syncing.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -29,8 +30,13 @@
 enum {
     THREADS = 2,
     STACK = 256 << 10,
-    GROUP = 16, /* durable copies that share a sync */
+    /* Durable copies that share a sync. */
+    GROUP = 16,
+    LEAST_SHARE = GROUP / 2, /* that a thread may take, however few there are */
 };
+
+#define SECOND 1000000000LL
+#define COMPANY_TIME (SECOND / 10000) /* to wait for another copy to share a sync */
 
 #define BUFFER_SIZE ((size_t)4 << 20) /* the largest cluster; touched only as far as used */
 
@@ -38,8 +44,9 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work_to_do = PTHREAD_COND_INITIALIZER;
 
 static struct copy copies[POOL_SIZE];
-static uint64_t last_number;  /* trio thread's */
+static uint64_t last_number;  /* the trio thread's, which changes it under the mutex */
 static uint64_t last_taken;   /* under the mutex: copies are taken in the order of numbers */
+static int last_count;        /* under the mutex: how many shared the last sync */
 static int counts[2];         /* trio thread's: by `handed` */
 static int ended = -1;        /* eventfd */
 static int threads;           /* trio thread's */
@@ -51,7 +58,7 @@ static long long now(void)
     struct timespec time;
 
     clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * 1000000000LL + time.tv_nsec;
+    return time.tv_sec * SECOND + time.tv_nsec;
 }
 
 /* With the mutex. */
@@ -67,7 +74,7 @@ static struct copy *next_copy(void)
     return found;
 }
 
-/* How many durable copies one thread may take now.  With the mutex. */
+/* How many durable copies one thread may take.  With the mutex. */
 static int share(void)
 {
     int count = 0;
@@ -75,23 +82,42 @@ static int share(void)
     for (int i = 0; i < POOL_SIZE; i++)
         count += copies[i].state == COPY_QUEUED || copies[i].state == COPY_RUNNING;
     count = (count + 1) / 2;
-    return count < GROUP ? count : GROUP;
+    return count < LEAST_SHARE ? LEAST_SHARE : count < GROUP ? count : GROUP;
 }
 
-/* What a thread is to do next: one copy, or durable ones to the same file.  With the mutex. */
-static int take(struct copy *group[GROUP])
+/* The next copy for a thread: any for its first, then what can share the first one's sync; NULL:
+ * none.  With the mutex. */
+static struct copy *take(const struct copy *first, int count)
 {
     struct copy *copy = next_copy();
-    int count = 0, most = copy && copy->durable ? share() : 1;
 
-    while (copy && count < most &&
-           (!count || (copy->durable && copy->work.target == group[0]->work.target))) {
+    if (copy && first &&
+        (!copy->durable || copy->work.target != first->work.target || count >= share()))
+        copy = NULL;
+    if (copy) {
         copy->state = COPY_RUNNING;
         last_taken++;
-        group[count++] = copy;
-        copy = next_copy();
     }
-    return count;
+    return copy;
+}
+
+/* The next copy for a group, which may come a little later: those who write side by side do so
+ * again, one after the other, as soon as they have been answered. */
+static struct copy *take_next(const struct copy *first, int count)
+{
+    long long until = now() + COMPANY_TIME;
+    struct timespec time = {.tv_sec = until / SECOND, .tv_nsec = until % SECOND};
+    struct copy *copy;
+    bool waits;
+
+    pthread_mutex_lock(&mutex);
+    waits = last_count > 1 && count < LEAST_SHARE;
+    while (!(copy = take(first, count)) && waits && last_taken == last_number)
+        waits = !pthread_cond_clockwait(&work_to_do, &mutex, CLOCK_MONOTONIC, &time);
+    if (!copy && last_taken < last_number)
+        pthread_cond_signal(&work_to_do); /* it may have been for the other thread */
+    pthread_mutex_unlock(&mutex);
+    return copy;
 }
 
 static void carry_out(struct copy *copy, char *buffer)
@@ -102,20 +128,29 @@ static void carry_out(struct copy *copy, char *buffer)
     copy->nanoseconds = now() - started;
 }
 
-/* All of them are there and durable, or have an error. */
-static void carry_out_durably(struct copy *group[], int count, char *buffer)
+/* A copy, and others that come meanwhile.  All of them are there and durable in the end, or have
+ * an error.  Returns how many. */
+static int carry_out_durably(struct copy *group[GROUP], char *buffer)
 {
-    int fd = sync_reopen(group[0]->work.target), error = fd < 0 ? errno : 0, good = 0;
+    int fd = sync_reopen(group[0]->work.target), error = fd < 0 ? errno : 0, good = 0, count = 0;
     long long started;
 
-    for (int i = 0; i < count; i++) {
-        group[i]->error = error;
+    for (struct copy *copy = group[0]; copy; copy = error ? NULL : take_next(group[0], count)) {
+        const off_t offset = copy->work.offset; /* of what is left to do */
+
+        group[count++] = copy;
+        copy->error = error;
         if (!error)
-            carry_out(group[i], buffer);
-        good += !group[i]->error;
+            carry_out(copy, buffer);
+        good += !copy->error;
+        /* Let the disk begin.  It waits for nothing, so it takes no error from fdatasync(); its
+         * own may be of any page that it meets. */
+        if (!copy->error && copy->work.written &&
+            sync_file_range(fd, offset, copy->work.end - offset, SYNC_FILE_RANGE_WRITE))
+            error = errno;
     }
     started = now();
-    if (good && fdatasync(fd))
+    if (good && fdatasync(fd) && !error)
         error = errno;
     for (int i = 0; i < count; i++) {
         group[i]->nanoseconds += (now() - started) / count;
@@ -124,6 +159,7 @@ static void carry_out_durably(struct copy *group[], int count, char *buffer)
     }
     if (fd >= 0)
         close(fd);
+    return count;
 }
 
 static void *run(void *unused)
@@ -133,19 +169,20 @@ static void *run(void *unused)
 
     pthread_mutex_lock(&mutex);
     for (;;) {
-        struct copy *group[GROUP];
-        int count = take(group);
+        struct copy *group[GROUP] = {take(NULL, 0)};
+        int count = 1;
 
-        if (!count) {
+        if (!group[0]) {
             pthread_cond_wait(&work_to_do, &mutex);
             continue;
         }
         pthread_mutex_unlock(&mutex);
         if (group[0]->durable)
-            carry_out_durably(group, count, buffer);
+            count = carry_out_durably(group, buffer);
         else
             carry_out(group[0], buffer);
         pthread_mutex_lock(&mutex);
+        last_count = count;
         for (int i = 0; i < count; i++)
             group[i]->state = COPY_ENDED;
         __atomic_add_fetch(&ended_count, count, __ATOMIC_RELEASE);
@@ -328,8 +365,8 @@ void pool_keep_promises(void)
 bool pool_wait(int device, long long nanoseconds)
 {
     struct pollfd wanted[2] = {{.fd = ended, .events = POLLIN}, {.fd = device, .events = POLLIN}};
-    struct timespec time = {.tv_sec = nanoseconds / 1000000000LL,
-                            .tv_nsec = nanoseconds % 1000000000LL};
+    struct timespec time = {.tv_sec = nanoseconds / SECOND,
+                            .tv_nsec = nanoseconds % SECOND};
 
     if (nanoseconds <= 0)
         return false;

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from .serving import MIB, QEMU, SNAPFS, patched
+from .serving import CLUSTER, MIB, QEMU, SNAPFS, patched
 from .work import Bench, Work
 
 # Changes to a daemon: its bitmaps and its record of activity do not outlive it; a sync takes
@@ -66,13 +66,16 @@ def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
             ("snapfs", bench.snapfs, what),
         ]
 
-    def power(program: tuple[object, ...], longer: float, options: str = "") -> list[Side]:
+    def power(
+        cluster: int, program: tuple[object, ...] = (SNAPFS,), longer: float = 0, more: str = ""
+    ) -> list[Side]:
+        options = f"durability=power,cluster-size={cluster}{more}"
         return [
-            ("a pair of syncs for each", bench.bare, bench.pairs_of_syncs(longer)),
+            ("a pair of syncs for each", bench.bare, bench.pairs_of_syncs(cluster, longer)),
             (
                 "snapfs",
-                lambda: bench.snapfs(options="durability=power" + options, program=program),
-                bench.copies,
+                lambda: bench.snapfs(options=options, program=program),
+                bench.copies(cluster),
             ),
         ]
 
@@ -138,10 +141,12 @@ def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
         "persistence: first writes 4 KiB, depth 16": (
             "1/s", beside_forgetful(bench.small_first_writes)
         ),
-        "durability=power: copies, depth 16": ("1/s", power((SNAPFS,), 0)),
+        # Five times the pairs of 64 KiB is more than many disks write.
+        "durability=power: copies of 64 KiB, depth 16": ("1/s", power(CLUSTER)),
+        "durability=power: copies of 16 KiB, depth 16": ("1/s", power(CLUSTER // 4)),
         # Only Python's syncs can be made longer.
         "durability=power: no fast path, syncs 2 ms longer": (
-            "1/s", power(patched(SLOW), SLOW_SYNC, ",no_fastpath")
+            "1/s", power(CLUSTER, patched(SLOW), SLOW_SYNC, ",no_fastpath")
         ),
         "many: first writes 1 MiB": ("1/s", with_many(bench.first_writes)),
         "many: first writes 4 KiB": ("1/s", with_many(bench.small_first_writes)),

@@ -142,37 +142,49 @@ class Bench(Serving):
         amount = self.size // CLUSTER * 4096
         return self.fio(active, "randwrite", "4k", 16, amount=amount)
 
-    def copies(self, active: Path, snapshots: Path) -> float:
-        """Copies per second for 4 KiB writes to clusters at random, 16 at a time."""
-        amount = self.size // CLUSTER // 2 * 4096
-        command = self._fio(active, "randwrite", "4k", 16, amount=amount)
-        rate = float(self._report([*command, f"--blockalign={CLUSTER}"])["iops"])
-        counters = json.loads(run(SNAPFS, "status", snapshots.parent, "--json"))["counters"]
-        return rate * float(counters["cbw_copies"]) / float(counters["writes"])
+    def copies(self, cluster: int) -> Work:
+        """Copies per second for 4 KiB writes to clusters in any order, 16 at a time, each once."""
+        return lambda active, snapshots: self._copies(active, cluster)
 
-    def pairs_of_syncs(self, seconds: float) -> Callable[[Path, Path], float]:
+    def _copies(self, active: Path, cluster: int) -> float:
+        log = self.directory / "iolog"
+        offsets = [where * cluster for where in self._some_clusters(cluster)]
+        writes = "".join(f"{active} write {offset} 4096\n" for offset in offsets)
+        log.write_text(
+            f"fio version 2 iolog\n{active} add\n{active} open\n{writes}{active} close\n"
+        )
+        command = self._fio(active, "randwrite", "4k", 16, amount=len(offsets) * 4096)
+        rate = float(self._report([*command, f"--read_iolog={log}", "--replay_no_stall=1"])["iops"])
+        log.unlink()
+        return rate
+
+    def _some_clusters(self, cluster: int) -> list[int]:
+        """Half of what would be clusters of 64 KiB, in any order."""
+        return random.sample(range(self.size // cluster), self.size // CLUSTER // 2)
+
+    def pairs_of_syncs(self, cluster: int, seconds: float) -> Work:
         """A loop of copies with a pair of syncs each, which take so much longer than they do."""
-        return lambda image, directory: self._pairs_of_syncs(image, directory, seconds)
+        return lambda image, directory: self._pairs_of_syncs(image, directory, cluster, seconds)
 
-    def _pairs_of_syncs(self, image: Path, directory: Path, longer: float) -> float:
+    def _pairs_of_syncs(self, image: Path, directory: Path, cluster: int, longer: float) -> float:
         def sync(fd: int) -> None:
             time.sleep(longer) if longer else None
             os.fdatasync(fd)
 
-        clusters = random.sample(range(self.size // CLUSTER), self.size // CLUSTER // 2)
+        clusters = self._some_clusters(cluster)
         source = os.open(image, os.O_RDONLY)
         temp, done = (
             os.open(directory / name, os.O_RDWR | os.O_CREAT) for name in ("temp", "done")
         )
         os.ftruncate(temp, self.size)
-        os.posix_fallocate(done, 0, self.size // CLUSTER)
+        os.posix_fallocate(done, 0, self.size // cluster)
         os.fsync(done)
-        with mmap.mmap(done, self.size // CLUSTER) as bits:
+        with mmap.mmap(done, self.size // cluster) as bits:
             started = time.perf_counter()
-            for cluster in clusters:
-                os.pwrite(temp, os.pread(source, CLUSTER, cluster * CLUSTER), cluster * CLUSTER)
+            for where in clusters:
+                os.pwrite(temp, os.pread(source, cluster, where * cluster), where * cluster)
                 sync(temp)
-                bits[cluster // 8] |= 1 << cluster % 8
+                bits[where // 8] |= 1 << where % 8
                 sync(done)
             seconds = time.perf_counter() - started
         for fd in (source, temp, done):

@@ -209,6 +209,7 @@ async def test_zeros_and_holes_take_no_room(image, durability):
     with open(image, "r+b") as file:
         file.truncate(40 * CLUSTER)
         os.pwrite(file.fileno(), bytes(CLUSTER), 2 * CLUSTER)
+        os.pwrite(file.fileno(), NEW, 35 * CLUSTER)  # a hole before data, and one at the end
     async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
         for cluster in (2, 30, 39):
