@@ -5,11 +5,11 @@
  * hangs them, and nothing else: the fast path starts no copies then.
  *
  * Durable copies.  While one thread syncs the other copies: that is why nobody takes more than
- * half of what there is, if there are many.  Each group has an open file description of its own for its sync,
- * opened before anything of the group is written.  An error of writing back is told once to
- * each description that was open then, and the pages are clean afterwards: with a description
- * that two share, the one that syncs first would take the error of the other's data, whose sync
- * then succeeds.
+ * half of what there is, if there are many.  Each group has an open file description of its own
+ * for its sync, opened before anything of the group is written.  An error of writing back is
+ * told once to each description that was open then, and the pages are clean afterwards: with a
+ * description that two share, the one that syncs first would take the error of the other's data,
+ * whose sync then succeeds.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -144,9 +144,10 @@ static int carry_out_durably(struct copy *group[GROUP], char *buffer)
             carry_out(copy, buffer);
         good += !copy->error;
         /* Let the disk begin.  It waits for nothing, so it takes no error from fdatasync(); its
-         * own may be of any page that it meets. */
+         * own may be of any page that it meets.  A container may forbid it. */
         if (!copy->error && copy->work.written &&
-            sync_file_range(fd, offset, copy->work.end - offset, SYNC_FILE_RANGE_WRITE))
+            sync_file_range(fd, offset, copy->work.end - offset, SYNC_FILE_RANGE_WRITE) &&
+            errno != ENOSYS && errno != EPERM)
             error = errno;
     }
     started = now();
@@ -365,8 +366,7 @@ void pool_keep_promises(void)
 bool pool_wait(int device, long long nanoseconds)
 {
     struct pollfd wanted[2] = {{.fd = ended, .events = POLLIN}, {.fd = device, .events = POLLIN}};
-    struct timespec time = {.tv_sec = nanoseconds / SECOND,
-                            .tv_nsec = nanoseconds % SECOND};
+    struct timespec time = {.tv_sec = nanoseconds / SECOND, .tv_nsec = nanoseconds % SECOND};
 
     if (nanoseconds <= 0)
         return false;
