@@ -137,7 +137,9 @@ class Side:
         ]
         for layer in engine.layers:
             found += [layer.id, layer.name, layer.access.slice(0, len(layer.access))]
-            found += [layer.done.slice(0, len(layer.done)), layer.temp.blocks(), layer.pins]
+            found += [layer.done.slice(0, len(layer.done)), layer.pins]
+            # Not its blocks: among them may be one for the file system's list of extents.
+            found.append(await layer.temp.data_extents(0, layer.geometry.size, 1000))
             if layer.commits is not None:
                 found.append(layer.commits.done_file.bits.slice(0, len(layer.done)))
             for cluster in range(layer.geometry.clusters):
