@@ -21,6 +21,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -37,6 +38,9 @@ enum {
 
 #define SECOND 1000000000LL
 #define COMPANY_TIME (SECOND / 10000) /* to wait for another copy to share a sync */
+/* For syncs that several share, to wait without sleeping.  A group takes several turns, of its
+ * threads and of ours, and to be woken may take as long as a turn of the disk. */
+#define AWAKE_TIME (SECOND / 2500)
 
 #define BUFFER_SIZE ((size_t)4 << 20) /* the largest cluster; touched only as far as used */
 
@@ -46,7 +50,7 @@ static pthread_cond_t work_to_do = PTHREAD_COND_INITIALIZER;
 static struct copy copies[POOL_SIZE];
 static uint64_t last_number;  /* the trio thread's, which changes it under the mutex */
 static uint64_t last_taken;   /* under the mutex: copies are taken in the order of numbers */
-static int last_count;        /* under the mutex: how many shared the last sync */
+static int last_count;        /* under the mutex, atomic: how many shared the last sync */
 static int counts[2];         /* trio thread's: by `handed` */
 static int ended = -1;        /* eventfd */
 static int threads;           /* trio thread's */
@@ -183,7 +187,7 @@ static void *run(void *unused)
         else
             carry_out(group[0], buffer);
         pthread_mutex_lock(&mutex);
-        last_count = count;
+        __atomic_store_n(&last_count, count, __ATOMIC_RELAXED);
         for (int i = 0; i < count; i++)
             group[i]->state = COPY_ENDED;
         __atomic_add_fetch(&ended_count, count, __ATOMIC_RELEASE);
@@ -367,10 +371,21 @@ bool pool_wait(int device, long long nanoseconds)
 {
     struct pollfd wanted[2] = {{.fd = ended, .events = POLLIN}, {.fd = device, .events = POLLIN}};
     struct timespec time = {.tv_sec = nanoseconds / SECOND, .tv_nsec = nanoseconds % SECOND};
+    long long awake = __atomic_load_n(&last_count, __ATOMIC_RELAXED) > 1 ? AWAKE_TIME : 0;
+    long long started = now();
+    int found = 0;
 
     if (nanoseconds <= 0)
         return false;
-    if (ppoll(wanted, 2, &time, NULL) <= 0)
+    awake = awake < nanoseconds ? awake : nanoseconds;
+    while (!found && now() - started < awake) {
+        found = poll(wanted, 2, 0);
+        if (!found)
+            sched_yield(); /* who wants this processor gets it */
+    }
+    if (!found)
+        found = ppoll(wanted, 2, &time, NULL);
+    if (found <= 0)
         return false;
     if (wanted[0].revents && !counts[true]) /* else Python's task must see it */
         pool_clear();

@@ -41,7 +41,7 @@ enum {
 #define PATIENCE_BUSY (SECOND / 4000)
 /* While copies wait for syncs, which take about as long as an idle drain may: at its end all of
  * them are waited for, and nothing begins meanwhile. */
-#define PATIENCE_SYNCING (10 * SECOND / 1000)
+#define PATIENCE_SYNCING (50 * SECOND / 1000)
 
 static PyObject *publisher, *finisher; /* both NULL: the fast path is off */
 

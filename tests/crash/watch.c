@@ -2,7 +2,7 @@
  * included that native threads make.
  *
  * `watch` is told before a call and after it, never of calls that it makes itself.  What it
- * returns after a sync is the errno that the sync gives, although it has been carried out.
+ * returns after a sync or a hint is the errno that it gives, although it has been carried out.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <sys/types.h>
 
-enum kind { SYNC, WRITE, OPEN };
+enum kind { SYNC, WRITE, OPEN, HINT };
 
 typedef int watch_t(int kind, int after, int fd, long long offset, long long size, int error);
 
@@ -50,6 +50,18 @@ int fdatasync(int fd)
     tell(SYNC, 0, fd, 0, 0, 0);
     result = real(fd);
     error = tell(SYNC, 1, fd, 0, 0, result ? errno : 0);
+    if (!error)
+        return result;
+    errno = error;
+    return -1;
+}
+
+int sync_file_range(int fd, off64_t offset, off64_t size, unsigned flags)
+{
+    REAL(sync_file_range, int, off64_t, off64_t, unsigned);
+    int result = real(fd, offset, size, flags);
+    int error = tell(HINT, 1, fd, offset, (size_t)size, result ? errno : 0);
+
     if (!error)
         return result;
     errno = error;

@@ -31,7 +31,7 @@ from snapfs.snapshot import Layer
 CLUSTERS = 17
 SIZE = 16 * CLUSTER + 100
 PAGE = 4096
-SYNC, WRITE, OPEN = range(3)
+SYNC, WRITE, OPEN, HINT = range(4)
 TELL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong,
     ctypes.c_int,
@@ -105,6 +105,8 @@ class Disk:
         self.events: list[tuple[str, int]] = []  # what ended, in which thread
         self.checks = 0
         self.fail: dict[str, set[int]] = {}
+        self.hint_error = 0  # errno of what asks the kernel to begin writing back
+        self.hints = 0
         self.told_once = False  # that it failed: as of a disk that could not empty its cache
         self.syncs: Counter[str] = Counter()
         self.stalls: dict[str, threading.Event] = {}  # the next sync waits for it
@@ -134,6 +136,9 @@ class Disk:
                 return 0
             if kind == SYNC and not after:
                 return self._begin(path, name)
+            if kind == HINT:
+                self.hints += 1
+                return self.hint_error
             with self._lock:
                 file = self._files.setdefault(path, File())
                 if kind == OPEN:
@@ -383,6 +388,32 @@ async def test_the_nth_sync_fails(tmp_path, name, policy):
             assert nth > 3
             return
     pytest.fail("it never ends")
+
+
+async def test_a_copy_whose_early_write_back_fails_is_the_engines(tmp_path):
+    async with watched(tmp_path, on_cbw_error="break-guest-write") as (rig, disk):
+        await create(rig, disk, "s")
+        writer = Writer(rig, disk)
+        disk.hint_error = errno.EIO
+        writer.drain((0, 9))
+        await writer.quiet()
+        # the engine copies it once more
+        assert (disk.hints, [name for name, _ in disk.events]) == (1, ["temp", "temp", "done"])
+        assert not writer.errors
+        assert writer.expected == read(disk.image)
+        await exact(rig, disk)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+async def test_early_write_back_may_be_forbidden(tmp_path, error):
+    async with watched(tmp_path, on_cbw_error="break-guest-write") as (rig, disk):
+        layer = await create(rig, disk, "s")
+        writer = Writer(rig, disk)
+        disk.hint_error = error
+        writer.drain((0, 9))
+        assert not writer.under_way
+        assert (disk.hints, layer.done.count(), writer.errors) == (1, 1, [])
+        await exact(rig, disk)
 
 
 @pytest.mark.parametrize("then", ["nothing", "create", "delete", "discard"])
