@@ -2,9 +2,9 @@
  *
  * What may block.  Reads use RWF_NOWAIT.  One that finds a page missing has begun to read
  * ahead (filemap_get_pages() in mm/filemap.c), so that trying again makes sense.  A large read
- * is sent from a mapping of the page cache, and so is copied once, not twice; a page that is not
- * there would be waited for, so mincore(2) is asked before whether all is.  When mapping itself
- * may wait, or fail, is at may_map().
+ * is sent as references to the pages of the page cache, and so is copied once, not twice; a page
+ * that is not there would be waited for, so mincore(2) is asked before whether all is, for a
+ * mapping.  When mapping itself may wait is at may_map().
  *
  * Writes use RWF_NOWAIT where the file system can (XFS, btrfs).  ext4 cannot: there a write of
  * a part of a page first makes sure that the page is cached, since it would be read otherwise;
@@ -15,8 +15,11 @@
 #define _GNU_SOURCE
 #endif
 #include "carry.h"
+#include "buffers.h"
+#include "helper.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -26,9 +29,15 @@
 enum {
     PAGE = 4096,
     REPLY_ALIGNMENT = 2 << 20, /* a huge page, if there is one */
-    /* From here on mapping takes less time than a second copy; as long as it is in few parts. */
-    LEAST_MAPPED = 128 << 10,
-    MOST_WINDOWS = 16,
+    /* From here on references take less time than a second copy; as long as it is in few parts.
+     * A pipe has room for as many pages, those of the ends of the pieces, and the header. */
+    LEAST_PIPED = 128 << 10,
+    MOST_PIPED = 512 << 10,
+    MOST_PIECES = 16,
+    PIPE_SIZE = 2 * MOST_PIPED, /* what anybody may ask for: /proc/sys/fs/pipe-max-size */
+    /* From here on the helper carries a request while the trio thread goes on to the next: that
+     * takes longer than to wake it. */
+    LEAST_ERRAND = 256 << 10,
 };
 
 /* A write that took longer was not one to the page cache alone. */
@@ -38,8 +47,9 @@ enum {
 struct carry_counters carried;
 
 static char *reply;              /* FASTPATH_MAX_READ bytes, or NULL until needed */
+static bool no_pipes;            /* they could not be had */
 static bool write_nowait = true; /* until the file system says it cannot */
-static long long slow_until;     /* writes go to Python before this time */
+static long long slow_until;     /* writes go to Python before this time; atomic */
 
 bool carry_prepare(void)
 {
@@ -56,7 +66,8 @@ bool carry_prepare(void)
 void carry_reset(void)
 {
     write_nowait = true;
-    slow_until = 0;
+    no_pipes = false;
+    __atomic_store_n(&slow_until, 0, __ATOMIC_RELAXED);
 }
 
 bool carry_reply(int device, uint64_t unique, int error, const void *data, size_t length)
@@ -67,7 +78,7 @@ bool carry_reply(int device, uint64_t unique, int error, const void *data, size_
 
     if (writev(device, parts, length ? 2 : 1) >= 0)
         return true;
-    carried.failed_replies++;
+    __atomic_fetch_add(&carried.failed_replies, 1, __ATOMIC_RELAXED);
     return false;
 }
 
@@ -84,17 +95,9 @@ static enum fastpath_verdict read_cached(const struct piece *piece, void *data)
     return count >= 0 || errno == EAGAIN ? FASTPATH_KEPT : FASTPATH_PYTHONS;
 }
 
-/* A piece of a file, mapped where nothing but the kernel looks at it, on our behalf. */
-struct window {
-    void *start; /* of the mapping, at a page */
-    size_t size;
-    struct iovec data;
-};
-
 /* Not without RWF_NOWAIT: a network file system may ask its server when a file is mapped.  Not
- * while no write may pass: who cuts the image leaves nothing under the mapping, and the read
- * would fail; and of a file that we may not write mincore(2) says that all of it is there
- * (can_do_mincore() in mm/mincore.c). */
+ * while no write may pass: of a file that we may not write mincore(2) says that all of it is
+ * there (can_do_mincore() in mm/mincore.c). */
 static bool may_map(const struct piece *piece)
 {
     const struct piece first = {piece->fd, piece->offset, 1};
@@ -103,56 +106,160 @@ static bool may_map(const struct piece *piece)
     return state.writable && read_cached(&first, &byte) == FASTPATH_ANSWERED;
 }
 
-static bool open_window(struct window *window, const struct piece *piece)
-{
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), before = piece->offset % page;
-
-    window->size = before + piece->length;
-    window->start = mmap(NULL, window->size, PROT_READ, MAP_SHARED, piece->fd,
-                         (off_t)(piece->offset - before));
-    window->data = (struct iovec){(char *)window->start + before, piece->length};
-    return window->start != MAP_FAILED;
-}
-
-/* Is all of it in the page cache, and not just on its way there? */
-static bool is_cached(const struct window *window)
+/* Is all of it in the page cache, and not just on its way there?  Nobody touches the mapping. */
+static bool is_cached(const struct piece *piece)
 {
     unsigned char present[FASTPATH_MAX_READ / PAGE + 1];
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    const size_t pages = (window->size + page - 1) / page;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), before = piece->offset % page;
+    const size_t size = before + piece->length, pages = (size + page - 1) / page;
+    void *start;
+    bool good;
 
-    if (pages > sizeof(present) || mincore(window->start, window->size, present))
+    if (pages > sizeof(present) || !may_map(piece))
         return false;
-    for (size_t i = 0; i < pages; i++)
-        if (!(present[i] & 1))
-            return false;
+    start = mmap(NULL, size, PROT_READ, MAP_SHARED, piece->fd, (off_t)(piece->offset - before));
+    if (start == MAP_FAILED)
+        return false;
+    good = !mincore(start, size, present);
+    for (size_t i = 0; good && i < pages; i++)
+        good = present[i] & 1;
+    munmap(start, size);
+    return good;
+}
+
+/* ---- large reads: from the page cache to the kernel through a pipe ----------------------- */
+
+/* A reply, as references to pages, on its way to the kernel.  One is being filled while the
+ * helper sends the other. */
+struct pipeful {
+    bool open;
+    int ends[2];
+    int device;
+    uint64_t unique;
+    uint64_t offset; /* of the request, as its length */
+    size_t length;
+};
+
+static struct pipeful pipes[2];
+static int filling;   /* which one is not the helper's */
+
+static void close_pipe(struct pipeful *pipeful)
+{
+    if (pipeful->open) {
+        close(pipeful->ends[0]);
+        close(pipeful->ends[1]);
+    }
+    pipeful->open = false;
+}
+
+static bool open_pipe(struct pipeful *pipeful)
+{
+    if (pipeful->open)
+        return true;
+    pipeful->open = !pipe2(pipeful->ends, O_CLOEXEC | O_NONBLOCK);
+    if (pipeful->open && fcntl(pipeful->ends[1], F_SETPIPE_SZ, PIPE_SIZE) < PIPE_SIZE)
+        close_pipe(pipeful);
+    return pipeful->open;
+}
+
+/* Both, or none: one of them is not enough when the helper has it. */
+static bool open_pipes(void)
+{
+    no_pipes = no_pipes || !open_pipe(&pipes[0]) || !open_pipe(&pipes[1]);
+    return !no_pipes;
+}
+
+/* Puts the references there; false: not all.  Copies nothing, and waits for nothing but a page
+ * that has gone since, and where the file system locks out readers while it writes, for that. */
+static bool fill_pipe(struct pipeful *pipeful, uint64_t unique, const struct piece *pieces,
+                      int count)
+{
+    const struct fuse_out_header header = {
+        .len = (uint32_t)(sizeof(header) + pipeful->length), .unique = unique};
+
+    if (write(pipeful->ends[1], &header, sizeof(header)) != sizeof(header))
+        return false;
+    for (int i = 0; i < count; i++) {
+        loff_t position = (loff_t)pieces[i].offset;
+        size_t left = pieces[i].length;
+        while (left) {
+            ssize_t moved = splice(pieces[i].fd, &position, pipeful->ends[1], NULL, left,
+                                   SPLICE_F_NONBLOCK);
+            if (moved <= 0)
+                return false;
+            left -= (size_t)moved;
+        }
+    }
     return true;
 }
 
-/* Answers with the pages of the page cache themselves.  False: nothing was sent. */
-static bool read_mapped(int device, uint64_t unique, const struct piece *pieces, int count,
-                        size_t length)
+/* What is sent is sent, whatever the kernel says to it; see carry_reply(). */
+static void send_pipe(struct pipeful *pipeful)
 {
-    struct fuse_out_header out = {.len = (uint32_t)(sizeof(out) + length), .unique = unique};
-    struct window windows[MOST_WINDOWS];
-    struct iovec parts[MOST_WINDOWS + 1] = {{&out, sizeof(out)}};
-    bool good = count <= MOST_WINDOWS;
-    int opened = 0;
+    const size_t size = sizeof(struct fuse_out_header) + pipeful->length;
 
-    while (good && opened < count) {
-        good = may_map(&pieces[opened]) && open_window(&windows[opened], &pieces[opened]);
-        if (good) {
-            good = is_cached(&windows[opened]);
-            parts[opened + 1] = windows[opened].data;
-            opened++;
-        }
+    if (splice(pipeful->ends[0], NULL, pipeful->device, NULL, size, 0) == (ssize_t)size)
+        return;
+    /* The kernel may not have come to look for the request (ENOMEM, for one).  If it has, the
+     * request has been answered, and this is nobody's, and counted there. */
+    if (carry_reply(pipeful->device, pipeful->unique, EIO, NULL, 0))
+        __atomic_fetch_add(&carried.failed_replies, 1, __ATOMIC_RELAXED);
+    close_pipe(pipeful); /* with what is left in it */
+}
+
+/* What the helper carries, while it is out. */
+static struct {
+    struct pipeful *pipeful; /* a READ, else NULL */
+    void *buffer;            /* a WRITE, until it is collected, else NULL */
+    size_t size;
+    int device;
+    bool good;
+} errand;
+
+static void send_answer(void)
+{
+    send_pipe(errand.pipeful);
+}
+
+/* Lets the helper send it; false: it is not here. */
+static bool let_helper_send(struct pipeful *pipeful)
+{
+    if (helper_is_back() && !errand.buffer)
+        helper_wait();
+    if (errand.buffer || helper_is_out())
+        return false;
+    errand.pipeful = pipeful;
+    return helper_start(send_answer);
+}
+
+/* Answers with the pages of the page cache themselves.  False: nothing was sent.
+ *
+ * Not beside Python's tasks: one may punch or zero a part of the file, which on XFS locks readers
+ * out for as long as it takes. */
+static bool read_piped(int device, uint64_t unique, const struct piece *pieces, int count,
+                       size_t length)
+{
+    struct pipeful *pipeful = &pipes[filling];
+    bool good = !state.busy && count <= MOST_PIECES && length <= MOST_PIPED && open_pipes();
+
+    for (int i = 0; good && i < count; i++)
+        good = is_cached(&pieces[i]);
+    if (!good)
+        return false;
+    pipeful->device = device;
+    pipeful->unique = unique;
+    pipeful->offset = pieces[0].offset;
+    pipeful->length = length;
+    if (!fill_pipe(pipeful, unique, pieces, count)) {
+        close_pipe(pipeful);
+        return false;
     }
-    if (good && writev(device, parts, count + 1) < 0)
-        carried.failed_replies++;
-    while (opened--)
-        munmap(windows[opened].start, windows[opened].size);
-    carried.mapped += good;
-    return good;
+    carried.piped++;
+    if (length >= LEAST_ERRAND && let_helper_send(pipeful))
+        filling = !filling;
+    else
+        send_pipe(pipeful);
+    return true;
 }
 
 enum fastpath_verdict carry_read(int device, uint64_t unique, const struct piece *pieces,
@@ -162,7 +269,7 @@ enum fastpath_verdict carry_read(int device, uint64_t unique, const struct piece
 
     for (int i = 0; i < count; i++)
         length += pieces[i].length;
-    if (length >= LEAST_MAPPED && read_mapped(device, unique, pieces, count, length))
+    if (length >= LEAST_PIPED && read_piped(device, unique, pieces, count, length))
         return FASTPATH_ANSWERED;
     for (int i = 0; i < count; i++) {
         enum fastpath_verdict verdict = read_cached(&pieces[i], reply + done);
@@ -185,15 +292,41 @@ static enum fastpath_verdict page_cached(uint64_t offset)
     return read_cached(&piece, &byte);
 }
 
+static ssize_t put(const void *data, size_t length, uint64_t offset)
+{
+    long long started = nanoseconds(CLOCK_MONOTONIC);
+    ssize_t written = pwrite(state.image, data, length, (off_t)offset);
+
+    if (nanoseconds(CLOCK_MONOTONIC) - started > SLOW_WRITE) {
+        __atomic_fetch_add(&carried.slow_writes, 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&slow_until, nanoseconds(CLOCK_MONOTONIC) + SLOW_PAUSE,
+                         __ATOMIC_RELAXED);
+    }
+    return written;
+}
+
+static bool is_slow(void)
+{
+    return nanoseconds(CLOCK_MONOTONIC) < __atomic_load_n(&slow_until, __ATOMIC_RELAXED);
+}
+
+/* Nothing is overwritten that the helper sends: it may be for a snapshot. */
+static void mind_the_reader(size_t length, uint64_t offset)
+{
+    const struct pipeful *reader = helper_is_out() ? errand.pipeful : NULL;
+
+    if (reader && reader->offset < offset + length && offset < reader->offset + reader->length)
+        helper_wait();
+}
+
 enum fastpath_verdict carry_write(const void *data, size_t length, uint64_t offset)
 {
     struct iovec part = {(void *)data, length};
-    long long started;
-    ssize_t written;
     enum fastpath_verdict cached = FASTPATH_ANSWERED;
 
+    mind_the_reader(length, offset);
     if (write_nowait) {
-        written = pwritev2(state.image, &part, 1, (off_t)offset, RWF_NOWAIT);
+        ssize_t written = pwritev2(state.image, &part, 1, (off_t)offset, RWF_NOWAIT);
         if (written >= 0 || errno != EOPNOTSUPP)
             return written == (ssize_t)length ? FASTPATH_ANSWERED : FASTPATH_PYTHONS;
         write_nowait = false;
@@ -204,13 +337,58 @@ enum fastpath_verdict carry_write(const void *data, size_t length, uint64_t offs
         cached = page_cached(offset + length - 1);
     if (cached != FASTPATH_ANSWERED)
         return cached;
-    started = nanoseconds(CLOCK_MONOTONIC);
-    if (started < slow_until)
+    if (is_slow())
         return FASTPATH_PYTHONS;
-    written = pwrite(state.image, data, length, (off_t)offset);
-    if (nanoseconds(CLOCK_MONOTONIC) - started > SLOW_WRITE) {
-        carried.slow_writes++;
-        slow_until = nanoseconds(CLOCK_MONOTONIC) + SLOW_PAUSE;
-    }
-    return written == (ssize_t)length ? FASTPATH_ANSWERED : FASTPATH_PYTHONS;
+    return put(data, length, offset) == (ssize_t)length ? FASTPATH_ANSWERED : FASTPATH_PYTHONS;
+}
+
+/* Not where writes with RWF_NOWAIT work: two at once would get in each other's way. */
+bool carry_may_take(size_t length, uint64_t offset)
+{
+    return length >= LEAST_ERRAND && !write_nowait && offset % PAGE == 0 &&
+           (offset + length) % PAGE == 0 && !is_slow() && (!helper_is_out() || helper_is_back());
+}
+
+static void carry_request(void)
+{
+    const struct fuse_in_header *in = errand.buffer;
+    const struct fuse_write_in *arg = (const void *)(in + 1);
+    const struct fuse_write_out out = {.size = arg->size};
+
+    errand.good = put(arg + 1, arg->size, arg->offset) == (ssize_t)arg->size;
+    if (errand.good)
+        carry_reply(errand.device, in->unique, 0, &out, sizeof(out));
+}
+
+bool carry_take(int device, void **buffer, size_t size)
+{
+    void *taken;
+
+    if (errand.buffer || helper_is_out() || !(taken = buffer_take(buffer)))
+        return false;
+    errand.pipeful = NULL;
+    errand.buffer = taken;
+    errand.size = size;
+    errand.device = device;
+    if (helper_start(carry_request))
+        return true;
+    buffer_free(*buffer);
+    *buffer = taken;
+    errand.buffer = NULL;
+    return false;
+}
+
+bool carry_is_writing(void)
+{
+    return errand.buffer != NULL;
+}
+
+bool carry_collect(void **buffer, size_t *size, bool *good)
+{
+    helper_wait();
+    *buffer = errand.buffer;
+    *size = errand.size;
+    *good = errand.good;
+    errand.buffer = NULL;
+    return *buffer != NULL;
 }

@@ -21,7 +21,7 @@ enum fastpath_verdict {
 };
 
 struct carry_counters {
-    unsigned long long slow_writes, failed_replies, mapped;
+    unsigned long long slow_writes, failed_replies, piped;
 };
 
 extern INTERNAL struct carry_counters carried;
@@ -46,12 +46,26 @@ INTERNAL bool carry_reply(int device, uint64_t unique, int error, const void *da
                           size_t length);
 
 /* Answer a READ with the pieces, one after the other, if all are in the page cache.
- * FASTPATH_KEPT: they are not. */
+ * FASTPATH_KEPT: they are not.  A large one may be under way until carry_collect(). */
 INTERNAL enum fastpath_verdict carry_read(int device, uint64_t unique, const struct piece *pieces,
                                           int count);
 
 /* Write to the image, all of it, without waiting for the disk as far as that can be known.  If it
  * is Python's, some of it may have been written.  FASTPATH_KEPT: nothing has, a page is cold. */
 INTERNAL enum fastpath_verdict carry_write(const void *data, size_t length, uint64_t offset);
+
+/* Would it be good to have the helper carry a WRITE? */
+INTERNAL bool carry_may_take(size_t length, uint64_t offset);
+
+/* Have it carry the WRITE in the buffer, which is taken, and answer it if that went well.  False:
+ * nothing has happened. */
+INTERNAL bool carry_take(int device, void **buffer, size_t size);
+
+/* Is there a WRITE that has not been collected? */
+INTERNAL bool carry_is_writing(void);
+
+/* Wait for what the helper carries.  True: that was a WRITE, in this buffer of the caller's now,
+ * and was it carried?  If not, some of it may have been written. */
+INTERNAL bool carry_collect(void **buffer, size_t *size, bool *good);
 
 #endif

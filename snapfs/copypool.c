@@ -16,13 +16,13 @@
 #endif
 #include "copypool.h"
 #include "syncing.h"
+#include "threads.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <time.h>
@@ -196,32 +196,12 @@ static void *run(void *unused)
     return NULL;
 }
 
-/* At the first copy: by then the daemon has become what it stays, and forks no more. */
 static bool have_threads(void)
 {
-    pthread_attr_t attributes;
-    sigset_t all, before;
-
     if (ended < 0)
         ended = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (ended < 0)
-        return false;
-    if (threads == THREADS)
-        return true;
-    sigfillset(&all); /* signals are Python's main thread's */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (!pthread_attr_init(&attributes)) {
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        pthread_attr_setstacksize(&attributes, STACK);
-        while (threads < THREADS) {
-            pthread_t thread;
-            if (pthread_create(&thread, &attributes, run, NULL))
-                break;
-            threads++;
-        }
-        pthread_attr_destroy(&attributes);
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    while (ended >= 0 && threads < THREADS && thread_begin(run, STACK))
+        threads++;
     return threads > 0;
 }
 

@@ -20,6 +20,7 @@
 #define _GNU_SOURCE
 #endif
 #include "fastpath.h"
+#include "buffers.h"
 #include "copypool.h"
 #include "waiting.h"
 
@@ -37,7 +38,7 @@ enum {
 
 /* With no task in a handler nobody but timers and the control socket waits for the end of a
  * drain; otherwise a trip through the event loop should not take much longer than it must. */
-#define PATIENCE_IDLE (2 * SECOND / 1000)
+#define PATIENCE_IDLE (5 * SECOND / 1000)
 #define PATIENCE_BUSY (SECOND / 4000)
 /* While copies wait for syncs, which take about as long as an idle drain may: at its end all of
  * them are waited for, and nothing begins meanwhile. */
@@ -209,7 +210,7 @@ static enum fastpath_verdict answer_read(int device, const struct fuse_in_header
 #define KNOWN_WRITE_FLAGS (FUSE_WRITE_CACHE | FUSE_WRITE_LOCKOWNER | FUSE_WRITE_KILL_SUIDGID)
 
 static enum fastpath_verdict answer_write(int device, const struct fuse_in_header *in,
-                                          size_t size)
+                                          size_t size, void **buffer)
 {
     const struct fuse_write_in *arg = (const void *)(in + 1);
     struct fuse_write_out out = {0};
@@ -238,6 +239,11 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
     for (int i = 0; i < state.dirty_count; i++)
         set_bits(&state.dirty[i], first, stop);
     state_note_write();
+    if (buffer && carry_may_take(arg->size, arg->offset)) {
+        fastpath_collect();
+        if (!waiting_has_refused() && carry_take(device, buffer, size))
+            return FASTPATH_ANSWERED;
+    }
     verdict = carry_write(arg + 1, arg->size, arg->offset);
     if (verdict != FASTPATH_ANSWERED)
         return verdict;
@@ -259,11 +265,13 @@ static bool waits_for_copy(const struct fuse_in_header *in)
     return any_set(&state.pending, first, stop) || pool_is_promised(first, stop);
 }
 
-enum fastpath_verdict fastpath_consider(int device, const void *request, size_t size, bool *cold)
+enum fastpath_verdict fastpath_consider(int device, const void *request, size_t size,
+                                        void **buffer, bool *cold)
 {
     const struct fuse_in_header *in = request;
-    enum fastpath_verdict verdict =
-        in->opcode == FUSE_READ ? answer_read(device, in, size) : answer_write(device, in, size);
+    enum fastpath_verdict verdict = in->opcode == FUSE_READ
+                                        ? answer_read(device, in, size)
+                                        : answer_write(device, in, size, buffer);
 
     *cold = verdict == FASTPATH_KEPT && !waits_for_copy(request);
     return verdict;
@@ -278,17 +286,33 @@ bool fastpath_wants(const void *request, size_t size)
     return in->opcode == FUSE_READ || in->opcode == FUSE_WRITE;
 }
 
-enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size)
+enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size,
+                                      void **buffer)
 {
     enum fastpath_verdict verdict;
     bool cold;
 
     if (!state.loaded || !fastpath_wants(request, size))
         return FASTPATH_PYTHONS;
-    verdict = fastpath_consider(device, request, size, &cold);
-    if (verdict == FASTPATH_KEPT && !waiting_keep(request, size, cold))
+    verdict = fastpath_consider(device, request, size, buffer, &cold);
+    if (verdict == FASTPATH_KEPT && !waiting_keep(request, size, buffer, cold))
         return FASTPATH_PYTHONS;
     return verdict;
+}
+
+void fastpath_collect(void)
+{
+    void *buffer;
+    size_t size;
+    bool good;
+
+    if (carry_collect(&buffer, &size, &good)) {
+        counters.writes += good;
+        if (good)
+            buffer_free(buffer);
+        else
+            waiting_refuse(buffer, size);
+    }
 }
 
 /* ---- for the Python module ------------------------------------------------------------- */
@@ -377,22 +401,29 @@ PyObject *fastpath_try(PyObject *module, PyObject *args)
         return verdicts;
     for (Py_ssize_t i = 0; verdicts && i < PyList_GET_SIZE(requests); i++) {
         PyObject *request = PyList_GET_ITEM(requests, i), *verdict = NULL;
+        void *buffer = buffer_new();
         char *bytes;
         Py_ssize_t size;
-        if (!PyBytes_AsStringAndSize(request, &bytes, &size))
-            verdict = PyLong_FromLong((long)fastpath_answer(device, bytes, (size_t)size));
+        if (!PyBytes_AsStringAndSize(request, &bytes, &size)) {
+            bool fits = buffer && size <= BUFFER_SIZE; /* as what was received */
+            enum fastpath_verdict found;
+            Py_BEGIN_ALLOW_THREADS
+            found = fastpath_answer(device, fits ? memcpy(buffer, bytes, (size_t)size) : bytes,
+                                    (size_t)size, fits ? &buffer : NULL);
+            Py_END_ALLOW_THREADS
+            verdict = PyLong_FromLong((long)found);
+        }
+        buffer_free(buffer);
         if (!verdict || PyList_Append(verdicts, verdict))
             Py_CLEAR(verdicts);
         Py_XDECREF(verdict);
     }
-    if (patient) {
-        Py_BEGIN_ALLOW_THREADS
-        while (poll(&more, 1, 0) == 0 && waiting_wait(device, SECOND))
-            ;
-        Py_END_ALLOW_THREADS
-    }
+    Py_BEGIN_ALLOW_THREADS
+    while (patient && poll(&more, 1, 0) == 0 && waiting_wait(device, SECOND))
+        ;
     waiting_settle(device, false);
     state_rest();
+    Py_END_ALLOW_THREADS
     fastpath_end(device);
     return verdicts;
 }
@@ -402,7 +433,7 @@ PyObject *fastpath_statistics(PyObject *module, PyObject *unused)
     (void)module, (void)unused;
     return Py_BuildValue("{sOsKsKsKsKsKsKsK}", "on", publisher ? Py_True : Py_False, "reads",
                          counters.reads, "writes", counters.writes, "snapshot_reads",
-                         counters.snapshot_reads, "mapped", carried.mapped, "slow_writes",
+                         counters.snapshot_reads, "piped", carried.piped, "slow_writes",
                          carried.slow_writes, "failed_replies", carried.failed_replies, "cold",
                          waiting_cold_count());
 }

@@ -20,13 +20,17 @@ INTERNAL bool fastpath_is_on(void);
 INTERNAL bool fastpath_begin(void);
 
 /* Answer one request, of `size` bytes as they were read from `device`.  After
- * fastpath_begin(). */
-INTERNAL enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size);
+ * fastpath_begin().  `buffer`: where it is, if that can be taken (buffer_take()), else NULL. */
+INTERNAL enum fastpath_verdict fastpath_answer(int device, const void *request, size_t size,
+                                               void **buffer);
 
 /* The same for one that was kept: what is it now?  FASTPATH_KEPT: it waits on, and `cold` says
  * whether for data. */
 INTERNAL enum fastpath_verdict fastpath_consider(int device, const void *request, size_t size,
-                                                 bool *cold);
+                                                 void **buffer, bool *cold);
+
+/* Wait for what is being carried by the helper.  A WRITE that failed is kept for Python. */
+INTERNAL void fastpath_collect(void);
 
 /* May the filter wait a moment for the next request?  Not while Python has work. */
 INTERNAL bool fastpath_may_linger(void);

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #endif
 #include "requestfilter.h"
+#include "buffers.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -40,7 +41,7 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
                                    FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS);
     conn->max_background = MAX_BACKGROUND;
     conn->congestion_threshold = CONGESTION_THRESHOLD;
-    if (conn->max_write > MAX_WRITE) /* what BUFFER_SIZE allows for */
+    if (conn->max_write > MAX_WRITE)
         conn->max_write = MAX_WRITE;
     /* max_readahead already is the most that the kernel offers. */
     if (original)

@@ -25,7 +25,7 @@ from .outsider import Outsider
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_KIB = 1024  # the largest request that the kernel makes
+READ_AHEAD_KIB = 1024  # two of the largest requests, which go side by side
 PAGE = 4096  # the smallest page that Linux has; larger ones are multiples
 
 
@@ -63,7 +63,7 @@ class PageCache:
 
     @staticmethod
     def _read_ahead(device: int) -> None:
-        """Let the kernel read as much ahead as one request can be, if we may (only root may).
+        """Let the kernel read two requests ahead, if we may (only root may).
 
         Otherwise it asks for 128 KiB at a time, and a buffered copy of a snapshot takes
         half as long again.

@@ -17,15 +17,16 @@
  * under the GIL, or in drain() by the trio thread, which is the only one to come there or to
  * look at what is counted there.
  *
- * The receive buffer.  There is one.  receive() lends it to pyfuse3 in buf->mem;
+ * The receive buffer.  receive() lends one to pyfuse3 in buf->mem;
  * fuse_session_process_buf() takes it back once the handler has been started, since by
  * then pyfuse3 has copied what it needs into Python objects.  So a request that waits
- * keeps no buffer at all.  While it is lent it is an ordinary malloc block of pyfuse3's,
- * which may free() it at any time: nothing is wrong if process_buf is never called.
+ * for Python keeps no buffer at all.  While it is lent it is an ordinary malloc block of
+ * pyfuse3's, which may free() it at any time: nothing is wrong if process_buf is never called.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "buffers.h"
 #include "fastpath.h"
 #include "requestfilter.h"
 #include "waiting.h"
@@ -45,12 +46,12 @@
 #include <unistd.h>
 
 enum {
-    /* The kernel wants max_write and the headers (80 bytes), and at least 8 KiB. */
-    BUFFER_SIZE = MAX_WRITE + (1 << 16),
-    BUFFER_ALIGNMENT = 4096,
     /* How long to wait for one more request before Python gets its turn: a trip through the
-     * event loop takes longer, and at queue depth 1 the next request comes within 20 us. */
+     * event loop takes longer, and at queue depth 1 the next request comes within 20 us, a large
+     * one within 100. */
     LINGER_NS = 50 * 1000,
+    LINGER_LARGE_NS = 200 * 1000,
+    LARGE = 128 << 10,
 };
 
 #define INTERPOSED __attribute__((visibility("default")))
@@ -83,8 +84,7 @@ static struct {
 struct filter filter = {.receive_enabled = true};
 
 static bool nonblocking; /* O_NONBLOCK is set on the session's descriptor */
-static void *spare;      /* the receive buffer while it is ours, or NULL */
-static void *lent;       /* the receive buffer while pyfuse3 has it, or NULL */
+static void *lent;       /* the receive buffer that pyfuse3 has, or NULL */
 
 /* ---- interposed: the life of the session ------------------------------------------- */
 
@@ -175,8 +175,7 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
         filter.last_was_direct_read = false;
         handlers_forget(); /* they point into the session */
         fastpath_forget();
-        free(spare);
-        spare = NULL;
+        buffer_free_all();
         lent = NULL; /* pyfuse3's */
     }
     libfuse.session_destroy(se);
@@ -204,26 +203,34 @@ static void note_request(const struct fuse_in_header *header, size_t size)
     }
 }
 
+static bool is_large(const void *request, size_t size)
+{
+    const struct fuse_in_header *header = request;
+    const struct fuse_read_in *in = (const void *)(header + 1);
+
+    return (header->opcode == FUSE_READ ? in->size : size) >= LARGE;
+}
+
 /* Whatever an earlier request left in buf->mem: libfuse's buffer, if the switch has just
  * been turned on, or ours, if that request was never processed. */
 static void drop_previous(struct fuse_buf *buf)
 {
-    if (buf->mem && buf->mem == lent && !spare)
-        spare = buf->mem;
-    else
-        free(buf->mem);
-    if (buf->mem == lent)
+    if (buf->mem && buf->mem == lent) {
+        buffer_free(lent);
         lent = NULL;
+    } else {
+        free(buf->mem);
+    }
     buf->mem = NULL;
 }
 
 /* Waits for copies under way, or a moment for one more request.  Returns whether to look for
  * one.  It stays awake for that moment: to sleep and to be woken on another processor takes
  * longer than a request; who wants this processor gets it. */
-static bool wait_for_more(int fd, long long started)
+static bool wait_for_more(int fd, long long started, long long linger)
 {
     struct pollfd device = {.fd = fd, .events = POLLIN};
-    long long now = nanoseconds(CLOCK_MONOTONIC), until = now + LINGER_NS;
+    long long now = nanoseconds(CLOCK_MONOTONIC), until = now + linger;
     long long left = started + fastpath_patience() - now;
 
     if (left <= 0)
@@ -232,7 +239,8 @@ static bool wait_for_more(int fd, long long started)
         return true;
     if (!fastpath_may_linger())
         return false;
-    state_rest();
+    if (!carry_is_writing())
+        state_rest();
     do {
         sched_yield();
         if (poll(&device, 1, 0) > 0)
@@ -243,16 +251,18 @@ static bool wait_for_more(int fd, long long started)
 
 /* Reads requests, answers those it can, and returns when one is Python's, or when there are
  * none, or when it has had its time: Python's tasks are waiting meanwhile.  Returns as
- * read(2) with errno set, EAGAIN in the last two cases.  Without the GIL, which `thread` gets
- * for a moment. */
-static ssize_t drain(int fd, void *memory, PyThreadState **thread)
+ * read(2) with errno set, EAGAIN in the last two cases.  The buffer may be another one
+ * after it.  Without the GIL, which `thread` gets for a moment. */
+static ssize_t drain(int fd, void **memory, PyThreadState **thread)
 {
-    long long started = nanoseconds(CLOCK_MONOTONIC);
+    long long started = nanoseconds(CLOCK_MONOTONIC), linger = 0;
     bool answered = false, begun = false;
     ssize_t size;
 
     for (;;) {
-        size = read(fd, memory, BUFFER_SIZE);
+        const void *request = *memory;
+
+        size = read(fd, *memory, BUFFER_SIZE);
         if (size < 0 && errno == ENOENT) { /* interrupted while we read it */
             filter.empty_receives++;
             continue;
@@ -260,12 +270,12 @@ static ssize_t drain(int fd, void *memory, PyThreadState **thread)
         if (size < 0) {
             if (errno != EAGAIN)
                 break;
-            if (answered && wait_for_more(fd, started))
+            if (answered && wait_for_more(fd, started, linger))
                 continue;
             errno = EAGAIN;
             break;
         }
-        if (!fastpath_is_on() || !fastpath_wants(memory, (size_t)size))
+        if (!fastpath_is_on() || !fastpath_wants(request, (size_t)size))
             break;
         if (!begun) {
             PyEval_RestoreThread(*thread);
@@ -274,10 +284,12 @@ static ssize_t drain(int fd, void *memory, PyThreadState **thread)
             if (!begun)
                 break;
         }
-        if (fastpath_answer(fd, memory, (size_t)size) == FASTPATH_PYTHONS)
+        if (fastpath_answer(fd, request, (size_t)size, memory) == FASTPATH_PYTHONS)
             break;
+        /* Before anything else is answered, which may free it. */
+        note_request(request, (size_t)size);
+        linger = is_large(request, (size_t)size) ? LINGER_LARGE_NS : LINGER_NS;
         waiting_progress(fd);
-        note_request(memory, (size_t)size);
         answered = true;
         if (nanoseconds(CLOCK_MONOTONIC) - started > fastpath_patience()) {
             size = -1;
@@ -307,13 +319,12 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
     PyThreadState *thread;
 
     drop_previous(buf);
-    memory = spare; /* taken: no other thread may meet it while the GIL is released */
-    spare = NULL;
-    if (!memory && posix_memalign(&memory, BUFFER_ALIGNMENT, BUFFER_SIZE))
+    memory = buffer_new();
+    if (!memory)
         return -ENOMEM;
 
     thread = PyEval_SaveThread();
-    size = drain(fd, memory, &thread);
+    size = drain(fd, &memory, &thread);
     error = errno;
     PyEval_RestoreThread(thread);
     fastpath_end(fd);
@@ -327,7 +338,7 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
         buf->flags = 0;
         return (int)size;
     }
-    spare = memory;
+    buffer_free(memory);
     if (size >= 0)
         return -EIO; /* not even a header: not a FUSE device */
     return error == EAGAIN ? -EINTR : -error;
@@ -375,10 +386,7 @@ INTERPOSED void fuse_session_process_buf(struct fuse_session *se, const struct f
     if (lent && buf->mem == lent) {
         /* pyfuse3's struct is not const; it frees what it finds in there at the end */
         ((struct fuse_buf *)buf)->mem = NULL;
-        if (spare)
-            free(lent);
-        else
-            spare = lent;
+        buffer_free(lent);
         lent = NULL;
     }
 }

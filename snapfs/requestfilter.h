@@ -14,8 +14,6 @@
 #include <stdbool.h>
 
 enum {
-    /* The largest WRITE we ask for: 256 pages of 4 KiB, the kernel's usual limit. */
-    MAX_WRITE = 1 << 20,
     /* fs/fuse/dev.c refuses replies with a larger errno, and then waits for ever. */
     MAX_ERRNO = 511,
 };

@@ -266,7 +266,7 @@ def fastpath_statistics() -> dict[str, int]:
 
     `on`: whether it is.  Requests answered: reads and writes of the image, snapshot_reads.
     slow_writes: those that took so long that the next ones were left to threads.
-    mapped: reads that were sent from the page cache itself, without a copy of ours.
+    piped: reads that were sent from the page cache itself, without a copy of ours.
     cold: those that waited for data from the disk.
     failed_replies: the kernel did not want them any more.
     """

@@ -13,10 +13,10 @@
 #endif
 #include "syncing.h"
 #include "copypool.h"
+#include "threads.h"
 
 #include <fcntl.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -70,31 +70,11 @@ static void *run(void *unused)
     return NULL;
 }
 
-static bool start_thread(void)
-{
-    pthread_attr_t attributes;
-    pthread_t thread;
-    sigset_t all, before;
-
-    if (have_thread)
-        return true;
-    if (pthread_attr_init(&attributes))
-        return false;
-    sigfillset(&all); /* signals are Python's main thread's */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attributes, STACK);
-    have_thread = !pthread_create(&thread, &attributes, run, NULL);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    return have_thread;
-}
-
 bool sync_open(int fd)
 {
     bool good;
 
-    if (!start_thread())
+    if (!(have_thread = have_thread || thread_begin(run, STACK)))
         return false;
     pthread_mutex_lock(&mutex);
     if (file < 0)

@@ -20,6 +20,7 @@
 #define _GNU_SOURCE
 #endif
 #include "waiting.h"
+#include "buffers.h"
 #include "copypool.h"
 #include "fastpath.h"
 #include "syncing.h"
@@ -38,6 +39,7 @@ enum {
     /* Bytes of one copy, if a cluster is not more: a large write uses both threads. */
     COPY_BYTES = 256 << 10,
     LOAN = 16 << 20, /* bytes of temp space to ask for at a time */
+    LEAST_TAKEN = 64 << 10, /* a request as large as that is kept where it is, not copied */
 };
 
 /* For copies to end after the drain has; then they are the engine's.  Long for a page cache, and
@@ -66,7 +68,8 @@ static struct {
         size_t size;
         bool refused; /* the engine is to carry it out */
         bool cold;    /* waits for data */
-    } kept[MAX_KEPT];
+        bool taken;   /* it is a buffer */
+    } kept[MAX_KEPT + 1]; /* and one that was refused */
     struct range handed[POOL_SIZE]; /* copies that are Python's now, and their numbers */
     uint64_t numbers[POOL_SIZE];
     struct range promised[POOL_SIZE]; /* clusters whose done bits Python is to make durable */
@@ -74,6 +77,7 @@ static struct {
     int cold_count; /* of kept */
     size_t kept_bytes;
     bool failed;      /* a copy or a sync has: no more copies here */
+    bool refused;     /* something was: nothing more is carried aside */
     uint64_t lent;    /* bytes of temp space that we may use */
     uint64_t claimed; /* by copies, those that have landed included */
     unsigned long long clusters, written, nanoseconds; /* landed */
@@ -236,31 +240,47 @@ static void keep_promises(void)
 
 /* ---- keeping requests ------------------------------------------------------------------ */
 
-bool waiting_keep(const void *request, size_t size, bool cold)
+static void add_kept(struct kept kept)
 {
-    void *copy;
+    drain.kept[drain.kept_count++] = kept;
+    drain.kept_bytes += kept.size;
+    drain.cold_count += kept.cold;
+}
+
+bool waiting_keep(const void *request, size_t size, void **buffer, bool cold)
+{
+    bool taken = buffer && size >= LEAST_TAKEN;
+    void *memory;
 
     /* With copies of Python's under way a wait would end at once, again and again. */
     if (cold && (pool_count(true) || nanoseconds(CLOCK_MONOTONIC) < cold_until))
         return false;
-    if (drain.kept_count == MAX_KEPT || drain.kept_bytes + size > MAX_KEPT_BYTES)
+    if (drain.kept_count >= MAX_KEPT || drain.kept_bytes + size > MAX_KEPT_BYTES)
         return false;
-    copy = malloc(size);
-    if (!copy)
+    memory = taken ? buffer_take(buffer) : malloc(size);
+    if (!memory)
         return false;
-    memcpy(copy, request, size);
-    drain.kept[drain.kept_count++] = (struct kept){.request = copy, .size = size, .cold = cold};
-    drain.kept_bytes += size;
-    drain.cold_count += cold;
+    if (!taken)
+        memcpy(memory, request, size);
+    add_kept((struct kept){.request = memory, .size = size, .cold = cold, .taken = taken});
     cold_kept += cold;
     return true;
+}
+
+void waiting_refuse(void *buffer, size_t size)
+{
+    drain.refused = true;
+    add_kept((struct kept){.request = buffer, .size = size, .refused = true, .taken = true});
 }
 
 static void drop_kept(int index)
 {
     drain.kept_bytes -= drain.kept[index].size;
     drain.cold_count -= drain.kept[index].cold;
-    free(drain.kept[index].request);
+    if (drain.kept[index].taken)
+        buffer_free(drain.kept[index].request);
+    else
+        free(drain.kept[index].request);
     drain.kept_count--;
     memmove(&drain.kept[index], &drain.kept[index + 1],
             (size_t)(drain.kept_count - index) * sizeof(drain.kept[0]));
@@ -274,7 +294,7 @@ static void try_again(int device)
         enum fastpath_verdict verdict = FASTPATH_PYTHONS;
         bool cold = false;
         if (!kept->refused)
-            verdict = fastpath_consider(device, kept->request, kept->size, &cold);
+            verdict = fastpath_consider(device, kept->request, kept->size, NULL, &cold);
         if (verdict == FASTPATH_ANSWERED) {
             drop_kept(i);
             continue;
@@ -343,6 +363,7 @@ void waiting_settle(int device, bool patient)
         if (drain.cold_count)
             try_again(device);
     }
+    fastpath_collect(); /* not before: a READ that was cold may have begun to be sent */
     if (patient && drain.cold_count)
         cold_until = nanoseconds(CLOCK_MONOTONIC) + COLD_PAUSE;
     if (patient && state.done_file.durable)
@@ -455,6 +476,11 @@ bool waiting_finish(int device, PyObject *finisher)
         drop_kept(drain.kept_count - 1);
     memset(&drain, 0, sizeof(drain));
     return result != NULL;
+}
+
+bool waiting_has_refused(void)
+{
+    return drain.refused;
 }
 
 bool waiting_is_busy(void)

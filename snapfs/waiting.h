@@ -13,8 +13,13 @@
  * engine has to; what has begun goes on. */
 INTERNAL bool waiting_preserve(uint64_t first, uint64_t stop);
 
-/* Keep a request; `cold`: for data.  False if there is no room, or no use. */
-INTERNAL bool waiting_keep(const void *request, size_t size, bool cold);
+/* Keep a request; `cold`: for data; `buffer`: where it is, if that can be taken, else NULL.  False
+ * if there is no room, or no use. */
+INTERNAL bool waiting_keep(const void *request, size_t size, void **buffer, bool cold);
+
+/* Keep one for Python, in its buffer, which is taken.  One in a drain, there is room for no more. */
+INTERNAL void waiting_refuse(void *buffer, size_t size);
+INTERNAL bool waiting_has_refused(void);
 
 /* Go on with the writes if copies have ended. */
 INTERNAL void waiting_progress(int device);

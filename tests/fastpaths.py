@@ -67,6 +67,9 @@ class Quarantine:
         return self.inodes
 
 
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+
+
 @define(eq=False)
 class Rig:
     """An engine and its fast path."""
@@ -91,8 +94,10 @@ class Rig:
         store = await Store.open(
             str(image), cluster_size=CLUSTER, durability=durability, limiter=trio.CapacityLimiter(4)
         )
-        kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A stream, as a reply that is spliced comes page by page.
+        kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         kernel.setblocking(False)
+        device.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 64 << 20)
         async with trio.open_nursery() as nursery:
             engine = Engine(
                 store.image, store.geometry, store, nursery,
@@ -133,13 +138,16 @@ class Rig:
     def replies(self) -> dict[int, tuple[int, bytes]]:
         """Errno and data of the replies that were sent, by the unique of the request."""
         found: dict[int, tuple[int, bytes]] = {}
+        stream = bytearray()
         with contextlib.suppress(BlockingIOError):
             while True:
-                reply = self.kernel.recv(1 << 18)
-                length, error, unique = OUT_HEADER.unpack_from(reply)
-                assert length == len(reply)
-                assert unique not in found
-                found[unique] = error, reply[OUT_HEADER.size :]
+                stream += self.kernel.recv(1 << 20)
+        while stream:
+            length, error, unique = OUT_HEADER.unpack_from(stream)
+            assert OUT_HEADER.size <= length <= len(stream)
+            assert unique not in found
+            found[unique] = error, bytes(stream[OUT_HEADER.size : length])
+            del stream[:length]
         return found
 
     def drain(self, *requests: bytes, patient: bool = True) -> list[int]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import random
 import select
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,59 @@ def test_killed_at_any_moment_under_load(mount, seed):  # noqa: F811
         for name, moment in moments.items():
             assert moment == (disk.snapshots / name).read_bytes(), (round_, name)
         assert sorted(moments) == sorted(os.listdir(disk.snapshots))
+
+
+def test_killed_between_a_large_write_and_its_end(mount, tmp_path, monkeypatch):  # noqa: F811
+    """The image has it, and nothing but the record of activity says that it was ours."""
+    with preloaded("hold.c", tmp_path, monkeypatch):
+        for fifo in ("before", "after"):
+            os.mkfifo(tmp_path / fifo)
+        monkeypatch.setenv("HOLD", str(tmp_path))
+        disk = mount(os.urandom(SIZE))
+    moment = disk.active.read_bytes()
+    disk.create("s")
+    new = os.urandom(8 * K64)
+    for offset in range(0, len(new), K64):  # so that it needs no copy
+        disk.write(offset, moment[offset : offset + K64])
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(write_directly, disk.active, new)
+        before = os.open(tmp_path / "before", os.O_WRONLY)  # when it is about to begin
+        while "S" != state_of_thread(disk.pid):  # the daemon has nothing else to do
+            pass
+        os.close(before)
+        after = os.open(tmp_path / "after", os.O_WRONLY)  # when it is over
+        assert new == disk.image.read_bytes()[: len(new)]
+        disk.kill()
+        os.close(after)
+        assert isinstance(written.exception(), OSError)
+    disk.start()
+    assert new + moment[len(new) :] == disk.active.read_bytes()
+    assert moment == (disk.snapshots / "s").read_bytes()
+
+
+@contextlib.contextmanager
+def preloaded(source, tmp_path, monkeypatch):
+    """Programs that begin meanwhile have it loaded before all else."""
+    library = tmp_path / "preloaded.so"
+    command = ["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    run(*command, Path(__file__).parent / source, "-o", library, "-ldl")
+    with monkeypatch.context() as patch:
+        patch.setenv("LD_PRELOAD", str(library))
+        yield
+
+
+def write_directly(path: Path, data: bytes) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, len(data)) as aligned:
+            aligned[:] = data
+            return os.pwrite(fd, aligned, 0)
+    finally:
+        os.close(fd)
+
+
+def state_of_thread(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.mark.parametrize("durability", ["process", "power"])

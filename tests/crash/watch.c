@@ -2,7 +2,8 @@
  * included that native threads make.
  *
  * `watch` is told before a call and after it, never of calls that it makes itself.  What it
- * returns after a sync or a hint is the errno that it gives, although it has been carried out.
+ * returns after a sync or a hint is the errno that it gives, although it has been carried out;
+ * what it returns before a splice, of whose target it is told, is what that gives instead.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -12,7 +13,7 @@
 #include <stddef.h>
 #include <sys/types.h>
 
-enum kind { SYNC, WRITE, OPEN, HINT };
+enum kind { SYNC, WRITE, OPEN, HINT, SPLICE };
 
 typedef int watch_t(int kind, int after, int fd, long long offset, long long size, int error);
 
@@ -64,6 +65,20 @@ int sync_file_range(int fd, off64_t offset, off64_t size, unsigned flags)
 
     if (!error)
         return result;
+    errno = error;
+    return -1;
+}
+
+ssize_t splice(int from, off64_t *start, int to, off64_t *where, size_t size, unsigned flags)
+{
+    static ssize_t (*real)(int, off64_t *, int, off64_t *, size_t, unsigned);
+    int error = tell(SPLICE, 0, to, 0, size, 0);
+
+    if (!real)
+        real = (ssize_t(*)(int, off64_t *, int, off64_t *, size_t, unsigned))dlsym(RTLD_NEXT,
+                                                                                    "splice");
+    if (!error)
+        return real(from, start, to, where, size, flags);
     errno = error;
     return -1;
 }

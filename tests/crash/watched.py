@@ -22,7 +22,7 @@ import trio
 import trio.testing
 from attrs import define, field
 from fakes import check_bitmaps
-from fastpaths import ACTIVE_HANDLE, CLUSTER, Rig, write_request
+from fastpaths import ACTIVE, ACTIVE_HANDLE, CLUSTER, Rig, read_request, write_request
 
 from snapfs import requestfilter
 from snapfs.errors import AccessDenied
@@ -31,7 +31,7 @@ from snapfs.snapshot import Layer
 CLUSTERS = 17
 SIZE = 16 * CLUSTER + 100
 PAGE = 4096
-SYNC, WRITE, OPEN, HINT = range(4)
+SYNC, WRITE, OPEN, HINT, SPLICE = range(5)
 TELL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong,
     ctypes.c_int,
@@ -414,6 +414,30 @@ async def test_early_write_back_may_be_forbidden(tmp_path, error):
         assert not writer.under_way
         assert (disk.hints, layer.done.count(), writer.errors) == (1, 1, [])
         await exact(rig, disk)
+
+
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOENT])
+@pytest.mark.parametrize("size", [160 << 10, 320 << 10])  # the second by the helper
+async def test_a_reply_that_cannot_be_spliced(tmp_path, size, error):
+    """The reader gets an error, if there is still one (ENOENT: it was interrupted)."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom(320 << 10))
+    fails = False
+
+    def tell(kind: int, _after: int, fd: int, *_: int) -> int:
+        to_device = kind == SPLICE and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+        return error if to_device and fails else 0
+
+    async with Rig.make(image) as rig:
+        told = TELL(tell)
+        watch(told)
+        try:
+            for fails in (True, False, True, False):
+                assert rig.drain(read_request(ACTIVE, ACTIVE_HANDLE, 0, size)) == [1]
+                found = rig.replies()
+                assert {7: (-errno.EIO, b"") if fails else (0, image.read_bytes()[:size])} == found
+        finally:
+            watch(ctypes.cast(None, TELL))
 
 
 @pytest.mark.parametrize("then", ["nothing", "create", "delete", "discard"])

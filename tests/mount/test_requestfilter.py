@@ -445,9 +445,8 @@ def test_large_writes_and_reads_arrive_whole(mount: Mount) -> None:
         assert 2 * MIB == os.preadv(fd, [buffer], MIB)
         assert text == buffer[:]
     assert text.hex() == mount("peek", MIB, 2 * MIB)
-    assert [["write", MIB, MIB], ["write", MIB, MIB], ["write", 2 * MIB, MIB]] == events(
-        mount, "write"
-    )
+    halves = [["write", offset, MIB // 2] for offset in range(MIB, 3 * MIB, MIB // 2)]
+    assert sorted(halves[:2] + halves) == sorted(events(mount, "write"))
 
 
 def test_requests_of_all_sizes_one_after_another(mount: Mount) -> None:

@@ -6,8 +6,11 @@ import errno
 import os
 import random
 import select
+import socket
 import struct
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +78,7 @@ async def test_large_reads_are_answered_from_the_page_cache_itself(tmp_path, off
     async with Rig.make(image) as rig:
         layer = await rig.engine.create_snapshot("s")
         await rig.engine.write(10 * CLUSTER, NEW)
-        mapped = requestfilter.fastpath_statistics()["mapped"]
+        piped = requestfilter.fastpath_statistics()["piped"]
         live = content[: 10 * CLUSTER] + NEW + content[11 * CLUSTER :]
         for inode, handle, expected in (
             (ACTIVE, ACTIVE_HANDLE, live),
@@ -87,7 +90,7 @@ async def test_large_reads_are_answered_from_the_page_cache_itself(tmp_path, off
             assert (0, expected[-size + 5 :]) == rig.send(
                 read_request(inode, handle, len(content) - size + 5, size)
             )
-        assert mapped + 4 == requestfilter.fastpath_statistics()["mapped"]
+        assert piped + 4 == requestfilter.fastpath_statistics()["piped"]
 
 
 async def test_a_large_read_in_many_pieces(tmp_path):
@@ -98,26 +101,31 @@ async def test_a_large_read_in_many_pieces(tmp_path):
         layer = await rig.engine.create_snapshot("s")
         for cluster in range(0, 40, 2):
             await rig.engine.write(cluster * CLUSTER, NEW)
-        mapped = requestfilter.fastpath_statistics()["mapped"]
+        piped = requestfilter.fastpath_statistics()["piped"]
         assert (0, content) == rig.send(
             read_request(FIRST_SNAPSHOT + layer.id, rig.handle(layer), 0, len(content))
         )
-        assert mapped == requestfilter.fastpath_statistics()["mapped"]
+        assert piped == requestfilter.fastpath_statistics()["piped"]
 
 
-async def test_nothing_is_mapped_while_the_image_may_be_cut(tmp_path):
+async def test_nothing_is_piped_while_the_image_may_be_cut_or_punched(tmp_path):
     image = tmp_path / "large.img"
     content = os.urandom(160 << 10)
     image.write_bytes(content)
     request = read_request(ACTIVE, ACTIVE_HANDLE, 0, len(content))
     async with Rig.make(image) as rig:
-        mapped = requestfilter.fastpath_statistics()["mapped"]
+        piped = requestfilter.fastpath_statistics()["piped"]
         async with rig.engine._gate.closed():  # as a resize does
             assert (0, content) == rig.send(request)
-        assert mapped == requestfilter.fastpath_statistics()["mapped"]
+        rig.fast.busy += 1  # a task that may punch
+        assert (0, content) == rig.send(request)
+        assert piped == requestfilter.fastpath_statistics()["piped"]
+        rig.fast.busy -= 1
+        assert (0, content) == rig.send(request)
+        assert piped + 1 == requestfilter.fastpath_statistics()["piped"]
 
 
-async def test_a_file_that_may_have_to_be_waited_for_is_not_mapped():
+async def test_a_file_that_may_have_to_be_waited_for_is_not_piped():
     """Of a network file system; here of one that does not know RWF_NOWAIT either."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as where:
         image = Path(where) / "large.img"
@@ -129,9 +137,107 @@ async def test_a_file_that_may_have_to_be_waited_for_is_not_mapped():
             except OSError as error:
                 assert errno.EOPNOTSUPP == error.errno
         async with Rig.make(image) as rig:
-            mapped = requestfilter.fastpath_statistics()["mapped"]
+            piped = requestfilter.fastpath_statistics()["piped"]
             assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 160 << 10)) is None
-            assert mapped == requestfilter.fastpath_statistics()["mapped"]
+            assert piped == requestfilter.fastpath_statistics()["piped"]
+
+
+HELPED = 256 << 10  # so large that the helper carries it
+
+
+@pytest.fixture
+def large(tmp_path):
+    image = tmp_path / "large.img"
+    image.write_bytes(os.urandom(4 * HELPED))
+    return image
+
+
+async def test_large_writes_one_after_the_other(large):
+    async with Rig.make(large) as rig:
+        assert [1] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))  # what the file system can
+        before = requestfilter.fastpath_statistics()["writes"]
+        content = os.urandom(4 * HELPED)
+        requests = [
+            write_request(ACTIVE_HANDLE, offset, content[offset : offset + HELPED], unique=number)
+            for number, offset in enumerate(range(0, 4 * HELPED, HELPED), 20)
+        ]
+        assert [1] * 4 == rig.drain(*requests)
+        replies = rig.replies()
+        assert [written(HELPED)] * 4 == [replies[number] for number in range(20, 24)]
+        assert before + 4 == requestfilter.fastpath_statistics()["writes"]
+    assert content == large.read_bytes()
+
+
+async def test_a_large_write_that_fails_is_pythons(large):
+    async with Rig.make(large) as rig:
+        assert [1] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
+        rig.replies()
+        good, full = os.dup(rig.store.image.fd), os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, rig.store.image.fd)
+        before = requestfilter.fastpath_statistics()["writes"]
+        verdicts = rig.drain(write_request(ACTIVE_HANDLE, HELPED, os.urandom(HELPED)))
+        assert before == requestfilter.fastpath_statistics()["writes"]
+        assert ([1], {}) == (verdicts, rig.replies())
+        os.dup2(good, rig.store.image.fd)
+        os.close(good)
+        os.close(full)
+        await trio.testing.wait_all_tasks_blocked()
+        while not rig.handed:
+            await trio.lowlevel.checkpoint()
+        assert [(8, HELPED, 0)] == rig.handed
+
+
+async def test_of_several_large_writes_that_fail_each_is_pythons_once(large):
+    async with Rig.make(large) as rig:
+        assert [1] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
+        rig.replies()
+        good, full = os.dup(rig.store.image.fd), os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, rig.store.image.fd)
+        data = os.urandom(HELPED)
+        requests = [write_request(ACTIVE_HANDLE, 0, data, unique=n) for n in range(20, 28)]
+        assert [1, *[0] * 7] == rig.drain(*requests)  # the first one the helper's
+        os.dup2(good, rig.store.image.fd)
+        os.close(good)
+        os.close(full)
+        await until_quiet(rig, 1)
+        assert ([(20, 0, 0)], {}) == (rig.handed, rig.replies())
+
+
+async def test_what_is_being_sent_for_a_snapshot_is_not_overwritten(large):
+    """By a write of the same drain, whose cluster is copied meanwhile.
+
+    In the middle: of the last pages, a socket has references.
+    """
+    moment = large.read_bytes()
+    middle = 3 * HELPED + HELPED // 2
+    async with Rig.make(large) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        rig.device.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # the helper waits
+        stream = bytearray()
+
+        def receive() -> None:
+            """Only after what was there has been copied, and could be overwritten."""
+            deadline = time.monotonic() + 5
+            copied = moment[middle : middle + CLUSTER]
+            while os.pread(layer.temp.fd, CLUSTER, middle) != copied:
+                if time.monotonic() > deadline:
+                    break
+            deadline = time.monotonic() + 0.2
+            while time.monotonic() < deadline:
+                if os.pread(rig.store.image.fd, CLUSTER, middle) == NEW:
+                    break
+            rig.kernel.setblocking(True)
+            while len(stream) < 16 + HELPED:
+                stream.extend(rig.kernel.recv(1 << 20))
+            rig.kernel.setblocking(False)
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        read = read_request(FIRST_SNAPSHOT + layer.id, rig.handle(layer), 3 * HELPED, HELPED)
+        assert [1, 2] == rig.drain(read, write_request(ACTIVE_HANDLE, middle, NEW))
+        thread.join()
+        assert moment[3 * HELPED :] == stream[16 : 16 + HELPED]
+    assert moment[:middle] + NEW + moment[middle + CLUSTER :] == large.read_bytes()
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 1), (5, 3 * CLUSTER), (SIZE - 7, 7), (0, SIZE)])

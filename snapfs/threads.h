@@ -1,0 +1,12 @@
+/* Threads of the fast path beside the trio thread. */
+#ifndef SNAPFS_THREADS_H
+#define SNAPFS_THREADS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+/* Begin a thread that lives as long as the daemon; false: it cannot be.  At the first work, not
+ * before: by then the daemon has become what it stays, and forks no more. */
+__attribute__((visibility("hidden"))) bool thread_begin(void *(*run)(void *), size_t stack);
+
+#endif
