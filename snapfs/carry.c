@@ -141,7 +141,7 @@ struct pipeful {
 };
 
 static struct pipeful pipes[2];
-static int filling;   /* which one is not the helper's */
+static int filling; /* which one is not the helper's */
 
 static void close_pipe(struct pipeful *pipeful)
 {
@@ -162,10 +162,12 @@ static bool open_pipe(struct pipeful *pipeful)
     return pipeful->open;
 }
 
-/* Both, or none: one of them is not enough when the helper has it. */
+/* The one to fill, and if the helper, which may just be closing it, has not the other, that, too:
+ * without it the first would be of no use when the helper has it. */
 static bool open_pipes(void)
 {
-    no_pipes = no_pipes || !open_pipe(&pipes[0]) || !open_pipe(&pipes[1]);
+    no_pipes = no_pipes || !open_pipe(&pipes[filling]) ||
+               (!helper_is_out() && !open_pipe(&pipes[!filling]));
     return !no_pipes;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -142,6 +143,19 @@ async def test_a_file_that_may_have_to_be_waited_for_is_not_piped():
             assert piped == requestfilter.fastpath_statistics()["piped"]
 
 
+@contextlib.contextmanager
+def full(fd):
+    """What is written to the descriptor meanwhile fails with ENOSPC."""
+    good, other = os.dup(fd), os.open("/dev/full", os.O_RDWR)
+    os.dup2(other, fd)
+    try:
+        yield
+    finally:
+        os.dup2(good, fd)
+        os.close(good)
+        os.close(other)
+
+
 HELPED = 256 << 10  # so large that the helper carries it
 
 
@@ -172,15 +186,11 @@ async def test_a_large_write_that_fails_is_pythons(large):
     async with Rig.make(large) as rig:
         assert [1] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
         rig.replies()
-        good, full = os.dup(rig.store.image.fd), os.open("/dev/full", os.O_RDWR)
-        os.dup2(full, rig.store.image.fd)
         before = requestfilter.fastpath_statistics()["writes"]
-        verdicts = rig.drain(write_request(ACTIVE_HANDLE, HELPED, os.urandom(HELPED)))
+        with full(rig.store.image.fd):
+            verdicts = rig.drain(write_request(ACTIVE_HANDLE, HELPED, os.urandom(HELPED)))
         assert before == requestfilter.fastpath_statistics()["writes"]
         assert ([1], {}) == (verdicts, rig.replies())
-        os.dup2(good, rig.store.image.fd)
-        os.close(good)
-        os.close(full)
         await trio.testing.wait_all_tasks_blocked()
         while not rig.handed:
             await trio.lowlevel.checkpoint()
@@ -191,14 +201,10 @@ async def test_of_several_large_writes_that_fail_each_is_pythons_once(large):
     async with Rig.make(large) as rig:
         assert [1] == rig.drain(write_request(ACTIVE_HANDLE, 0, NEW))
         rig.replies()
-        good, full = os.dup(rig.store.image.fd), os.open("/dev/full", os.O_RDWR)
-        os.dup2(full, rig.store.image.fd)
         data = os.urandom(HELPED)
         requests = [write_request(ACTIVE_HANDLE, 0, data, unique=n) for n in range(20, 28)]
-        assert [1, *[0] * 7] == rig.drain(*requests)  # the first one the helper's
-        os.dup2(good, rig.store.image.fd)
-        os.close(good)
-        os.close(full)
+        with full(rig.store.image.fd):
+            assert [1, *[0] * 7] == rig.drain(*requests)  # the first one the helper's
         await until_quiet(rig, 1)
         assert ([(20, 0, 0)], {}) == (rig.handed, rig.replies())
 
@@ -509,15 +515,11 @@ async def test_a_copy_whose_cluster_was_given_up_meanwhile_leaves_nothing(image,
 async def test_a_copy_that_fails_goes_to_the_policy(image, policy, durability):
     async with Rig.make(image, durability=durability, on_cbw_error=policy) as rig:
         layer = await rig.engine.create_snapshot("s")
-        good, null = os.dup(layer.temp.fd), os.open("/dev/full", os.O_RDWR)
-        os.dup2(null, layer.temp.fd)
         requests = [write_request(ACTIVE_HANDLE, n * CLUSTER, NEW, unique=n) for n in (1, 2)]
-        assert [2, 2] == rig.drain(*requests)
-        assert {} == rig.replies()
-        await until_quiet(rig, 2)
-        os.dup2(good, layer.temp.fd)
-        os.close(good)
-        os.close(null)
+        with full(layer.temp.fd):
+            assert [2, 2] == rig.drain(*requests)
+            assert {} == rig.replies()
+            await until_quiet(rig, 2)
         lost = policy == "break-snapshot"
         errors = {error for _, _, error in rig.handed}
         assert ({0} if lost else {errno.ENOSPC}) == errors
