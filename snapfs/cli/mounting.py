@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from select import PIPE_BUF
 
-from .. import mountinfo
+from .. import mountinfo, unmounting
 from ..errors import ExitCode, MountError, NotMounted, SnapfsError
 from ..options import MountOptions, parse_options
 from ..wire import Client
@@ -186,13 +186,11 @@ def _daemon_of(mountpoint: str) -> int | None:
 
 
 def _unmount(where: str, lazy: bool) -> None:
-    from ..daemon import unmount as unmount_now  # noqa: PLC0415
-
     try:
-        unmount_now(where, lazy=lazy)
+        unmounting.unmount(where, lazy=lazy)
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            unmount_now(where, lazy=True)
+            unmounting.unmount(where, lazy=True)
         elif error.errno == errno.EBUSY:
             raise MountError(f"{where} is in use; see who with: fuser -vm {where}") from None
         else:
