@@ -220,21 +220,23 @@ class Daemon:
         import pyfuse3  # noqa: PLC0415
 
         from .fastpath import FastPath  # noqa: PLC0415
-        from .fusefs import MAX_TASKS, Ownership, SnapshotFS  # noqa: PLC0415
+        from .fusefs import MAX_TASKS, SnapshotFS  # noqa: PLC0415
         from .pagecache import PageCache  # noqa: PLC0415
+        from .tree import Ownership, Tree  # noqa: PLC0415
 
         options = self._config.options
         where = self._config.root
         cache = PageCache(self._outsider)
         fast_path = FastPath(engine, cache, store.activity_page, nursery)
+        ownership = Ownership(options.uid, options.gid, options.umask)
+        tree = Tree(engine, store.image.fd, str(store.directory), ownership)
         fs = SnapshotFS(
             engine,
+            tree,
             store.image.fd,
             cache,
             fast_path,
             nursery,
-            state_dir=str(store.directory),
-            ownership=Ownership(options.uid, options.gid, options.umask),
             writeback_cache=options.writeback_cache,
         )
         fuse = {"fsname=" + self._config.image.replace(",", "\\,")}
@@ -258,7 +260,7 @@ class Daemon:
             )
             if not options.no_fastpath and not fast_path.start():
                 log.warning("the fast path is off: this machine's byte order is not served")
-            uids = frozenset({os.geteuid(), fs.owner()})
+            uids = frozenset({os.geteuid(), tree.owner()})
             server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
             async with trio.open_nursery() as serving:
                 serving.start_soon(_beat, store)

@@ -1,10 +1,4 @@
-"""The FUSE face: inodes, names, and requests.
-
-    /active              inode 2, the live image
-    /snapshots/          inode 3
-    /snapshots/NAME      inode 4096 + the layer's id, stable over remounts
-    /bitmaps/            inode 5 (bitmapfs.py)
-    /bitmaps/NAME        inode 2**40 + the bitmap's id, which clearing changes
+"""The FUSE face: answers what the kernel asks about the files of a mount (tree.py).
 
 The only importer of pyfuse3, which must come after `requestfilter.load`.  An
 exception that is not a FUSEError would end the mount, so `handler` stands
@@ -27,7 +21,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
-from attrs import frozen
 
 from . import bitmapfs, errors, requestfilter
 from .cbw import Engine
@@ -37,14 +30,9 @@ from .filterfs import FilterRequests
 from .handles import Handle, Handles
 from .image import Buffer
 from .pagecache import PageCache
-from .snapshot import Layer
+from .tree import ACTIVE, BITMAPS, DIRECTORIES, SNAPSHOTS, Tree, decode
 
 log = logging.getLogger(__name__)
-
-ROOT = pyfuse3.ROOT_INODE
-ACTIVE = 2
-SNAPSHOTS = 3
-BITMAPS = bitmapfs.DIRECTORY
 
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
 
@@ -75,25 +63,11 @@ def handler(
     return wrapped
 
 
-@frozen
-class Ownership:
-    """Owner and modes of the files; None: as the image's.  `umask` takes bits away."""
-
-    uid: int | None = None
-    gid: int | None = None
-    umask: int = 0
-
-    def of(self, status: os.stat_result) -> tuple[int, int]:
-        """User and group of the files, over an image with that status."""
-        uid = status.st_uid if self.uid is None else self.uid
-        return uid, status.st_gid if self.gid is None else self.gid
-
-
 class SnapshotFS(pyfuse3.Operations):
-    """The tree of one mount, over an engine.
+    """The requests of one mount, over an engine and the tree that shows it.
 
-    `image_fd` serves owner, modes, times and statfs.  `nursery` runs requests
-    that do not come through pyfuse3.
+    `image_fd` serves statfs and changes of owner, mode and times.  `nursery`
+    runs requests that do not come through pyfuse3.
     """
 
     supports_dot_lookup = False
@@ -102,13 +76,12 @@ class SnapshotFS(pyfuse3.Operations):
     def __init__(
         self,
         engine: Engine,
+        tree: Tree,
         image_fd: int,
         page_cache: PageCache,
         fast_path: FastPath,
         nursery: trio.Nursery,
         *,
-        state_dir: str,
-        ownership: Ownership | None = None,
         writeback_cache: bool = False,
     ) -> None:
         super().__init__()
@@ -116,11 +89,9 @@ class SnapshotFS(pyfuse3.Operations):
         self.failures = Failures(engine.events)
         self.fast_path = fast_path
         self._engine = engine
+        self._tree = tree
         self._image_fd = image_fd
         self._page_cache = page_cache
-        self._state_dir = state_dir
-        self._ownership = ownership or Ownership()
-        self._bitmaps = bitmapfs.BitmapTree(engine)
         self._handles = Handles(page_cache)
         engine.barrier = functools.partial(page_cache.write_back, ACTIVE, "active")
         self._filtered = FilterRequests(
@@ -139,52 +110,24 @@ class SnapshotFS(pyfuse3.Operations):
 
     # Attributes
 
-    def owner(self) -> int:
-        """The user to whom the files belong."""
-        return self._ownership.of(os.fstat(self._image_fd))[0]
-
     def _check_owner(self, context: pyfuse3.RequestContext) -> None:
-        if context.uid not in (0, os.geteuid(), self.owner()):
+        if context.uid not in (0, os.geteuid(), self._tree.owner()):
             raise errors.NotPermitted("only the owner of the mount may change snapshots")
 
-    def _layer(self, inode: int) -> Layer:
-        for layer in self._engine.layers:
-            if layer.id == inode - FIRST_SNAPSHOT and layer.live:
-                return layer
-        raise pyfuse3.FUSEError(errno.ESTALE)
-
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
-        status = os.fstat(self._image_fd)
+        found = self._tree.attributes(inode)
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
-        entry.entry_timeout = 0
+        entry.st_mode = found.mode
+        entry.st_nlink = found.links
+        entry.st_uid = found.uid
+        entry.st_gid = found.gid
+        entry.st_size = found.size
+        entry.st_blksize = found.block_size
+        entry.st_blocks = found.blocks
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = found.times_ns
+        entry.entry_timeout = found.name_seconds
         entry.attr_timeout = 0
-        entry.st_uid, entry.st_gid = self._ownership.of(status)
-        entry.st_blksize = self._engine.geometry.cluster_size
-        mode = stat.S_IMODE(status.st_mode)
-        entry.st_atime_ns = status.st_atime_ns
-        entry.st_mtime_ns = status.st_mtime_ns
-        entry.st_ctime_ns = status.st_ctime_ns
-        if inode in (ROOT, SNAPSHOTS, BITMAPS):
-            # Who may read the image may look around; only its owner changes anything.
-            mode = stat.S_IFDIR | 0o700 | (mode & 0o044) | (mode & 0o044) >> 2
-            entry.st_nlink = 4 if inode == ROOT else 2
-        elif inode == ACTIVE:
-            mode |= stat.S_IFREG
-            entry.st_size = self._engine.size
-            entry.st_blocks = status.st_blocks
-            entry.entry_timeout = 300
-        elif bitmapfs.is_bitmap(inode):
-            self._bitmaps.find(inode)
-            mode = self._bitmaps.mode(mode)  # the size is 0, as in /proc: nobody knows it yet
-        else:
-            layer = self._layer(inode)
-            mode = stat.S_IFREG | (mode & 0o644)
-            entry.st_size = layer.geometry.size
-            entry.st_blocks = layer.stat_blocks()
-            entry.st_nlink = 0 if layer.name is None else 1
-            entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = layer.created_ns
-        entry.st_mode = mode & ~self._ownership.umask
         return entry
 
     @handler
@@ -262,17 +205,7 @@ class SnapshotFS(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        if parent_inode == ROOT and name == b"active":
-            return self._attributes(ACTIVE)
-        if parent_inode == ROOT and name == b"snapshots":
-            return self._attributes(SNAPSHOTS)
-        if parent_inode == ROOT and name == b"bitmaps":
-            return self._attributes(BITMAPS)
-        if parent_inode == BITMAPS:
-            return self._attributes(self._bitmaps.lookup(_text(name)))
-        if parent_inode == SNAPSHOTS:
-            return self._attributes(FIRST_SNAPSHOT + self._engine.find(_text(name)).id)
-        raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._attributes(self._tree.lookup(parent_inode, name))
 
     @handler
     async def forget(self, inode_list: Any) -> None:
@@ -280,20 +213,13 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        if inode not in (ROOT, SNAPSHOTS, BITMAPS):
+        if inode not in DIRECTORIES:
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         return inode
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        entries = [(ACTIVE, "active"), (SNAPSHOTS, "snapshots"), (BITMAPS, "bitmaps")]
-        if fh == SNAPSHOTS:
-            entries = [
-                (FIRST_SNAPSHOT + layer.id, layer.name or "") for layer in self._engine.snapshots
-            ]
-        elif fh == BITMAPS:
-            entries = self._bitmaps.entries()
-        for inode, name in entries:
+        for inode, name in self._tree.entries(fh):
             if inode > start_id and not pyfuse3.readdir_reply(
                 token, name.encode(), self._attributes(inode), inode
             ):
@@ -309,9 +235,9 @@ class SnapshotFS(pyfuse3.Operations):
             raise errors.NotPermitted("only snapshots and bitmaps can be removed")
         self._check_owner(ctx)
         if parent_inode == BITMAPS:
-            await self._bitmaps.remove(_text(name))
+            await self._tree.bitmaps.remove(decode(name))
             return
-        await self._engine.delete_snapshot(_text(name))
+        await self._engine.delete_snapshot(decode(name))
 
     @handler
     async def rename(
@@ -328,7 +254,7 @@ class SnapshotFS(pyfuse3.Operations):
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise pyfuse3.FUSEError(errno.EINVAL)
         self._check_owner(ctx)
-        await self._engine.rename_snapshot(_text(name_old), _text(name_new))
+        await self._engine.rename_snapshot(decode(name_old), decode(name_new))
 
     async def _refuse(self, *arguments: Any) -> Any:
         raise pyfuse3.FUSEError(errno.EPERM)
@@ -340,13 +266,13 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if bitmapfs.is_bitmap(inode):
-            content = await self._bitmaps.open(inode, flags)
+            content = await self._tree.bitmaps.open(inode, flags)
             return _opened(self._handles.add_bitmap(inode, content))
         if inode == ACTIVE:
             if flags & os.O_TRUNC:
                 await self._engine.resize(0)
             return _opened(self._handles.add_active(inode, ctx.pid, flags))
-        layer = self._layer(inode)
+        layer = self._tree.layer(inode)
         if flags & os.O_TRUNC:
             raise errors.ReadOnly("snapshots are read-only")
         if flags & os.O_ACCMODE != os.O_RDONLY:
@@ -366,7 +292,7 @@ class SnapshotFS(pyfuse3.Operations):
         if parent_inode != SNAPSHOTS:
             raise errors.NotPermitted("files can be created in snapshots/ only")
         self._check_owner(ctx)
-        layer = await self._engine.create_snapshot(_text(name))
+        layer = await self._engine.create_snapshot(decode(name))
         self._engine.open_snapshot(layer)
         inode = FIRST_SNAPSHOT + layer.id
         handle = self._handles.add_snapshot(inode, layer, ctx.pid, creator=ctx.pid)
@@ -437,23 +363,11 @@ class SnapshotFS(pyfuse3.Operations):
 
     # Extended attributes
 
-    def _xattrs(self, inode: int) -> dict[bytes, bytes]:
-        if inode == ROOT:
-            return {b"user.snapfs.state": os.fsencode(self._state_dir)}
-        if inode < FIRST_SNAPSHOT or bitmapfs.is_bitmap(inode):
-            return {}
-        layer = self._layer(inode)
-        state = layer.state if layer.reason is None else f"{layer.state}: {layer.reason}"
-        return {
-            b"user.snapfs.state": state.encode(),
-            b"user.snapfs.temp_bytes": str(layer.temp_bytes).encode(),
-        }
-
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         if name == b"user.snapfs.temp_bytes":
             await self._engine.space.refresh()
-        value = self._xattrs(inode).get(name)
+        value = self._tree.xattrs(inode).get(name)
         if value is None:
             ours = name.startswith(b"user.snapfs.")
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR if ours else errno.EOPNOTSUPP)
@@ -461,7 +375,7 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return list(self._xattrs(inode))
+        return list(self._tree.xattrs(inode))
 
     @handler
     async def setxattr(
@@ -476,10 +390,3 @@ class SnapshotFS(pyfuse3.Operations):
 
 def _opened(handle: Handle) -> pyfuse3.FileInfo:
     return pyfuse3.FileInfo(fh=handle.number, direct_io=handle.direct, keep_cache=handle.keep_cache)
-
-
-def _text(name: bytes) -> str:
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise errors.InvalidName("the name of a snapshot must be valid UTF-8") from None

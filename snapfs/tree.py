@@ -1,0 +1,166 @@
+"""What there is in a mount: inodes, names and attributes.
+
+    /active              inode 2, the live image
+    /snapshots/          inode 3
+    /snapshots/NAME      inode 4096 + the layer's id, stable over remounts
+    /bitmaps/            inode 5 (bitmapfs.py)
+    /bitmaps/NAME        inode 2**40 + the bitmap's id, which clearing changes
+
+A part of the FUSE face (fusefs.py); it does no FUSE itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from attrs import frozen
+
+from . import bitmapfs, errors
+from .cbw import Engine
+from .fastpath import FIRST_SNAPSHOT
+from .snapshot import Layer
+
+ROOT = 1  # FUSE_ROOT_ID in linux/fuse.h
+ACTIVE = 2
+SNAPSHOTS = 3
+BITMAPS = bitmapfs.DIRECTORY
+DIRECTORIES = (ROOT, SNAPSHOTS, BITMAPS)
+
+ACTIVE_SECONDS = 300  # that the kernel may keep the name of `active`; no other
+
+
+@frozen
+class Ownership:
+    """Owner and modes of the files; None: as the image's.  `umask` takes bits away."""
+
+    uid: int | None = None
+    gid: int | None = None
+    umask: int = 0
+
+    def of(self, status: os.stat_result) -> tuple[int, int]:
+        """User and group of the files, over an image with that status."""
+        uid = status.st_uid if self.uid is None else self.uid
+        return uid, status.st_gid if self.gid is None else self.gid
+
+
+@frozen
+class Attributes:
+    """What stat(2) tells of a file, but for its inode and device."""
+
+    mode: int  # with the type
+    links: int
+    uid: int
+    gid: int
+    size: int
+    block_size: int  # for reading and writing
+    blocks: int  # of 512 bytes
+    times_ns: tuple[int, int, int]  # atime, mtime, ctime
+    name_seconds: int  # that the kernel may keep the name without asking again
+
+
+class Tree:
+    """The files of one mount, over an engine.  `image_fd` has owner, modes and times."""
+
+    def __init__(self, engine: Engine, image_fd: int, state_dir: str, ownership: Ownership) -> None:
+        self.bitmaps = bitmapfs.BitmapTree(engine)
+        self._engine = engine
+        self._image_fd = image_fd
+        self._state_dir = state_dir
+        self._ownership = ownership
+
+    def owner(self) -> int:
+        """The user to whom the files belong."""
+        return self._ownership.of(os.fstat(self._image_fd))[0]
+
+    def lookup(self, parent: int, name: bytes) -> int:
+        """The inode of a name in a directory.  Raises NotFound, InvalidName and OSError ENOENT."""
+        if parent == ROOT and name == b"active":
+            return ACTIVE
+        if parent == ROOT and name == b"snapshots":
+            return SNAPSHOTS
+        if parent == ROOT and name == b"bitmaps":
+            return BITMAPS
+        if parent == BITMAPS:
+            return self.bitmaps.lookup(decode(name))
+        if parent == SNAPSHOTS:
+            return FIRST_SNAPSHOT + self._engine.find(decode(name)).id
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def entries(self, directory: int) -> list[tuple[int, str]]:
+        """Inodes and names in a directory, by inode."""
+        if directory == SNAPSHOTS:
+            return [
+                (FIRST_SNAPSHOT + layer.id, layer.name or "") for layer in self._engine.snapshots
+            ]
+        if directory == BITMAPS:
+            return self.bitmaps.entries()
+        return [(ACTIVE, "active"), (SNAPSHOTS, "snapshots"), (BITMAPS, "bitmaps")]
+
+    def layer(self, inode: int) -> Layer:
+        """The layer of a snapshot's inode; raises OSError ESTALE."""
+        for layer in self._engine.layers:
+            if layer.id == inode - FIRST_SNAPSHOT and layer.live:
+                return layer
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def attributes(self, inode: int) -> Attributes:
+        """What stat(2) tells of an inode; raises OSError ESTALE."""
+        status = os.fstat(self._image_fd)
+        uid, gid = self._ownership.of(status)
+        mode = stat.S_IMODE(status.st_mode)
+        times = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
+        size = blocks = name_seconds = 0
+        links = 1
+        if inode in DIRECTORIES:
+            # Who may read the image may look around; only its owner changes anything.
+            mode = stat.S_IFDIR | 0o700 | (mode & 0o044) | (mode & 0o044) >> 2
+            links = 4 if inode == ROOT else 2
+        elif inode == ACTIVE:
+            mode |= stat.S_IFREG
+            size = self._engine.size
+            blocks = status.st_blocks
+            name_seconds = ACTIVE_SECONDS
+        elif bitmapfs.is_bitmap(inode):
+            self.bitmaps.find(inode)
+            mode = self.bitmaps.mode(mode)  # the size is 0, as in /proc: nobody knows it yet
+        else:
+            layer = self.layer(inode)
+            mode = stat.S_IFREG | (mode & 0o644)
+            size = layer.geometry.size
+            blocks = layer.stat_blocks()
+            links = 0 if layer.name is None else 1
+            times = layer.created_ns, layer.created_ns, layer.created_ns
+        return Attributes(
+            mode=mode & ~self._ownership.umask,
+            links=links,
+            uid=uid,
+            gid=gid,
+            size=size,
+            block_size=self._engine.geometry.cluster_size,
+            blocks=blocks,
+            times_ns=times,
+            name_seconds=name_seconds,
+        )
+
+    def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        """All extended attributes of an inode; raises OSError ESTALE."""
+        if inode == ROOT:
+            return {b"user.snapfs.state": os.fsencode(self._state_dir)}
+        if inode < FIRST_SNAPSHOT or bitmapfs.is_bitmap(inode):
+            return {}
+        layer = self.layer(inode)
+        state = layer.state if layer.reason is None else f"{layer.state}: {layer.reason}"
+        return {
+            b"user.snapfs.state": state.encode(),
+            b"user.snapfs.temp_bytes": str(layer.temp_bytes).encode(),
+        }
+
+
+def decode(name: bytes) -> str:
+    """A name of a snapshot or bitmap as the kernel gives it; raises InvalidName."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise errors.InvalidName("the name of a snapshot must be valid UTF-8") from None
