@@ -104,14 +104,22 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
             os.dup2(null, fd)
         os.close(null)
         os.chdir("/")
-        # No more than a pipe takes at once: the one who reads may be gone.
-        os.write(writer, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
-        os.close(writer)
+        # No more than a pipe takes at once: the one who reads may be stopped.
+        _tell_ready(writer, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
 
     try:
         return _serve(lambda: serve(config, ready), lambda line: os.write(writer, line))
     finally:
         log.flush()
+
+
+def _tell_ready(fd: int, text: bytes) -> None:
+    """Tell who waits for the mount that it is usable, and close `fd`."""
+    try:
+        os.write(fd, text)
+    except BrokenPipeError:  # no reason to take the mount away
+        logging.getLogger("snapfs").warning("nobody waits for the mount any more")
+    os.close(fd)
 
 
 def _serve(serve: Callable[[], None], tell: Callable[[bytes], object]) -> int:
@@ -146,8 +154,7 @@ def mount_in_foreground(
     def ready() -> None:
         log.start()
         if ready_fd is not None:
-            os.write(ready_fd, b"READY\n")
-            os.close(ready_fd)
+            _tell_ready(ready_fd, b"READY\n")
 
     try:
         serve(Config(image, mountpoint, options), ready)

@@ -103,25 +103,73 @@ def test_another_users_mount_is_explained(disk):
     assert "user_allow_other in /etc/fuse.conf" in refused.stderr
 
 
-def test_the_daemon_tells_systemd(mount, tmp_path):
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    """What systemd hears."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(30)
         manager.bind(str(tmp_path / "notify"))
-        disk = mount(1 << 20, start=False)
-        daemon = subprocess.Popen(
-            [*SNAPFS, "mount", "-f", disk.image, disk.mountpoint],
-            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
-            stderr=subprocess.DEVNULL,
-        )
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield manager
+
+
+def test_the_daemon_tells_systemd(mount, manager):
+    disk = mount(1 << 20, start=False)
+    daemon = subprocess.Popen(
+        [*SNAPFS, "mount", "-f", disk.image, disk.mountpoint], stderr=subprocess.DEVNULL
+    )
+    assert manager.recv(4096).startswith(b"READY=1\n")
+    assert 1 << 20 == disk.active.stat().st_size
+    command = "echo -900 > /proc/self/oom_score_adj"
+    if not run("sh", "-c", command, check=False).returncode:  # where it is permitted
+        score = Path(f"/proc/{daemon.pid}/oom_score_adj").read_text()
+        assert int(score) < 0
+    daemon.terminate()
+    assert b"STOPPING=1" == manager.recv(4096)
+    assert 0 == daemon.wait(timeout=60)
+
+
+# The command, which dies as soon as it has forked, and a daemon that begins when it is dead.
+DYING = """
+import os, sys
+from snapfs import cli
+from snapfs.cli import mounting
+alive, held = os.pipe()
+begin = mounting._run_in_background
+def later(*arguments):
+    os.close(held)
+    os.read(alive, 1)
+    return begin(*arguments)
+mounting._run_in_background = later
+mounting._wait_ready = lambda _: os._exit(0)
+cli.main(sys.argv[1:])
+"""
+
+
+def test_the_daemon_serves_though_the_command_that_mounts_has_died(mount, manager):
+    disk = mount(b"abc", start=False)
+    run(sys.executable, "-c", DYING, "mount", disk.image, disk.mountpoint)
+    assert manager.recv(4096).startswith(b"READY=1\n")
+    assert b"abc" == disk.active.read_bytes()
+    disk.stop()
+    assert "nobody waits for the mount" in (disk.state / "daemon.log").read_text()
+
+
+def test_the_daemon_serves_though_nobody_hears_that_it_is_ready(mount, manager):
+    disk = mount(b"abc", start=False)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        [*SNAPFS, "mount", "-f", "--ready-fd", str(writer), disk.image, disk.mountpoint],
+        pass_fds=[writer],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as daemon:
+        os.close(writer)
         assert manager.recv(4096).startswith(b"READY=1\n")
-        assert 1 << 20 == disk.active.stat().st_size
-        command = "echo -900 > /proc/self/oom_score_adj"
-        if not run("sh", "-c", command, check=False).returncode:  # where it is permitted
-            score = Path(f"/proc/{daemon.pid}/oom_score_adj").read_text()
-            assert int(score) < 0
-        daemon.terminate()
-        assert b"STOPPING=1" == manager.recv(4096)
-        assert 0 == daemon.wait(timeout=60)
+        disk.stop()
+        assert "nobody waits for the mount" in daemon.communicate(timeout=60)[1]
+    assert 0 == daemon.returncode
 
 
 def test_the_daemon_keeps_no_descriptor_of_whoever_mounts(mount, tmp_path):
