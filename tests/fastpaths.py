@@ -98,30 +98,29 @@ class Rig:
         kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         kernel.setblocking(False)
         device.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 64 << 20)
-        async with trio.open_nursery() as nursery:
-            engine = Engine(
-                store.image, store.geometry, store, nursery,
-                layers=store.layers, bitmaps=store.dirty, next_id=store.next_id,
-                settings=Settings(**settings),
-            )  # fmt: skip
-            engine.space.clock = lambda: 0.0  # what is lent must not depend on our speed
-            await engine.space.look()
-            quarantine = Quarantine()
-            fast = FastPath(engine, cast(PageCache, quarantine), store.activity_page, nursery)
-            rig = cls(store, engine, fast, quarantine, nursery, kernel, device)
-            fast.write = rig._write
-            fast.read = rig._read
-            requestfilter.handle_opened(ACTIVE_HANDLE, ACTIVE)
-            if on:
-                fast.start()
-            try:
-                yield rig
-            finally:
-                fast.stop()
-                nursery.cancel_scope.cancel()
-        await store.close(engine.layers, list(engine.tracker.bitmaps))
-        kernel.close()
-        device.close()
+        with kernel, device:
+            async with trio.open_nursery() as nursery:
+                engine = Engine(
+                    store.image, store.geometry, store, nursery,
+                    layers=store.layers, bitmaps=store.dirty, next_id=store.next_id,
+                    settings=Settings(**settings),
+                )  # fmt: skip
+                engine.space.clock = lambda: 0.0  # what is lent must not depend on our speed
+                await engine.space.look()
+                quarantine = Quarantine()
+                fast = FastPath(engine, cast(PageCache, quarantine), store.activity_page, nursery)
+                rig = cls(store, engine, fast, quarantine, nursery, kernel, device)
+                fast.write = rig._write
+                fast.read = rig._read
+                requestfilter.handle_opened(ACTIVE_HANDLE, ACTIVE)
+                if on:
+                    fast.start()
+                try:
+                    yield rig
+                finally:
+                    fast.stop()
+                    nursery.cancel_scope.cancel()
+            await store.close(engine.layers, list(engine.tracker.bitmaps))
 
     async def temp_bytes(self, layer: Layer) -> int:
         """What the temp image takes now."""
