@@ -26,9 +26,13 @@ def patched(change: str) -> tuple[object, ...]:
 
 
 def run(*command: object) -> str:
-    """Run a program; its output.  Ends the benchmark if it fails."""
+    """Run a program; its output.  Ends the benchmark if it fails.
+
+    A signal to our process group does not reach it: a daemon that has begun must
+    be there to be ended, and who uses a mount must be gone.
+    """
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, process_group=0)
     if done.returncode:
         sys.exit(f"bench: {command[0]} failed:\n{done.stderr}")
     return done.stdout
