@@ -849,42 +849,70 @@ async def test_a_handle_that_was_closed_and_another_in_its_slot(image):
         assert (0, OLD[:1]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE + 4096, 0, 1))
 
 
-async def test_what_is_not_in_the_page_cache_waits_or_is_pythons(image):
-    """Reads, and writes that would read a part of a page first."""
-    async with Rig.make(image) as rig:
+def make_cold(rig: Rig) -> None:
+    """Let nothing of the image be in the page cache, and no earlier write count as slow.
 
-        def drop() -> None:
-            os.fsync(rig.store.image.fd)
-            os.posix_fadvise(rig.store.image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    What is on its way from the disk, for reading ahead, cannot be dropped: it is waited for.
+    """
+    fd = rig.store.image.fd
+    os.pread(fd, SIZE, 0)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    rig.fast.start()
 
-        drop()
+
+def drain_cold(rig: Rig, request: bytes) -> list[int]:
+    """What an impatient drain makes of a request whose data is not there.
+
+    Looking for it begins to read it, and it may come before the look is over: then again.
+    """
+    for _ in range(100):
+        make_cold(rig)
+        verdicts = rig.drain(request, patient=False)
+        if [1] != verdicts:
+            break
+        rig.replies()
+    return verdicts
+
+
+def keeps_pages(rig: Rig) -> bool:
+    """Can nothing be dropped from the page cache?"""
+    for _ in range(100):
+        make_cold(rig)
         try:
             os.preadv(rig.store.image.fd, [bytearray(1)], 0, os.RWF_NOWAIT)
         except BlockingIOError:
-            drop()  # the failed read begins to read ahead
-        else:
+            return False
+    return True
+
+
+async def test_what_is_not_in_the_page_cache_waits_or_is_pythons(image):
+    """Reads, and writes that would read a part of a page first."""
+    async with Rig.make(image) as rig:
+        if keeps_pages(rig):
             pytest.skip("this file system keeps its pages")
+        cold = rig.fast.collect()["cold"]
         read = read_request(ACTIVE, ACTIVE_HANDLE, 5, 3 * CLUSTER, unique=3, flags=2)
-        assert [2] == rig.drain(read, patient=False)
+        assert [2] == drain_cold(rig, read)
         assert {} == rig.replies()
         await trio.testing.wait_all_tasks_blocked()
         assert [(3, 5, 3 * CLUSTER, True)] == rig.handed_reads
-        drop()
+        make_cold(rig)
         assert (0, OLD[5 : 5 + 3 * CLUSTER]) == rig.send(read)  # when it has come
         for offset, size in ((1, 1), (0, 1), (CLUSTER - 1, CLUSTER + 1), (0, CLUSTER + 1)):
-            drop()
             request = write_request(ACTIVE_HANDLE, offset, b"y" * size)
-            assert [2] == rig.drain(request, patient=False)
+            assert [2] == drain_cold(rig, request)
             assert {} == rig.replies()
             await until_quiet(rig, 1)
             assert [(8, offset, 0)] == rig.handed
             rig.handed.clear()
-            drop()
+            make_cold(rig)
             assert written(size) == rig.send(request)
-        assert 5 <= rig.fast.collect()["cold"]
+        assert cold + 5 <= rig.fast.collect()["cold"]
         assert rig.settled_activity() == rig.activity()
-        assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 0, NEW))
-        assert written(1) == rig.send(write_request(ACTIVE_HANDLE, 1, b"x"))
+        for offset, data in ((0, NEW), (1, b"x")):
+            rig.fast.start()  # the one before may have been slow
+            assert written(len(data)) == rig.send(write_request(ACTIVE_HANDLE, offset, data))
 
 
 async def test_a_cold_read_of_a_snapshot(image):
