@@ -38,9 +38,11 @@ enum {
 
 #define SECOND 1000000000LL
 #define COMPANY_TIME (SECOND / 10000) /* to wait for another copy to share a sync */
-/* For syncs that several share, to wait without sleeping.  A group takes several turns, of its
- * threads and of ours, and to be woken may take as long as a turn of the disk. */
+/* For copies that took no longer lately, to wait for them without sleeping: from the page cache,
+ * or with a sync that several share.  To be woken may take as long as a copy. */
 #define AWAKE_TIME (SECOND / 2500)
+/* The same for a thread that has nothing to copy, if the last time that was soon over. */
+#define IDLE_TIME (150 * SECOND / 1000000)
 
 #define BUFFER_SIZE ((size_t)4 << 20) /* the largest cluster; touched only as far as used */
 
@@ -50,7 +52,9 @@ static pthread_cond_t work_to_do = PTHREAD_COND_INITIALIZER;
 static struct copy copies[POOL_SIZE];
 static uint64_t last_number;  /* the trio thread's, which changes it under the mutex */
 static uint64_t last_taken;   /* under the mutex: copies are taken in the order of numbers */
-static int last_count;        /* under the mutex, atomic: how many shared the last sync */
+static int queued_count;      /* changed under the mutex, atomic */
+static int last_count;        /* under the mutex: how many shared the last sync */
+static long long last_time;   /* atomic: what the last copy took, with its share of a sync */
 static int counts[2];         /* trio thread's: by `handed` */
 static int ended = -1;        /* eventfd */
 static int threads;           /* trio thread's */
@@ -101,6 +105,7 @@ static struct copy *take(const struct copy *first, int count)
     if (copy) {
         copy->state = COPY_RUNNING;
         last_taken++;
+        __atomic_sub_fetch(&queued_count, 1, __ATOMIC_RELAXED);
     }
     return copy;
 }
@@ -167,30 +172,52 @@ static int carry_out_durably(struct copy *group[GROUP], char *buffer)
     return count;
 }
 
+/* The next copy for a thread that has none, when there is one.  `pause`: how long the last one let
+ * it wait, and how long this one has. */
+static struct copy *wait_for_copy(long long *pause)
+{
+    long long started = now();
+    struct copy *copy;
+
+    pthread_mutex_lock(&mutex);
+    while (!(copy = take(NULL, 0))) {
+        if (*pause < IDLE_TIME && now() - started < IDLE_TIME) {
+            pthread_mutex_unlock(&mutex);
+            while (!__atomic_load_n(&queued_count, __ATOMIC_RELAXED) &&
+                   now() - started < IDLE_TIME)
+                sched_yield(); /* who wants this processor gets it */
+            pthread_mutex_lock(&mutex);
+        } else {
+            pthread_cond_wait(&work_to_do, &mutex);
+        }
+    }
+    pthread_mutex_unlock(&mutex);
+    *pause = now() - started;
+    return copy;
+}
+
 static void *run(void *unused)
 {
     char *buffer = malloc(BUFFER_SIZE);
+    long long pause = SECOND;
     (void)unused;
 
-    pthread_mutex_lock(&mutex);
+    thread_be_patient();
     for (;;) {
-        struct copy *group[GROUP] = {take(NULL, 0)};
+        struct copy *group[GROUP] = {wait_for_copy(&pause)};
         int count = 1;
 
-        if (!group[0]) {
-            pthread_cond_wait(&work_to_do, &mutex);
-            continue;
-        }
-        pthread_mutex_unlock(&mutex);
         if (group[0]->durable)
             count = carry_out_durably(group, buffer);
         else
             carry_out(group[0], buffer);
+        __atomic_store_n(&last_time, group[0]->nanoseconds, __ATOMIC_RELAXED);
         pthread_mutex_lock(&mutex);
-        __atomic_store_n(&last_count, count, __ATOMIC_RELAXED);
+        last_count = count;
         for (int i = 0; i < count; i++)
             group[i]->state = COPY_ENDED;
         __atomic_add_fetch(&ended_count, count, __ATOMIC_RELEASE);
+        pthread_mutex_unlock(&mutex);
         pool_wake();
     }
     return NULL;
@@ -220,6 +247,7 @@ bool pool_start(uint64_t first, uint64_t stop, const struct cluster_copy *work, 
             .number = ++last_number, .first = first, .stop = stop, .work = *work,
             .state = COPY_QUEUED, .durable = durable};
         counts[false]++;
+        __atomic_add_fetch(&queued_count, 1, __ATOMIC_RELAXED);
         pthread_cond_signal(&work_to_do);
     }
     pthread_mutex_unlock(&mutex);
@@ -351,7 +379,7 @@ bool pool_wait(int device, long long nanoseconds)
 {
     struct pollfd wanted[2] = {{.fd = ended, .events = POLLIN}, {.fd = device, .events = POLLIN}};
     struct timespec time = {.tv_sec = nanoseconds / SECOND, .tv_nsec = nanoseconds % SECOND};
-    long long awake = __atomic_load_n(&last_count, __ATOMIC_RELAXED) > 1 ? AWAKE_TIME : 0;
+    long long awake = __atomic_load_n(&last_time, __ATOMIC_RELAXED) < AWAKE_TIME ? AWAKE_TIME : 0;
     long long started = now();
     int found = 0;
 

@@ -5,6 +5,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 bool thread_begin(void *(*run)(void *), size_t stack)
@@ -24,4 +25,11 @@ bool thread_begin(void *(*run)(void *), size_t stack)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     return good;
+}
+
+void thread_be_patient(void)
+{
+    const struct sched_param none = {0};
+
+    sched_setscheduler(0, SCHED_BATCH, &none); /* a container may forbid it: no harm */
 }

@@ -119,8 +119,10 @@ class Serving:
 
     def the_large(self) -> Path:
         """An image of 2 GiB, its data in the page cache; made when it is needed."""
+        size = 2 << 30
         if not self.large.exists():
-            self._fill(self.large, 2 << 30)
+            self._fill(self.large, size)
+        self._touch_memory(2 * size)  # for what is read, and its copy
         self._read(self.large)
         return self.large
 
@@ -199,17 +201,24 @@ class Serving:
         """Bring the image's data into the page cache, and what is dirty to the disk.
 
         Page by page, as small requests leave it, or in `large` folios: both sides find it
-        the same.  In a virtual machine memory that the guest has not used lately comes
-        from the host, page by page: that takes several times as long as a copy, and hits
-        whoever needs it first.
+        the same.
         """
         run("sync", "-f", self.directory)
-        mmap.mmap(-1, 4 * self.size, mmap.MAP_PRIVATE | mmap.MAP_POPULATE).close()
+        self._touch_memory(4 * self.size)
         if large != self._large_folios:
             with open(self.image, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._large_folios = large
         self._read(self.image, large)
+
+    def _touch_memory(self, size: int) -> None:
+        """Use so much of what is free.
+
+        In a virtual machine memory that the guest has not used lately comes from the host,
+        page by page: that takes several times as long as a copy, and hits whoever needs it
+        first.
+        """
+        mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_POPULATE).close()
 
     def _read(self, image: Path, large: bool = False) -> None:
         with open(image, "rb") as file:
