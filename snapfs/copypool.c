@@ -15,17 +15,17 @@
 #define _GNU_SOURCE
 #endif
 #include "copypool.h"
+#include "clock.h"
 #include "syncing.h"
 #include "threads.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -36,13 +36,10 @@ enum {
     LEAST_SHARE = GROUP / 2, /* that a thread may take, however few there are */
 };
 
-#define SECOND 1000000000LL
 #define COMPANY_TIME (SECOND / 10000) /* to wait for another copy to share a sync */
 /* For copies that took no longer lately, to wait for them without sleeping: from the page cache,
  * or with a sync that several share.  To be woken may take as long as a copy. */
 #define AWAKE_TIME (SECOND / 2500)
-/* The same for a thread that has nothing to copy, if the last time that was soon over. */
-#define IDLE_TIME (150 * SECOND / 1000000)
 
 #define BUFFER_SIZE ((size_t)4 << 20) /* the largest cluster; touched only as far as used */
 
@@ -63,10 +60,7 @@ static int promised_count;    /* trio thread's */
 
 static long long now(void)
 {
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * SECOND + time.tv_nsec;
+    return nanoseconds(CLOCK_MONOTONIC);
 }
 
 /* With the mutex. */
@@ -172,39 +166,28 @@ static int carry_out_durably(struct copy *group[GROUP], char *buffer)
     return count;
 }
 
-/* The next copy for a thread that has none, when there is one.  `pause`: how long the last one let
- * it wait, and how long this one has. */
-static struct copy *wait_for_copy(long long *pause)
+/* The next copy for a thread that has none, when there is one. */
+static struct copy *wait_for_copy(struct idling *idling)
 {
-    long long started = now();
     struct copy *copy;
 
     pthread_mutex_lock(&mutex);
-    while (!(copy = take(NULL, 0))) {
-        if (*pause < IDLE_TIME && now() - started < IDLE_TIME) {
-            pthread_mutex_unlock(&mutex);
-            while (!__atomic_load_n(&queued_count, __ATOMIC_RELAXED) &&
-                   now() - started < IDLE_TIME)
-                sched_yield(); /* who wants this processor gets it */
-            pthread_mutex_lock(&mutex);
-        } else {
-            pthread_cond_wait(&work_to_do, &mutex);
-        }
-    }
+    while (!(copy = take(NULL, 0)))
+        thread_idle(idling, &queued_count, &work_to_do, &mutex);
     pthread_mutex_unlock(&mutex);
-    *pause = now() - started;
+    thread_work(idling);
     return copy;
 }
 
 static void *run(void *unused)
 {
     char *buffer = malloc(BUFFER_SIZE);
-    long long pause = SECOND;
+    struct idling idling = {.last = LLONG_MAX};
     (void)unused;
 
     thread_be_patient();
     for (;;) {
-        struct copy *group[GROUP] = {wait_for_copy(&pause)};
+        struct copy *group[GROUP] = {wait_for_copy(&idling)};
         int count = 1;
 
         if (group[0]->durable)

@@ -5,6 +5,7 @@
 #include "helper.h"
 #include "threads.h"
 
+#include <limits.h>
 #include <pthread.h>
 #include <stddef.h>
 
@@ -15,23 +16,27 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 
 static bool have_thread;      /* trio thread's, as what follows */
 static bool out;
-static void (*errand)(void);  /* under the mutex; NULL: none, or it is over */
+static void (*errand)(void);  /* under the mutex */
+static int under_way;         /* changed under the mutex, atomic: 0: none, or it is over */
 
 static void *run(void *unused)
 {
+    struct idling idling = {.last = LLONG_MAX};
     (void)unused;
+
     pthread_mutex_lock(&mutex);
     for (;;) {
         void (*current)(void) = errand;
 
-        if (!current) {
-            pthread_cond_wait(&changed, &mutex);
+        if (!under_way) {
+            thread_idle(&idling, &under_way, &changed, &mutex);
             continue;
         }
         pthread_mutex_unlock(&mutex);
+        thread_work(&idling);
         current();
         pthread_mutex_lock(&mutex);
-        __atomic_store_n(&errand, NULL, __ATOMIC_RELEASE);
+        __atomic_store_n(&under_way, 0, __ATOMIC_RELEASE);
         pthread_cond_broadcast(&changed);
     }
     return NULL;
@@ -43,6 +48,7 @@ bool helper_start(void (*wanted)(void))
         return false;
     pthread_mutex_lock(&mutex);
     errand = wanted;
+    __atomic_store_n(&under_way, 1, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&mutex);
     return out = true;
@@ -55,7 +61,7 @@ bool helper_is_out(void)
 
 bool helper_is_back(void)
 {
-    return out && !__atomic_load_n(&errand, __ATOMIC_ACQUIRE);
+    return out && !__atomic_load_n(&under_way, __ATOMIC_ACQUIRE);
 }
 
 void helper_wait(void)
@@ -63,7 +69,7 @@ void helper_wait(void)
     if (!out)
         return;
     pthread_mutex_lock(&mutex);
-    while (errand)
+    while (under_way)
         pthread_cond_wait(&changed, &mutex);
     pthread_mutex_unlock(&mutex);
     out = false;

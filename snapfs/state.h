@@ -11,14 +11,13 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "clock.h"
+
 #include <stdbool.h>
 #include <stdint.h>
-#include <time.h>
 
 /* Not for the global scope that the extension is loaded into. */
 #define INTERNAL __attribute__((visibility("hidden")))
-
-#define SECOND 1000000000LL
 
 enum state_limits {
     /* fastpath.py publishes nothing if there are more. */
@@ -86,14 +85,6 @@ INTERNAL void state_note_write(void);
 
 /* The record of activity is to say that nothing is under way, if that is so. */
 INTERNAL void state_rest(void);
-
-static inline long long nanoseconds(clockid_t clock)
-{
-    struct timespec time;
-
-    clock_gettime(clock, &time);
-    return time.tv_sec * SECOND + time.tv_nsec;
-}
 
 /* ---- bits: cluster c is bit c & 7 of byte c >> 3 ---------------------------------------- */
 

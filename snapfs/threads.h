@@ -2,15 +2,32 @@
 #ifndef SNAPFS_THREADS_H
 #define SNAPFS_THREADS_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 
+#define THREAD_INTERNAL __attribute__((visibility("hidden")))
+
+/* How a thread waits for work: {.last = LLONG_MAX} at first. */
+struct idling {
+    long long since; /* nanoseconds; 0: it works */
+    long long last;  /* how long it was idle before */
+};
+
 /* Begin a thread that lives as long as the daemon; false: it cannot be.  At the first work, not
  * before: by then the daemon has become what it stays, and forks no more. */
-__attribute__((visibility("hidden"))) bool thread_begin(void *(*run)(void *), size_t stack);
+THREAD_INTERNAL bool thread_begin(void *(*run)(void *), size_t stack);
 
 /* The calling thread never takes a processor from one that is at work there when it is woken: the
  * trio thread, which wakes it, would be stopped halfway through a drain, with others idle. */
-__attribute__((visibility("hidden"))) void thread_be_patient(void);
+THREAD_INTERNAL void thread_be_patient(void);
+
+/* Wait for `*work` to be more than 0 or for `changed`, and like pthread_cond_wait() at times for
+ * nothing.  Stays awake for a while, if the last work came that soon. */
+THREAD_INTERNAL void thread_idle(struct idling *idling, const int *work, pthread_cond_t *changed,
+                                 pthread_mutex_t *mutex);
+
+/* There is work. */
+THREAD_INTERNAL void thread_work(struct idling *idling);
 
 #endif
