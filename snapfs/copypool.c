@@ -23,7 +23,6 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -185,7 +184,6 @@ static void *run(void *unused)
     struct idling idling = {.last = LLONG_MAX};
     (void)unused;
 
-    thread_be_patient();
     for (;;) {
         struct copy *group[GROUP] = {wait_for_copy(&idling)};
         int count = 1;
@@ -231,9 +229,10 @@ bool pool_start(uint64_t first, uint64_t stop, const struct cluster_copy *work, 
             .state = COPY_QUEUED, .durable = durable};
         counts[false]++;
         __atomic_add_fetch(&queued_count, 1, __ATOMIC_RELAXED);
-        pthread_cond_signal(&work_to_do);
     }
     pthread_mutex_unlock(&mutex);
+    if (copy)
+        pthread_cond_signal(&work_to_do);
     return copy != NULL;
 }
 
@@ -361,21 +360,24 @@ void pool_keep_promises(void)
 bool pool_wait(int device, long long nanoseconds)
 {
     struct pollfd wanted[2] = {{.fd = ended, .events = POLLIN}, {.fd = device, .events = POLLIN}};
-    struct timespec time = {.tv_sec = nanoseconds / SECOND, .tv_nsec = nanoseconds % SECOND};
-    long long awake = __atomic_load_n(&last_time, __ATOMIC_RELAXED) < AWAKE_TIME ? AWAKE_TIME : 0;
-    long long started = now();
+    const long long until = now() + nanoseconds;
+    long long left = nanoseconds, awake = 0;
     int found = 0;
 
     if (nanoseconds <= 0)
         return false;
-    awake = awake < nanoseconds ? awake : nanoseconds;
-    while (!found && now() - started < awake) {
+    if (counts[false] && __atomic_load_n(&last_time, __ATOMIC_RELAXED) < AWAKE_TIME)
+        awake = AWAKE_TIME < nanoseconds ? AWAKE_TIME : nanoseconds;
+    while (!found && nanoseconds - left < awake) {
         found = poll(wanted, 2, 0);
-        if (!found)
-            sched_yield(); /* who wants this processor gets it */
+        if (!found && !thread_give_way())
+            awake = 0;
+        left = until - now();
     }
-    if (!found)
+    if (!found && left > 0) {
+        struct timespec time = {.tv_sec = left / SECOND, .tv_nsec = left % SECOND};
         found = ppoll(wanted, 2, &time, NULL);
+    }
     if (found <= 0)
         return false;
     if (wanted[0].revents && !counts[true]) /* else Python's task must see it */

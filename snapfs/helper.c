@@ -49,8 +49,8 @@ bool helper_start(void (*wanted)(void))
     pthread_mutex_lock(&mutex);
     errand = wanted;
     __atomic_store_n(&under_way, 1, __ATOMIC_RELAXED);
-    pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&mutex);
+    pthread_cond_broadcast(&changed);
     return out = true;
 }
 

@@ -12,15 +12,16 @@
 struct idling {
     long long since; /* nanoseconds; 0: it works */
     long long last;  /* how long it was idle before */
+    bool awake;
 };
 
 /* Begin a thread that lives as long as the daemon; false: it cannot be.  At the first work, not
  * before: by then the daemon has become what it stays, and forks no more. */
 THREAD_INTERNAL bool thread_begin(void *(*run)(void *), size_t stack);
 
-/* The calling thread never takes a processor from one that is at work there when it is woken: the
- * trio thread, which wakes it, would be stopped halfway through a drain, with others idle. */
-THREAD_INTERNAL void thread_be_patient(void);
+/* Give way to whoever wants this processor.  False: to stay awake is no use now, as programs that
+ * never sleep keep the processor for so long that who is woken comes sooner. */
+THREAD_INTERNAL bool thread_give_way(void);
 
 /* Wait for `*work` to be more than 0 or for `changed`, and like pthread_cond_wait() at times for
  * nothing.  Stays awake for a while, if the last work came that soon. */
