@@ -574,8 +574,12 @@ async def test_a_hand_over_that_finds_no_memory_answers_the_writes(image, monkey
     memory = pytest.importorskip("_testcapi")
     seen: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(args.exc_type))
+    monkeypatch.setattr("trio._core._thread_cache.IDLE_TIMEOUT", 0)
     async with Rig.make(image, durability=durability) as rig:
         layer = await rig.engine.create_snapshot("s")
+        for thread in threading.enumerate():
+            if thread.name.startswith("Trio thread"):
+                thread.join()  # one that is about to become idle would meet the failure
 
         def lend(length: int) -> int:
             granted = rig.engine.copier.lend(length)
