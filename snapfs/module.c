@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #endif
 #include "fastpath.h"
+#include "handover.h"
 #include "requestfilter.h"
 #include "waiting.h"
 
@@ -175,8 +176,8 @@ static PyMethodDef methods[] = {
      PyDoc_STR("invalidate_range(ino, offset, length)")},
     {"set_fastpath", fastpath_set, METH_VARARGS,
      PyDoc_STR("set_fastpath(publish=None, lend=None, finish=None) -> bool")},
-    {"ended_copies", waiting_ended_copies, METH_NOARGS, PyDoc_STR("ended_copies() -> list")},
-    {"copies_fd", waiting_copies_fd, METH_NOARGS, PyDoc_STR("copies_fd() -> int")},
+    {"ended_copies", handover_ended_copies, METH_NOARGS, PyDoc_STR("ended_copies() -> list")},
+    {"copies_fd", handover_copies_fd, METH_NOARGS, PyDoc_STR("copies_fd() -> int")},
     {"reply_read", reply_read, METH_VARARGS, PyDoc_STR("reply_read(unique, error, data)")},
     {"reply_write", reply_write, METH_VARARGS, PyDoc_STR("reply_write(unique, error, size)")},
     {"handle_opened", fastpath_handle_opened, METH_VARARGS,

@@ -21,8 +21,8 @@
 #endif
 #include "waiting.h"
 #include "buffers.h"
-#include "copypool.h"
 #include "fastpath.h"
+#include "handover.h"
 #include "syncing.h"
 
 #include <errno.h>
@@ -32,9 +32,8 @@
 #include <unistd.h>
 
 enum {
-    /* Requests that wait for copies or data, and bytes of them.  The kernel sends no more than
-     * max_background at once, and one for each thread that writes synchronously. */
-    MAX_KEPT = 128,
+    /* The kernel sends no more than max_background requests at once, and one for each thread that
+     * writes synchronously. */
     MAX_KEPT_BYTES = 16 << 20,
     /* Bytes of one copy, if a cluster is not more: a large write uses both threads. */
     COPY_BYTES = 256 << 10,
@@ -63,24 +62,12 @@ static unsigned long long cold_kept;
 
 /* Of the drain that is under way. */
 static struct {
-    struct kept {
-        void *request;
-        size_t size;
-        bool refused; /* the engine is to carry it out */
-        bool cold;    /* waits for data */
-        bool taken;   /* it is a buffer */
-    } kept[MAX_KEPT + 1]; /* and one that was refused */
-    struct range handed[POOL_SIZE]; /* copies that are Python's now, and their numbers */
-    uint64_t numbers[POOL_SIZE];
-    struct range promised[POOL_SIZE]; /* clusters whose done bits Python is to make durable */
-    int kept_count, handed_count, promised_count;
-    int cold_count; /* of kept */
+    struct handover left; /* for Python, as things are */
+    int cold_count;       /* of kept */
     size_t kept_bytes;
     bool failed;      /* a copy or a sync has: no more copies here */
     bool refused;     /* something was: nothing more is carried aside */
-    uint64_t lent;    /* bytes of temp space that we may use */
-    uint64_t claimed; /* by copies, those that have landed included */
-    unsigned long long clusters, written, nanoseconds; /* landed */
+    uint64_t claimed; /* of what is lent: by copies, those that have landed included */
 } drain;
 
 /* ---- step 1 of a write: copying -------------------------------------------------------- */
@@ -88,7 +75,7 @@ static struct {
 /* May copies take that many bytes of temp space more? */
 static bool claim(uint64_t bytes)
 {
-    if (drain.lent - drain.claimed < bytes) {
+    if (drain.left.lent - drain.claimed < bytes) {
         PyGILState_STATE gil = PyGILState_Ensure();
         PyObject *lent = PyObject_CallFunction(
             lender, "K", (unsigned long long)(bytes > LOAN ? bytes : LOAN));
@@ -99,8 +86,8 @@ static bool claim(uint64_t bytes)
         }
         Py_XDECREF(lent);
         PyGILState_Release(gil);
-        drain.lent += granted;
-        if (drain.lent - drain.claimed < bytes)
+        drain.left.lent += granted;
+        if (drain.left.lent - drain.claimed < bytes)
             return false;
     }
     drain.claimed += bytes;
@@ -169,8 +156,8 @@ bool waiting_preserve(uint64_t first, uint64_t stop)
 
 static void hand_over(struct copy *copy)
 {
-    drain.handed[drain.handed_count] = (struct range){copy->first, copy->stop};
-    drain.numbers[drain.handed_count++] = copy->number;
+    drain.left.copies[drain.left.copy_count] = (struct range){copy->first, copy->stop};
+    drain.left.numbers[drain.left.copy_count++] = copy->number;
     pool_hand_over(copy);
 }
 
@@ -182,7 +169,7 @@ static void hand_over_promise(struct copy *copy)
 
     for (uint64_t i = copy->first >> 3; i <= (copy->stop - 1) >> 3; i++)
         bytes[i] = bytes[i];
-    drain.promised[drain.promised_count++] = (struct range){copy->first, copy->stop};
+    drain.left.promises[drain.left.promise_count++] = (struct range){copy->first, copy->stop};
     pool_free(copy);
 }
 
@@ -208,9 +195,9 @@ static void land(void)
         if (copy->durable)
             set_bits(&state.done_file.bits, copy->first, copy->stop);
         clear_bits(&state.pending, copy->first, copy->stop);
-        drain.clusters += copy->stop - copy->first;
-        drain.written += (unsigned long long)copy->work.written;
-        drain.nanoseconds += (unsigned long long)copy->nanoseconds;
+        drain.left.clusters += copy->stop - copy->first;
+        drain.left.written += (unsigned long long)copy->work.written;
+        drain.left.nanoseconds += (unsigned long long)copy->nanoseconds;
         if (copy->durable)
             pool_promise(copy);
         else
@@ -242,7 +229,7 @@ static void keep_promises(void)
 
 static void add_kept(struct kept kept)
 {
-    drain.kept[drain.kept_count++] = kept;
+    drain.left.kept[drain.left.kept_count++] = kept;
     drain.kept_bytes += kept.size;
     drain.cold_count += kept.cold;
 }
@@ -255,7 +242,7 @@ bool waiting_keep(const void *request, size_t size, void **buffer, bool cold)
     /* With copies of Python's under way a wait would end at once, again and again. */
     if (cold && (pool_count(true) || nanoseconds(CLOCK_MONOTONIC) < cold_until))
         return false;
-    if (drain.kept_count >= MAX_KEPT || drain.kept_bytes + size > MAX_KEPT_BYTES)
+    if (drain.left.kept_count >= MAX_KEPT || drain.kept_bytes + size > MAX_KEPT_BYTES)
         return false;
     memory = taken ? buffer_take(buffer) : malloc(size);
     if (!memory)
@@ -275,22 +262,22 @@ void waiting_refuse(void *buffer, size_t size)
 
 static void drop_kept(int index)
 {
-    drain.kept_bytes -= drain.kept[index].size;
-    drain.cold_count -= drain.kept[index].cold;
-    if (drain.kept[index].taken)
-        buffer_free(drain.kept[index].request);
+    drain.kept_bytes -= drain.left.kept[index].size;
+    drain.cold_count -= drain.left.kept[index].cold;
+    if (drain.left.kept[index].taken)
+        buffer_free(drain.left.kept[index].request);
     else
-        free(drain.kept[index].request);
-    drain.kept_count--;
-    memmove(&drain.kept[index], &drain.kept[index + 1],
-            (size_t)(drain.kept_count - index) * sizeof(drain.kept[0]));
+        free(drain.left.kept[index].request);
+    drain.left.kept_count--;
+    memmove(&drain.left.kept[index], &drain.left.kept[index + 1],
+            (size_t)(drain.left.kept_count - index) * sizeof(drain.left.kept[0]));
 }
 
 /* Go through the kept requests. */
 static void try_again(int device)
 {
-    for (int i = 0; i < drain.kept_count;) {
-        struct kept *kept = &drain.kept[i];
+    for (int i = 0; i < drain.left.kept_count;) {
+        struct kept *kept = &drain.left.kept[i];
         enum fastpath_verdict verdict = FASTPATH_PYTHONS;
         bool cold = false;
         if (!kept->refused)
@@ -341,7 +328,7 @@ bool waiting_wait(int device, long long time)
 static void note_speed(bool slow)
 {
     if (!slow) {
-        slow_pause = drain.clusters ? 0 : slow_pause;
+        slow_pause = drain.left.clusters ? 0 : slow_pause;
         return;
     }
     slow_pause = slow_pause ? 2 * slow_pause : LEAST_PAUSE;
@@ -374,106 +361,33 @@ void waiting_settle(int device, bool patient)
     sync_close();
 }
 
-/* Lists for Python of what it takes over. */
-static PyObject *handed_promises(void)
-{
-    PyObject *list = PyList_New(drain.promised_count);
-
-    for (int i = 0; list && i < drain.promised_count; i++) {
-        PyObject *item = Py_BuildValue("KK", (unsigned long long)drain.promised[i].first,
-                                       (unsigned long long)drain.promised[i].stop);
-        if (!item)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, i, item);
-    }
-    return list;
-}
-
-static PyObject *handed_copies(void)
-{
-    PyObject *list = PyList_New(drain.handed_count);
-
-    for (int i = 0; list && i < drain.handed_count; i++) {
-        PyObject *item = Py_BuildValue("KKK", (unsigned long long)drain.numbers[i],
-                                       (unsigned long long)drain.handed[i].first,
-                                       (unsigned long long)drain.handed[i].stop);
-        if (!item)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, i, item);
-    }
-    return list;
-}
-
-static PyObject *kept_request(const struct fuse_in_header *in)
-{
-    const struct fuse_write_in *out = (const void *)(in + 1);
-    const struct fuse_read_in *read = (const void *)(in + 1);
-
-    if (in->opcode == FUSE_WRITE)
-        return Py_BuildValue("KKLy#", (unsigned long long)in->unique,
-                             (unsigned long long)out->fh, (long long)out->offset,
-                             (const char *)(out + 1), (Py_ssize_t)out->size);
-    return Py_BuildValue("KKLIO", (unsigned long long)in->unique, (unsigned long long)read->fh,
-                         (long long)read->offset, (unsigned)read->size,
-                         read->read_flags & FUSE_READ_LOCKOWNER ? Py_True : Py_False);
-}
-
-static PyObject *kept_requests(uint32_t opcode)
-{
-    PyObject *list = PyList_New(0);
-
-    for (int i = 0; list && i < drain.kept_count; i++) {
-        const struct fuse_in_header *in = drain.kept[i].request;
-        PyObject *item;
-        if (in->opcode != opcode)
-            continue;
-        item = kept_request(in);
-        if (!item || PyList_Append(list, item))
-            Py_CLEAR(list);
-        Py_XDECREF(item);
-    }
-    return list;
-}
-
 /* After a bug nobody knows of the copies: they must not read what is written from now on, nor
  * of what is promised.  And nobody must wait for ever. */
 static void give_up(int device)
 {
     Py_BEGIN_ALLOW_THREADS
     pool_settle();
-    if (drain.promised_count && fdatasync(state.done_file.fd))
+    if (drain.left.promise_count && fdatasync(state.done_file.fd))
         abort(); /* to go on might make a snapshot wrong; the next mount goes on without loss */
     Py_END_ALLOW_THREADS
-    for (int i = 0; i < drain.kept_count; i++)
-        carry_reply(device, ((const struct fuse_in_header *)drain.kept[i].request)->unique, EIO,
-                    NULL, 0);
+    for (int i = 0; i < drain.left.kept_count; i++) {
+        const struct fuse_in_header *in = drain.left.kept[i].request;
+        carry_reply(device, in->unique, EIO, NULL, 0);
+    }
 }
 
 bool waiting_finish(int device, PyObject *finisher)
 {
-    PyObject *promises, *copies, *writes, *reads, *result = NULL;
+    PyObject *result;
 
     if (!waiting_is_busy())
         return true;
-    promises = handed_promises();
-    copies = promises ? handed_copies() : NULL;
-    writes = copies ? kept_requests(FUSE_WRITE) : NULL;
-    reads = writes ? kept_requests(FUSE_READ) : NULL;
-    if (reads)
-        result = PyObject_CallFunction(
-            finisher, "KKKKOOOO", (unsigned long long)drain.lent, drain.written, drain.clusters,
-            drain.nanoseconds, promises, copies, writes, reads);
+    result = handover_tell(&drain.left, finisher);
     if (!result)
         give_up(device);
     Py_XDECREF(result);
-    Py_XDECREF(promises);
-    Py_XDECREF(copies);
-    Py_XDECREF(writes);
-    Py_XDECREF(reads);
-    while (drain.kept_count)
-        drop_kept(drain.kept_count - 1);
+    while (drain.left.kept_count)
+        drop_kept(drain.left.kept_count - 1);
     memset(&drain, 0, sizeof(drain));
     return result != NULL;
 }
@@ -485,7 +399,9 @@ bool waiting_has_refused(void)
 
 bool waiting_is_busy(void)
 {
-    return drain.lent || drain.promised_count || drain.handed_count || drain.kept_count;
+    const struct handover *left = &drain.left;
+
+    return left->lent || left->promise_count || left->copy_count || left->kept_count;
 }
 
 /* ---- for the Python module ------------------------------------------------------------- */
@@ -507,32 +423,4 @@ int waiting_traverse(visitproc visit, void *arg)
 unsigned long long waiting_cold_count(void)
 {
     return cold_kept;
-}
-
-PyObject *waiting_ended_copies(PyObject *module, PyObject *unused)
-{
-    PyObject *list = PyList_New(0);
-    struct copy *copy;
-    (void)module, (void)unused;
-
-    if (list && pool_descriptor() >= 0)
-        pool_clear(); /* first: one that ends after we looked makes it readable again */
-    while (list && (copy = pool_ended(true))) {
-        PyObject *item = Py_BuildValue("KiLL", (unsigned long long)copy->number, copy->error,
-                                       (long long)copy->work.written, copy->nanoseconds);
-        if (!item || PyList_Append(list, item)) {
-            Py_XDECREF(item);
-            Py_CLEAR(list);
-            break;
-        }
-        Py_DECREF(item);
-        pool_free(copy);
-    }
-    return list;
-}
-
-PyObject *waiting_copies_fd(PyObject *module, PyObject *unused)
-{
-    (void)module, (void)unused;
-    return PyLong_FromLong(pool_descriptor());
 }

@@ -47,8 +47,4 @@ INTERNAL bool waiting_is_busy(void);
 /* How many requests have been kept for their data. */
 INTERNAL unsigned long long waiting_cold_count(void);
 
-/* Functions of the module. */
-INTERNAL PyObject *waiting_ended_copies(PyObject *module, PyObject *unused);
-INTERNAL PyObject *waiting_copies_fd(PyObject *module, PyObject *unused);
-
 #endif
