@@ -8,6 +8,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from io import RawIOBase
 from select import PIPE_BUF
 
 from .. import mountinfo, unmounting
@@ -92,6 +93,7 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
     options.state = config.state
     if options.temp_dir is not None:
         options.temp_dir = os.path.realpath(options.temp_dir)
+    waiting = os.fdopen(writer, "wb", buffering=0)
     log = start_logging(options.log_level, config.state)
     warnings = _Warnings(logging.WARNING)
     logging.getLogger().addHandler(warnings)
@@ -105,21 +107,25 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
         os.close(null)
         os.chdir("/")
         # No more than a pipe takes at once: the one who reads may be stopped.
-        _tell_ready(writer, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
+        _tell_ready(waiting, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
+
+    def tell(text: bytes) -> None:
+        if not waiting.closed:  # else it was ready before, and the number is another file's
+            waiting.write(text)
 
     try:
-        return _serve(lambda: serve(config, ready), lambda line: os.write(writer, line))
+        return _serve(lambda: serve(config, ready), tell)
     finally:
         log.flush()
 
 
-def _tell_ready(fd: int, text: bytes) -> None:
-    """Tell who waits for the mount that it is usable, and close `fd`."""
+def _tell_ready(waiting: RawIOBase, text: bytes) -> None:
+    """Tell who waits for the mount that it is usable, and close the file."""
     try:
-        os.write(fd, text)
+        with waiting:
+            waiting.write(text)
     except BrokenPipeError:  # no reason to take the mount away
         logging.getLogger("snapfs").warning("nobody waits for the mount any more")
-    os.close(fd)
 
 
 def _serve(serve: Callable[[], None], tell: Callable[[bytes], object]) -> int:
@@ -138,7 +144,7 @@ def _serve(serve: Callable[[], None], tell: Callable[[bytes], object]) -> int:
     try:
         tell(f"{int(status)}\n{message}".encode())
     except OSError:
-        pass  # it was ready before: nobody listens any more
+        pass  # nobody waits any more
     return status
 
 
@@ -154,7 +160,7 @@ def mount_in_foreground(
     def ready() -> None:
         log.start()
         if ready_fd is not None:
-            _tell_ready(ready_fd, b"READY\n")
+            _tell_ready(os.fdopen(ready_fd, "wb", buffering=0), b"READY\n")
 
     try:
         serve(Config(image, mountpoint, options), ready)

@@ -155,6 +155,32 @@ def test_the_daemon_serves_though_the_command_that_mounts_has_died(mount, manage
     assert "nobody waits for the mount" in (disk.state / "daemon.log").read_text()
 
 
+# A daemon that dies of an error when it is ready and has opened files.
+FAILING = """
+import os, sys
+from snapfs import cli, daemon
+def serve(config, ready):
+    ready()
+    for number in range(20):
+        os.open(f"{config.state}.{number}", os.O_RDWR | os.O_CREAT)
+    os.open(f"{config.state}.alive", os.O_WRONLY)
+    raise OSError(5, "failed later")
+daemon.serve = serve
+cli.main(sys.argv[1:])
+"""
+
+
+def test_the_error_of_a_daemon_that_was_ready_gets_into_no_other_file(mount):
+    disk = mount(b"abc", start=False)
+    alive = Path(f"{disk.state}.alive")
+    os.mkfifo(alive)
+    run(sys.executable, "-c", FAILING, "mount", disk.image, disk.mountpoint)
+    assert b"" == alive.read_bytes()  # until the daemon is dead
+    opened = list(disk.state.parent.glob(f"{disk.state.name}.[0-9]*"))
+    assert 20 == len(opened)
+    assert {0} == {file.stat().st_size for file in opened}
+
+
 def test_the_daemon_serves_though_nobody_hears_that_it_is_ready(mount, manager):
     disk = mount(b"abc", start=False)
     reader, writer = os.pipe()
