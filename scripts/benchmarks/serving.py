@@ -21,7 +21,8 @@ CLUSTER = 1 << 16
 
 def patched(change: str) -> tuple[object, ...]:
     """A program that is snapfs with a change."""
-    code = f"import mmap, os, sys, time; from snapfs import cli, statefiles\n{change}\n"
+    code = "import mmap, os, sys, time; from snapfs import cli; from snapfs.state import statefiles"
+    code += f"\n{change}\n"
     return ROOT / ".venv/bin/python", "-c", f"{code}sys.exit(cli.main(sys.argv[1:]))"
 
 

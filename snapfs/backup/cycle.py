@@ -24,13 +24,8 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from ..errors import (
-    ExitCode,
-    PartialCopy,
-    SnapfsError,
-    SnapshotIncomplete,
-)
-from ..wire import Client, RemoteError
+from ..client.wire import Client, RemoteError
+from ..errors import ExitCode, PartialCopy, SnapfsError, SnapshotIncomplete
 from . import folding, qemu, records
 from .chain import MANIFEST, Directory, Point, new_token, opened
 from .copying import Copied, Copying, check_room, describe_ranges

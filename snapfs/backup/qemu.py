@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from ..errors import BackupError
-from ..linux import end_with_parent
+from ..storage.linux import end_with_parent
 from .nbd import NbdClient
 
 PACKAGE = "qemu-utils"  # of Debian, for all programs used here

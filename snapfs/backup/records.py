@@ -10,7 +10,7 @@ import cattrs
 
 from .. import strictjson
 from ..errors import BackupError
-from ..files import write_and_close
+from ..storage.smallfiles import write_and_close
 from ..strictjson import make_converter, reasons
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
-from .. import mountinfo
+from ..client import mountinfo
+from ..client.wire import Client
 from ..errors import NotMounted, PartialCopy, SnapshotLost, SnapshotNotFound, UsageError
-from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from ..wire import Client
+from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from .plan import Kind, Plan
 
 

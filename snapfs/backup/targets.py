@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from ..errors import InUse
-from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from ..locks import lock_exclusively, lock_image
+from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from ..storage.locks import lock_exclusively, lock_image
 from . import qemu
 from .records import sync_file
 

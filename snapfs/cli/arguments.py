@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from ..daemon.options import parse_size
 from ..errors import UsageError
-from ..options import parse_size
 
 
 def size(text: str) -> int:

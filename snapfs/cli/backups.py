@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from ..client.wire import RemoteError
 from ..errors import ExitCode, SnapfsError, UsageError
-from ..wire import RemoteError
 from .output import dump, human
 
 Result = dict[str, Any]

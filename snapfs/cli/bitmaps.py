@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from .. import mountinfo
+from ..client import mountinfo
+from ..client.wire import Client
 from ..errors import ExitCode, UsageError
-from ..wire import Client
 from .output import dump, human, print_pairs, print_table
 
 STAGE = 1000  # extents in one request: a line of it stays far below wire.MAX_LINE

@@ -12,7 +12,7 @@ from .output import dump
 
 def check(arguments: argparse.Namespace) -> int:
     """snapfs check STATE: 3 if a repair is all it takes, or took, 4 if something is lost."""
-    from ..check import check as look_over  # noqa: PLC0415 - trio, which the others do not need
+    from ..state.check import check as look_over  # noqa: PLC0415 - trio, which the others do not need
 
     report = look_over(arguments.state, repair=arguments.repair)
     sound = report.exit_code == ExitCode.OK

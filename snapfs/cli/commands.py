@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from .. import mountinfo
+from ..client import mountinfo
+from ..client.wire import Client, RemoteError
 from ..errors import ExitCode
-from ..linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from ..wire import Client, RemoteError
+from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from . import bitmaps
 from .helpers import complain
 from .output import dump, human, print_pairs, print_table

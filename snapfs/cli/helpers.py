@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from ..client.wire import RemoteError
 from ..errors import ExitCode, NotPermitted, SnapfsError, UsageError
-from ..wire import RemoteError
 
 Run = Callable[[], int]
 

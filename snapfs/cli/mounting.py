@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from io import RawIOBase
 from select import PIPE_BUF
 
-from .. import mountinfo, unmounting
+from ..client import mountinfo, unmounting
+from ..client.wire import Client
+from ..daemon.options import MountOptions, parse_options
 from ..errors import ExitCode, MountError, NotMounted, SnapfsError
-from ..options import MountOptions, parse_options
-from ..wire import Client
 from .logs import start_logging
 
 END_SECONDS = 90  # the daemon gives up by itself before
@@ -50,7 +50,7 @@ def mount_in_background(
     """
     options = parse_options(texts, sloppy=sloppy)
     if dry_run:
-        from ..daemon import Config, check  # noqa: PLC0415
+        from ..daemon.daemon import Config, check  # noqa: PLC0415
 
         check(Config(image, mountpoint, options))
         return ExitCode.OK
@@ -84,8 +84,8 @@ def _wait_ready(reader: int) -> int:
 
 
 def _run_in_background(image: str, mountpoint: str, options: MountOptions, writer: int) -> int:
-    from ..daemon import Config, serve  # noqa: PLC0415 - after the fork: it imports trio
-    from ..linux import close_all_but  # noqa: PLC0415
+    from ..daemon.daemon import Config, serve  # noqa: PLC0415 - after the fork: it imports trio
+    from ..storage.linux import close_all_but  # noqa: PLC0415
 
     close_all_but(writer)  # a lock that a script holds while it mounts is not ours to keep
     # Relative names mean what they meant to the caller.
@@ -152,7 +152,7 @@ def mount_in_foreground(
     image: str, mountpoint: str, texts: Sequence[str], ready_fd: int | None
 ) -> int:
     """Mount and serve until unmounted; raises SnapfsError if that cannot be."""
-    from ..daemon import Config, serve  # noqa: PLC0415 - it imports trio
+    from ..daemon.daemon import Config, serve  # noqa: PLC0415 - it imports trio
 
     options = parse_options(texts)
     log = start_logging(options.log_level)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from .errors import NotMounted
+from ..errors import NotMounted
 
 BLOCKS = Path("/sys/dev/block")
 FS_TYPE = "fuse.snapfs"

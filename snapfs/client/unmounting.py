@@ -11,7 +11,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from . import linux, mountinfo
+from ..storage import linux
+from . import mountinfo
 
 log = logging.getLogger(__name__)
 

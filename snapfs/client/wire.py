@@ -7,7 +7,8 @@ import os
 import socket
 from typing import Any
 
-from . import errors, mountinfo
+from .. import errors
+from . import mountinfo
 
 VERSION = 1
 MAX_LINE = 64 << 10  # bytes of a request; an answer may be longer

@@ -9,11 +9,12 @@ from typing import Any
 import trio
 from bitarray import bitarray
 
-from . import difference, errors
-from .cbw import Engine
+from .. import errors
+from ..engine import difference
+from ..engine.dirty import Selection, clusters_of
+from ..engine.engine import Engine
 from .control import number, text
-from .dirty import Selection, clusters_of
-from .report import describe_bitmap
+from .describe import describe_bitmap
 
 PAGE = 5000  # extents in one answer
 MAX_STAGED = 8  # lists of extents at once that no snapshot was made of yet

@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import errors
-from .bitmapservice import BitmapCommands, flag, optional
-from .cbw import Engine
+from .. import errors
+from ..engine.engine import Engine
+from ..engine.snapshotreader import marked
+from .bitmapcommands import BitmapCommands, flag, optional
 from .control import number, text
-from .report import describe_engine, describe_event, describe_extent, describe_snapshot
-from .views import marked
+from .describe import describe_engine, describe_event, describe_extent, describe_snapshot
 
 log = logging.getLogger(__name__)
 

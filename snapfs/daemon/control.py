@@ -21,8 +21,8 @@ from typing import Any
 
 import trio
 
-from . import errors
-from .wire import MAX_LINE, VERSION
+from .. import errors
+from ..client.wire import MAX_LINE, VERSION
 
 log = logging.getLogger(__name__)
 

@@ -21,17 +21,20 @@ from typing import Any
 import trio
 from attrs import field, frozen
 
-from . import errors, linux, mountinfo, requestfilter
-from .activity import BEAT_SECONDS, SYNC_SECONDS
-from .cbw import Engine
+from .. import errors
+from ..client import mountinfo
+from ..client.unmounting import abort, clear_stale, holders, unmount
+from ..engine.copier import Settings
+from ..engine.engine import Engine
+from ..fuse import requestfilter
+from ..fuse.outsider import Outsider
+from ..state.activity import BEAT_SECONDS, SYNC_SECONDS
+from ..state.store import CONTROL_SOCKET, Store
+from ..storage import linux
+from .commands import Commands
 from .control import ControlServer
-from .copier import Settings
 from .options import MountOptions
-from .outsider import Outsider
 from .sdnotify import notify
-from .service import Commands
-from .store import CONTROL_SOCKET, Store
-from .unmounting import abort, clear_stale, holders, unmount
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +222,10 @@ class Daemon:
         # Here, since it imports pyfuse3, which must find the filter loaded.
         import pyfuse3  # noqa: PLC0415
 
-        from .fastpath import FastPath  # noqa: PLC0415
-        from .fusefs import MAX_TASKS, SnapshotFS  # noqa: PLC0415
-        from .pagecache import PageCache  # noqa: PLC0415
-        from .tree import Ownership, Tree  # noqa: PLC0415
+        from ..fuse.fastpath import FastPath  # noqa: PLC0415
+        from ..fuse.fusefs import MAX_TASKS, SnapshotFS  # noqa: PLC0415
+        from ..fuse.pagecache import PageCache  # noqa: PLC0415
+        from ..fuse.tree import Ownership, Tree  # noqa: PLC0415
 
         options = self._config.options
         where = self._config.root

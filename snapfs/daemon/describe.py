@@ -7,12 +7,12 @@ from typing import Any
 
 from attrs import asdict
 
-from .cbw import Engine
-from .dirty import DirtyBitmap
-from .events import Event
-from .geometry import Geometry
-from .snapshot import Layer
-from .views import Extent
+from ..engine.dirty import DirtyBitmap
+from ..engine.engine import Engine
+from ..engine.events import Event
+from ..engine.geometry import Geometry
+from ..engine.layer import Layer
+from ..engine.snapshotreader import Extent
 
 
 def _time(nanoseconds: int) -> str:

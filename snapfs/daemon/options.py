@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import define, field
 
-from .errors import UsageError
+from ..errors import UsageError
 
 # Words of fstab and mount(8) that are for others, and what holds anyway.
 IGNORED = frozenset(

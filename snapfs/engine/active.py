@@ -24,18 +24,18 @@ from typing import TypeVarTuple
 
 import trio
 
+from ..errors import InvalidRange, ReadOnly
+from ..storage.image import Buffer, Image
 from .copier import Copier, Counters, Settings
 from .dirty import DirtyBitmap, DirtyBitmaps
-from .errors import InvalidRange, ReadOnly
 from .geometry import Geometry
-from .image import Buffer, Image
-from .keeper import LayerKeeper
+from .layer import Layer, LayerStore
+from .layerkeeper import LayerKeeper
 from .layers import LayerStack
 from .reqlist import Gate, Request, RequestList
-from .snapshot import Layer, LayerStore
+from .snapshotreader import SnapshotReader
 from .space import SpaceStatus, TempSpace
 from .tracker import Tracker
-from .views import SnapshotReader
 
 log = logging.getLogger(__name__)
 

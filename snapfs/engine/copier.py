@@ -18,13 +18,13 @@ import trio
 from attrs import define, field, frozen
 from attrs.validators import ge, in_, optional
 
+from ..storage.image import Image
 from . import bitmap
 from .durability import Promises
 from .events import Events
-from .image import Image
+from .layer import Layer, Policy
 from .layers import Dropped, LayerStack, Run, shifted
 from .reqlist import Request, RequestList
-from .snapshot import Layer, Policy
 from .space import TempSpace
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from bitarray.util import zeros
 
 from . import bitmap
 from .geometry import Geometry
-from .snapshot import Layer
+from .layer import Layer
 
 Answer = Literal["changed", "unknown"]
 

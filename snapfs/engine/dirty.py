@@ -20,9 +20,9 @@ from attrs import define, field, frozen
 from bitarray import bitarray
 from bitarray.util import intervals, zeros
 
+from ..errors import BitmapNotFound, BitmapUnusable, InvalidRange
 from .bitmap import Bitmap
 from .durability import GroupCommit
-from .errors import BitmapNotFound, BitmapUnusable, InvalidRange
 from .geometry import Geometry
 
 EVERYTHING = 1 << 62  # clusters

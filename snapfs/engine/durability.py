@@ -25,7 +25,7 @@ from attrs import define, frozen
 
 from .bitmap import Bitmap
 from .reqlist import Request, RequestList
-from .rounds import Rounds
+from .sharedcall import Rounds
 
 
 class GroupCommit:

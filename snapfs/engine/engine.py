@@ -20,19 +20,13 @@ from collections.abc import AsyncGenerator
 import trio
 from bitarray import bitarray
 
+from ..errors import InvalidRange, SnapshotExists, SnapshotLost, SnapshotNotFound, StateError
+from ..storage.image import Buffer
 from .active import MAX_SIZE, ActiveImage
 from .dirty import Selection
-from .errors import (
-    InvalidRange,
-    SnapshotExists,
-    SnapshotLost,
-    SnapshotNotFound,
-    StateError,
-)
-from .image import Buffer
-from .moment import LayerMoment, Moment
-from .snapshot import Layer, Policy, check_name
-from .views import Extent
+from .layer import Layer, Policy, check_name
+from .published import LayerMoment, Moment
+from .snapshotreader import Extent
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from typing import Any, Literal, Protocol
 from attrs import define, field, frozen
 from bitarray import bitarray
 
+from ..errors import InvalidName
+from ..storage.image import Image
 from .bitmap import Bitmap
 from .dirty import BitmapRecord, BitmapStore
 from .durability import Commits
-from .errors import InvalidName
 from .geometry import Geometry
-from .image import Image
 
 State = Literal["ok", "incomplete", "lost"]
 Policy = Literal["break-snapshot", "break-guest-write"]

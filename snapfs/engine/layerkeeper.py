@@ -16,8 +16,8 @@ import trio
 from .copier import Copier
 from .dirty import DirtyBitmaps
 from .geometry import Geometry
+from .layer import Layer, LayerStore
 from .layers import Dropped, LayerStack
-from .snapshot import Layer, LayerStore
 from .space import Usage
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from bitarray.util import zeros
 
 from . import bitmap
 from .bitmap import Bitmap
-from .snapshot import Layer
+from .layer import Layer
 
 Run = tuple[int, int]  # clusters [first, stop)
 Source = Layer | None  # a layer: in its temp image; None: in the image itself

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from bitarray import bitarray
 
+from ..storage.image import Image
 from .durability import DoneFile
-from .image import Image
 
 
 class LayerMoment(NamedTuple):

@@ -18,13 +18,13 @@ from typing import Literal, NamedTuple
 from attrs import frozen
 from bitarray import bitarray
 
+from ..errors import AccessDenied, SnapshotLost
+from ..storage.image import Buffer, Image
 from . import bitmap
-from .errors import AccessDenied, SnapshotLost
 from .geometry import Geometry
-from .image import Buffer, Image
+from .layer import Layer
 from .layers import LayerStack, Source
 from .reqlist import Request, RequestList, entered
-from .snapshot import Layer
 
 log = logging.getLogger(__name__)
 

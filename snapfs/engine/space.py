@@ -25,7 +25,7 @@ from contextlib import suppress
 import trio
 from attrs import define, field, frozen
 
-from .rounds import Rounds
+from .sharedcall import Rounds
 
 log = logging.getLogger(__name__)
 

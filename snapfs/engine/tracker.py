@@ -20,12 +20,12 @@ from attrs import define, field
 from bitarray import bitarray
 from bitarray.util import zeros
 
+from ..errors import BitmapExists, InvalidRange, ReadOnly, UsageError
 from .dirty import BitmapStore, DirtyBitmap, DirtyBitmaps, Selection
-from .errors import BitmapExists, InvalidRange, ReadOnly, UsageError
 from .geometry import Geometry
-from .keeper import LayerKeeper
+from .layer import check_name
+from .layerkeeper import LayerKeeper
 from .reqlist import Gate
-from .snapshot import check_name
 
 log = logging.getLogger(__name__)
 

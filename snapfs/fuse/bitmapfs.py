@@ -17,10 +17,10 @@ import stat
 import trio
 from bitarray import bitarray
 
-from . import errors
-from .cbw import Engine
-from .dirty import DirtyBitmap, merged
-from .geometry import Geometry
+from .. import errors
+from ..engine.dirty import DirtyBitmap, merged
+from ..engine.engine import Engine
+from ..engine.geometry import Geometry
 
 DIRECTORY = 5  # inode of bitmaps/
 FIRST = 1 << 40  # inode of the bitmap with id 0, far beyond those of snapshots

@@ -8,8 +8,8 @@ import math
 
 import trio
 
-from . import errors
-from .events import Events
+from .. import errors
+from ..engine.events import Events
 
 log = logging.getLogger(__name__)
 

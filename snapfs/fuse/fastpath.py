@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from ..engine.copier import Copy
+from ..engine.dirty import EVERYTHING
+from ..engine.engine import Engine
+from ..storage.image import FileImage, Image
 from . import requestfilter
-from .cbw import Engine
-from .copier import Copy
-from .dirty import EVERYTHING
-from .image import FileImage, Image
 from .pagecache import PageCache
 
 FIRST_SNAPSHOT = 4096  # inode of a layer with id 0; that of `active` is 2, in fastpath.c too

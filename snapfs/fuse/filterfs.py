@@ -12,14 +12,15 @@ from collections.abc import Callable
 import trio
 from attrs import define
 
-from . import errors, requestfilter
+from .. import errors
+from ..engine.engine import Engine
+from ..engine.layer import Layer
+from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from . import requestfilter
 from .bitmapfs import BitmapTree
-from .cbw import Engine
 from .fastpath import FastPath
 from .handles import Handle, Handles
-from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from .pagecache import PAGE, PageCache
-from .snapshot import Layer
 
 
 class FilterRequests:

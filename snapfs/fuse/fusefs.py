@@ -22,13 +22,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import pyfuse3
 import trio
 
-from . import bitmapfs, errors, requestfilter
-from .cbw import Engine
-from .failures import Failures
+from .. import errors
+from ..engine.engine import Engine
+from ..storage.image import Buffer
+from . import bitmapfs, requestfilter
+from .errnos import Failures
 from .fastpath import FIRST_SNAPSHOT, FastPath
 from .filterfs import FilterRequests
 from .handles import Handle, Handles
-from .image import Buffer
 from .pagecache import PageCache
 from .tree import ACTIVE, BITMAPS, DIRECTORIES, SNAPSHOTS, Tree, decode
 

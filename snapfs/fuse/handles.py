@@ -16,9 +16,9 @@ import os
 
 from attrs import define
 
+from ..engine.layer import Layer
 from . import requestfilter
 from .pagecache import PageCache
-from .snapshot import Layer
 
 
 @define(eq=False)

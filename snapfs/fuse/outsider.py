@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import trio
 from attrs import define, field
 
-from . import linux
+from ..storage import linux
 
 MAX_LINE = 65536
 

@@ -1,6 +1,6 @@
 """The native request filter in front of pyfuse3: its loader and its typed face.
 
-`snapfs._requestfilter` (requestfilter.c) stands in for some functions of libfuse that
+`snapfs.port._requestfilter` (requestfilter.c) stands in for some functions of libfuse that
 pyfuse3 calls.  That works only if it is in the process's global symbol scope before
 pyfuse3 is loaded, so `load()` comes first: before anything imports pyfuse3.
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from snapfs import _requestfilter
+    from ..port import _requestfilter
 else:
 
     class _NotLoaded:
@@ -90,19 +90,19 @@ def load() -> None:
     if _loaded:
         return
     if "pyfuse3" in sys.modules:
-        raise RuntimeError("snapfs.requestfilter.load() must run before pyfuse3 is imported")
-    if "snapfs._requestfilter" in sys.modules:
-        raise RuntimeError("snapfs._requestfilter was imported directly: use load()")
+        raise RuntimeError("snapfs.fuse.requestfilter.load() must run before pyfuse3 is imported")
+    if "snapfs.port._requestfilter" in sys.modules:
+        raise RuntimeError("snapfs.port._requestfilter was imported directly: use load()")
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_GLOBAL | os.RTLD_NOW)
     try:
-        from snapfs import _requestfilter  # noqa: PLC0415 - the flags matter
+        from ..port import _requestfilter  # noqa: PLC0415 - the flags matter
     except ImportError as error:
         raise ImportError(
-            f"the extension snapfs._requestfilter cannot be loaded ({error}); it is built by"
+            f"the extension snapfs.port._requestfilter cannot be loaded ({error}); it is built by"
             " 'pip install .' in the source tree, which needs a C compiler and the headers of"
             " Python and libfuse 3 (Debian: gcc python3-dev libfuse3-dev)",
-            name="snapfs._requestfilter",
+            name="snapfs.port._requestfilter",
         ) from error
     finally:
         sys.setdlopenflags(flags)

@@ -17,10 +17,11 @@ import stat
 
 from attrs import frozen
 
-from . import bitmapfs, errors
-from .cbw import Engine
+from .. import errors
+from ..engine.engine import Engine
+from ..engine.layer import Layer
+from . import bitmapfs
 from .fastpath import FIRST_SNAPSHOT
-from .snapshot import Layer
 
 ROOT = 1  # FUSE_ROOT_ID in linux/fuse.h
 ACTIVE = 2

@@ -65,14 +65,14 @@ static PyModuleDef_Slot slots[] = {{0, NULL}};
 
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
-    .m_name = "snapfs._copy",
+    .m_name = "snapfs.port._clustercopy",
     .m_methods = methods,
     .m_slots = slots,
 };
 
-PyMODINIT_FUNC PyInit__copy(void);
+PyMODINIT_FUNC PyInit__clustercopy(void);
 
-PyMODINIT_FUNC PyInit__copy(void)
+PyMODINIT_FUNC PyInit__clustercopy(void)
 {
     return PyModuleDef_Init(&definition);
 }

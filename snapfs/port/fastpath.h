@@ -6,7 +6,7 @@
 #ifndef SNAPFS_FASTPATH_H
 #define SNAPFS_FASTPATH_H
 
-#include "carry.h"
+#include "transfer.h"
 
 /* A READ or WRITE that may be answered here?  Looks at the kind only. */
 INTERNAL bool fastpath_wants(const void *request, size_t size);

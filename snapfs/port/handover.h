@@ -6,7 +6,7 @@
 #define SNAPFS_HANDOVER_H
 
 #include "copypool.h"
-#include "state.h"
+#include "published.h"
 
 #include <stdbool.h>
 #include <stddef.h>

@@ -2,7 +2,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "helper.h"
+#include "largerequests.h"
 #include "threads.h"
 
 #include <limits.h>

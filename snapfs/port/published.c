@@ -2,7 +2,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "state.h"
+#include "published.h"
 
 #include <sys/stat.h>
 

@@ -242,7 +242,7 @@ static PyModuleDef_Slot slots[] = {
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "snapfs._requestfilter",
+    .m_name = "snapfs.port._requestfilter",
     .m_doc = PyDoc_STR("Request filter between libfuse and pyfuse3; see requestfilter.py."),
     .m_size = 0,
     .m_methods = methods,

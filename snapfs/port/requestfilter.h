@@ -7,7 +7,7 @@
 #ifndef SNAPFS_REQUESTFILTER_H
 #define SNAPFS_REQUESTFILTER_H
 
-#include "state.h"
+#include "published.h"
 
 #define FUSE_USE_VERSION 35
 #include <fuse_lowlevel.h>

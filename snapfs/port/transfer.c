@@ -14,9 +14,9 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "carry.h"
+#include "transfer.h"
 #include "buffers.h"
-#include "helper.h"
+#include "largerequests.h"
 
 #include <errno.h>
 #include <fcntl.h>

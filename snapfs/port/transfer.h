@@ -5,7 +5,7 @@
 #ifndef SNAPFS_CARRY_H
 #define SNAPFS_CARRY_H
 
-#include "state.h"
+#include "published.h"
 
 #include <stddef.h>
 

@@ -5,7 +5,7 @@
 #ifndef SNAPFS_WAITING_H
 #define SNAPFS_WAITING_H
 
-#include "state.h"
+#include "published.h"
 
 #include <stddef.h>
 

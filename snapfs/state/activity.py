@@ -21,7 +21,7 @@ import time
 
 from attrs import evolve
 
-from .errors import StateError
+from ..errors import StateError
 from .manifest import ImageStamp
 from .statefiles import map_file, open_file
 

@@ -21,14 +21,14 @@ import socket
 import stat
 from functools import partial
 
+from ..engine.dirty import BitmapRecord
+from ..engine.geometry import Geometry
+from ..errors import InUse, NotFound, StateError, UsageError
+from ..storage.locks import lock_exclusively
 from . import dirtyfiles, statefiles
 from .activity import FILE_BYTES, Activity
-from .dirty import BitmapRecord
-from .errors import InUse, NotFound, StateError, UsageError
 from .findings import Grade, Report, Unusable, printable, read_all
-from .geometry import Geometry
 from .layercheck import LayerInspector
-from .locks import lock_exclusively
 from .manifest import MAX_BYTES, ImageStamp, Manifest
 from .recovery import distrust
 from .store import CONTROL_SOCKET

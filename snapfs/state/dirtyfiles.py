@@ -23,11 +23,11 @@ from collections.abc import Sequence
 
 import trio
 
+from ..engine.bitmap import Bitmap
+from ..engine.dirty import BitmapRecord, DirtyBitmap, DirtyParts
+from ..engine.durability import GroupCommit
+from ..errors import StateError
 from . import statefiles
-from .bitmap import Bitmap
-from .dirty import BitmapRecord, DirtyBitmap, DirtyParts
-from .durability import GroupCommit
-from .errors import StateError
 from .layerfiles import MappedFile
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from functools import partial
 
 from attrs import define, field, frozen
 
+from ..errors import ExitCode, StateError
 from . import statefiles
-from .errors import ExitCode, StateError
 
 Repair = Callable[[], object]
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import trio
 
+from ..engine.bitmap import Bitmap, buffer_size
+from ..engine.geometry import Geometry
+from ..engine.layer import LOSSES_BYTES, Layer, LayerParts, LayerRecord
+from ..engine.layers import LayerStack
+from ..errors import InUse, StateError
+from ..storage.image import FileImage
+from ..storage.locks import lock_image
 from . import statefiles, tempdirs
-from .bitmap import Bitmap, buffer_size
-from .errors import InUse, StateError
 from .findings import Grade, Inspector, Unusable, make_empty, overwrite, read_all
-from .geometry import Geometry
-from .image import FileImage
-from .layers import LayerStack
-from .locks import lock_image
 from .manifest import ImageStamp, Manifest
-from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 
 MAX_BITMAP_BYTES = 1 << 30  # read into memory: 512 TiB of the default clusters
 

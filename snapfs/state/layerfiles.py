@@ -19,10 +19,10 @@ import os
 import trio
 from attrs import define, field
 
-from .bitmap import Bitmap, ClearLater, SetThrough
-from .durability import Commits, DoneFile, GroupCommit
-from .image import Image
-from .snapshot import LayerParts
+from ..engine.bitmap import Bitmap, ClearLater, SetThrough
+from ..engine.durability import Commits, DoneFile, GroupCommit
+from ..engine.layer import LayerParts
+from ..storage.image import Image
 from .statefiles import open_file
 
 

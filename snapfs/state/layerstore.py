@@ -12,14 +12,14 @@ from pathlib import Path
 import trio
 from attrs import evolve
 
+from ..engine.bitmap import Bitmap
+from ..engine.geometry import Geometry
+from ..engine.layer import LOSSES_BYTES, Layer, LayerParts, LayerRecord
+from ..errors import InUse, StateError
+from ..storage.image import FileImage, Image
+from ..storage.locks import lock_image
 from . import statefiles
-from .bitmap import Bitmap
-from .errors import InUse, StateError
-from .geometry import Geometry
-from .image import FileImage, Image
 from .layerfiles import LayerFiles
-from .locks import lock_image
-from .snapshot import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 from .tempdirs import TempDirs
 
 MAPPED_FILES = ("done", "losses", "access")

@@ -14,11 +14,11 @@ import cattrs
 from attrs import evolve, field, frozen
 from attrs.validators import ge, matches_re
 
-from .dirty import BitmapRecord
-from .errors import InvalidName, StateError
-from .geometry import Geometry
-from .snapshot import LayerRecord, check_name
-from .strictjson import make_converter, reasons
+from ..engine.dirty import BitmapRecord
+from ..engine.geometry import Geometry
+from ..engine.layer import LayerRecord, check_name
+from ..errors import InvalidName, StateError
+from ..strictjson import make_converter, reasons
 from .tempdirs import valid_path
 
 Durability = Literal["process", "power"]

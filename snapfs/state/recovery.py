@@ -35,13 +35,13 @@ from pathlib import Path
 
 from attrs import define, field
 
+from ..engine.geometry import Geometry
+from ..engine.layer import Layer
+from ..engine.layers import LayerStack
+from ..storage.image import FileImage
 from .activity import Activity
-from .geometry import Geometry
-from .image import FileImage
-from .layers import LayerStack
 from .layerstore import LayerDirectory
 from .manifest import ImageStamp, Manifest
-from .snapshot import Layer
 
 
 def boot_id() -> str:

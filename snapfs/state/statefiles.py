@@ -15,10 +15,10 @@ import stat
 import struct
 from pathlib import Path
 
-from .bitmap import buffer_size
-from .errors import StateError
-from .files import write_synced
-from .linux import exchange
+from ..engine.bitmap import buffer_size
+from ..errors import StateError
+from ..storage.linux import exchange
+from ..storage.smallfiles import write_synced
 
 FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
 FS_IOC_SETFLAGS = 0x40086602

@@ -27,17 +27,17 @@ from pathlib import Path
 import trio
 from attrs import evolve
 
+from ..engine.dirty import BitmapRecord, DirtyBitmap
+from ..engine.geometry import DEFAULT_CLUSTER_SIZE, Geometry
+from ..engine.layer import Layer, LayerParts, LayerRecord
+from ..errors import InUse, MountError, StateError, UsageError
+from ..storage.image import FileImage, Image
+from ..storage.locks import lock_exclusively, open_image
 from . import recovery, statefiles, tempdirs
 from .activity import Activity
-from .dirty import BitmapRecord, DirtyBitmap
 from .dirtyfiles import DirtyFiles
-from .errors import InUse, MountError, StateError, UsageError
-from .geometry import DEFAULT_CLUSTER_SIZE, Geometry
-from .image import FileImage, Image
 from .layerstore import LayerDirectory
-from .locks import lock_exclusively, open_image
 from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
-from .snapshot import Layer, LayerParts, LayerRecord
 from .tempdirs import TempDirs
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 
 from attrs import define, field
 
+from ..errors import StateError
 from . import statefiles
-from .errors import StateError
 
 
 def new_id() -> str:

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar, TypeVarTuple
 
 import trio
 
-from ._copy import copy_clusters
+from ..port._clustercopy import copy_clusters
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from .offload import Offloader
 

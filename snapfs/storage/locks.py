@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable
 from enum import IntEnum
 
-from .errors import InUse, UsageError
+from ..errors import InUse, UsageError
 
 F_OFD_GETLK = 36  # linux/fcntl.h; Python 3.11 has no names for them
 F_OFD_SETLK = 37

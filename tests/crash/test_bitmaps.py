@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from ..mount.conftest import SNAPFS, _needs_fuse, mount  # noqa: F401 - fixtures
-from .writing import killed_while_writing
+from tests.mount.conftest import SNAPFS, _needs_fuse, mount  # noqa: F401 - fixtures
+from tests.support.writing import killed_while_writing
 
 pytestmark = pytest.mark.mount
 

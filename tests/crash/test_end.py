@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-
-from ..mount.conftest import Mounted, _needs_fuse, mount  # noqa: F401 - fixtures
-from ..mount.patched import Patched
+from snapfs.storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from tests.mount.conftest import Mounted, _needs_fuse, mount  # noqa: F401 - fixtures
+from tests.support.patched import Patched
 
 pytestmark = pytest.mark.mount
 
@@ -24,7 +23,7 @@ SIZE = 64 * K64
 
 # Punches of the image wait.
 HELD = """
-import snapfs.image as image
+import snapfs.storage.image as image
 punch = image._punch
 def held(*arguments):
     reached()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ..mount.conftest import _needs_fuse, mount, run  # noqa: F401 - fixtures
-from .writing import killed_while_writing
+from tests.mount.conftest import _needs_fuse, mount, run  # noqa: F401 - fixtures
+from tests.support.writing import killed_while_writing
 
 pytestmark = pytest.mark.mount
 
@@ -119,7 +119,7 @@ def preloaded(source, tmp_path, monkeypatch):
     """Programs that begin meanwhile have it loaded before all else."""
     library = tmp_path / "preloaded.so"
     command = ["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    run(*command, Path(__file__).parent / source, "-o", library, "-ldl")
+    run(*command, Path(__file__).parents[1] / "support" / source, "-o", library, "-ldl")
     with monkeypatch.context() as patch:
         patch.setenv("LD_PRELOAD", str(library))
         yield

@@ -19,21 +19,12 @@ from typing import Any
 import pytest
 import trio
 
-from snapfs import (
-    activity,
-    dirtyfiles,
-    image,
-    layerfiles,
-    layerstore,
-    locks,
-    statefiles,
-    store,
-    tempdirs,
-)
-from snapfs.cbw import Engine
-from snapfs.copier import Settings
+from snapfs.engine.copier import Settings
+from snapfs.engine.engine import Engine
 from snapfs.errors import AccessDenied, SnapfsError
-from snapfs.store import Store
+from snapfs.state import activity, dirtyfiles, layerfiles, layerstore, statefiles, store, tempdirs
+from snapfs.state.store import Store
+from snapfs.storage import image, locks
 
 CLUSTER = 4096
 SIZE = 5 * CLUSTER + 77

@@ -14,14 +14,13 @@ import pytest
 import trio
 from attrs import define, field
 
-from snapfs import recovery
-from snapfs.cbw import Engine
-from snapfs.copier import Settings
+from snapfs.engine.copier import Settings
+from snapfs.engine.engine import Engine
 from snapfs.errors import AccessDenied, BitmapUnusable, SnapshotLost, SnapshotNotFound
-from snapfs.image import FileImage
-from snapfs.store import Store
-
-from .disk import Recorder
+from snapfs.state import recovery
+from snapfs.state.store import Store
+from snapfs.storage.image import FileImage
+from tests.support.disk import Recorder
 
 CLUSTER = 4096
 CLUSTERS = 9

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def test_native_copies_survive_a_power_cut_at_any_moment(tmp_path):
@@ -22,13 +22,13 @@ def test_native_copies_survive_a_power_cut_at_any_moment(tmp_path):
         pytest.skip("needs gcc")
     library = tmp_path / "watch.so"
     command = [compiler, "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([*command, HERE / "watch.c", "-o", library, "-ldl"], check=True)
+    subprocess.run([*command, SUPPORT / "watch.c", "-o", library, "-ldl"], check=True)
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-            f"--basetemp={tmp_path}/tests", HERE / "watched.py",
+            f"--basetemp={tmp_path}/tests", SUPPORT / "watched.py",
         ],
-        cwd=HERE.parents[1],
+        cwd=SUPPORT.parents[1],
         env={**os.environ, "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.mount
 
 K64 = 1 << 16
 MIB = 1 << 20
-DYING = [sys.executable, str(Path(__file__).with_name("dying.py"))]
+DYING = [sys.executable, str(Path(__file__).parents[1] / "support" / "dying.py")]
 
 
 @define

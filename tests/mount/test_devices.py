@@ -253,7 +253,7 @@ def test_killed_at_every_step_the_device_is_old_marked_or_whole(mount, tmp_path,
     options = [] if whole else ["--bitmap", "b"]
     disk.snapfs("create", disk.mountpoint, "s", *options)
     new = disk.active.read_bytes()
-    dying = [sys.executable, Path(__file__).with_name("dying.py")]
+    dying = [sys.executable, Path(__file__).parents[1] / "support" / "dying.py"]
     for step in range(1, 1000):
         copy(disk, "full", device, "--force")
         command = ["copy", disk.snapshots / "s", device, "--force"]

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.patched import SLOW, Patched
+
 from .conftest import Mounted
-from .patched import SLOW, Patched
 
 pytestmark = pytest.mark.mount
 

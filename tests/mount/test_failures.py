@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patched import SLOW, Patched
+
 from .conftest import SNAPFS, Mounted, run
-from .patched import SLOW, Patched
 from .test_programs import mounted_loop
 
 pytestmark = [
@@ -201,7 +202,7 @@ def test_on_a_file_system_without_a_free_byte_one_can_still_free(mount, tmp_path
 
 # Copies of the cluster at 1 MiB fail with an I/O error.
 BAD_CLUSTER = """
-import errno, snapfs.image as image
+import errno, snapfs.storage.image as image
 copy = image.copy_clusters
 def bad(source, target, offset, length, cluster_size, budget):
     if offset <= 1 << 20 < offset + length:
@@ -212,8 +213,8 @@ image.copy_clusters = bad
 
 # A punch of active is done in steps of 1 MiB, and the second one fails.
 HALF = """
-import errno, snapfs.active, snapfs.image as image
-snapfs.active.STEP = 1 << 20
+import errno, snapfs.engine.active, snapfs.storage.image as image
+snapfs.engine.active.STEP = 1 << 20
 punch = image.FileImage.punch
 async def half(self, offset, length):
     if offset >= 1 << 20:
@@ -224,7 +225,7 @@ image.FileImage.punch = half
 
 # Reads of the image and its creation of snapshots have a bug.
 BUG = """
-import snapfs.cbw as cbw
+import snapfs.engine.engine as cbw
 read = cbw.Engine.read
 async def broken(self, offset, length):
     if offset == 1 << 20:

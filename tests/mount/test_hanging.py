@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.support.hanging import Hanging, hanging
+from tests.support.patched import Patched
+
 from .conftest import Mounted
-from .hanging import Hanging, hanging
-from .patched import Patched
 
 pytestmark = [
     pytest.mark.mount,
@@ -21,7 +22,7 @@ pytestmark = [
 MIB = 1 << 20
 K64 = 1 << 16
 OLD = os.urandom(4 * MIB)
-PATCH = "import snapfs.daemon; snapfs.daemon.LAST_SECONDS = 2"
+PATCH = "import snapfs.daemon.daemon; snapfs.daemon.daemon.LAST_SECONDS = 2"
 
 
 @pytest.fixture

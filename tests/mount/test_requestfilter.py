@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 
-from snapfs import requestfilter
+import snapfs
+from snapfs.fuse import requestfilter
 
 pytestmark = pytest.mark.mount
 
@@ -557,7 +558,7 @@ def test_an_aborted_connection_does_not_spin(running: Mount, filtered: bool) -> 
 @pytest.mark.slow
 def test_under_sanitizers(tmp_path: Path) -> None:
     """An address and undefined-behaviour sanitizer build does all of it without a report."""
-    package = Path(requestfilter.__file__).parent
+    package = Path(snapfs.__file__).parent
     project = tomllib.loads((package.parent / "pyproject.toml").read_text())
     modules = project["tool"]["setuptools"]["ext-modules"]
     (names,) = (each["sources"] for each in modules if each["name"].endswith("_requestfilter"))
@@ -566,16 +567,16 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     if not compiler or not sources[0].exists():
         pytest.skip("needs gcc and the source")
     copy = tmp_path / "snapfs"
-    copy.mkdir()
-    for name in ("__init__.py", "requestfilter.py"):
-        shutil.copy(package / name, copy)
+    for name in ("__init__.py", "fuse/__init__.py", "fuse/requestfilter.py", "port/__init__.py"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(package / name, copy / name)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     command = [compiler, "-g", "-O1", "-shared", "-fPIC", "-D_FILE_OFFSET_BITS=64"]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     command += ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
     command += ["-I/usr/include/fuse3", "-I/usr/local/include/fuse3"]
     command += ["-isystem", sysconfig.get_path("include"), *map(str, sources)]
-    command += ["-o", f"{copy}/_requestfilter{suffix}", "-lfuse3", "-ldl"]
+    command += ["-o", f"{copy}/port/_requestfilter{suffix}", "-lfuse3", "-ldl"]
     subprocess.run(command, check=True)
     library = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True)
     mount = Mount(

@@ -23,7 +23,7 @@ def built(tmp_path_factory) -> Path:
     """A directory with snapfs in it, its C with the checks."""
     compiler = shutil.which("gcc")
     package = ROOT / "snapfs"
-    if not compiler or not (package / "fastpath.c").exists():
+    if not compiler or not (package / "port" / "fastpath.c").exists():
         pytest.skip("needs gcc and the source")
     where = tmp_path_factory.mktemp("sanitized")
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
@@ -45,7 +45,7 @@ def built(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "tests",
     [
-        ("unit/test_fastpath.py", "property/test_fastpath.py"),
+        ("unit/fuse/test_fastpath.py", "property/test_fastpath.py"),
         (
             "mount/test_direct.py",
             f"{SEMANTICS}::test_a_snapshot_keeps_what_is_overwritten",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.linux import fallocate
+from snapfs.storage.linux import fallocate
 
 from .conftest import SNAPFS, run
 

@@ -9,8 +9,9 @@ import shutil
 
 import pytest
 
+from tests.support.patched import Patched
+
 from .conftest import SNAPFS, Mounted, run
-from .patched import Patched
 from .test_failures import state_of, tmpfs, use_file_system
 from .test_programs import mounted_loop
 

@@ -29,7 +29,22 @@ from itertools import pairwise
 
 import trio
 from attrs import define, field, frozen
-from fakes import (
+from hypothesis import event, given
+from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from snapfs.daemon.describe import describe_snapshot
+from snapfs.engine.dirty import DirtyBitmap, Selection, clusters_of
+from snapfs.engine.layer import Layer, Policy
+from snapfs.errors import (
+    AccessDenied,
+    BitmapNotFound,
+    BitmapUnusable,
+    InvalidRange,
+    SnapshotExists,
+    SnapshotNotFound,
+)
+from tests.support.fakes import (
     CLUSTER,
     Bench,
     Call,
@@ -42,21 +57,6 @@ from fakes import (
     pattern,
     touched_clusters,
 )
-from hypothesis import event, given
-from hypothesis import strategies as st
-from trio.testing import MockClock, wait_all_tasks_blocked
-
-from snapfs.dirty import DirtyBitmap, Selection, clusters_of
-from snapfs.errors import (
-    AccessDenied,
-    BitmapNotFound,
-    BitmapUnusable,
-    InvalidRange,
-    SnapshotExists,
-    SnapshotNotFound,
-)
-from snapfs.report import describe_snapshot
-from snapfs.snapshot import Layer, Policy
 
 STEPS = 40  # of an example; 300 examples are 12,000
 TIMEOUT = 15.0

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import trio
 from attrs import asdict
-from fakes import CLUSTER, check_bitmaps
-from fastpaths import ACTIVE, ACTIVE_HANDLE, Rig, read_request, write_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapfs import requestfilter
 from snapfs.errors import AccessDenied, SnapfsError
-from snapfs.fastpath import FIRST_SNAPSHOT
-from snapfs.manifest import Durability
+from snapfs.fuse import requestfilter
+from snapfs.fuse.fastpath import FIRST_SNAPSHOT
+from snapfs.state.manifest import Durability
+from tests.support.fakes import CLUSTER, check_bitmaps
+from tests.support.fastpaths import ACTIVE, ACTIVE_HANDLE, Rig, read_request, write_request
 
 SIZE = 12 * CLUSTER + 100
 SLOW_COUNTERS = {"cbw_seconds"}

@@ -19,7 +19,8 @@ from typing import Any
 
 from attrs import define, field
 
-from snapfs import image, layerfiles, statefiles
+from snapfs.state import layerfiles, statefiles
+from snapfs.storage import image
 
 MAPPED = ("access", "done", "losses")
 

@@ -18,7 +18,7 @@ from snapfs.backup.devices import DeviceTarget
 from snapfs.backup.source import Source
 from snapfs.backup.targets import Qcow2Target
 from snapfs.cli import main
-from snapfs.wire import Client
+from snapfs.client.wire import Client
 
 left = int(sys.argv[1])
 

@@ -17,13 +17,13 @@ from typing import Any
 import trio
 from attrs import define, field, frozen
 
-from snapfs.bitmap import Bitmap
-from snapfs.cbw import Engine
-from snapfs.copier import Settings
-from snapfs.dirty import BitmapRecord, DirtyBitmap, DirtyParts
-from snapfs.geometry import Geometry
-from snapfs.image import Buffer
-from snapfs.snapshot import Layer, LayerParts, LayerRecord
+from snapfs.engine.bitmap import Bitmap
+from snapfs.engine.copier import Settings
+from snapfs.engine.dirty import BitmapRecord, DirtyBitmap, DirtyParts
+from snapfs.engine.engine import Engine
+from snapfs.engine.geometry import Geometry
+from snapfs.engine.layer import Layer, LayerParts, LayerRecord
+from snapfs.storage.image import Buffer
 
 PAGE = 4096
 CLUSTER = 4096

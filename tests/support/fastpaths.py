@@ -15,16 +15,16 @@ import pytest
 import trio
 from attrs import define, field
 
-from snapfs import requestfilter
-from snapfs.activity import _LAYOUT
-from snapfs.cbw import Engine
-from snapfs.copier import Settings
-from snapfs.fastpath import FIRST_SNAPSHOT, FastPath
-from snapfs.image import Buffer
-from snapfs.manifest import Durability
-from snapfs.pagecache import PageCache
-from snapfs.snapshot import Layer
-from snapfs.store import Store
+from snapfs.engine.copier import Settings
+from snapfs.engine.engine import Engine
+from snapfs.engine.layer import Layer
+from snapfs.fuse import requestfilter
+from snapfs.fuse.fastpath import FIRST_SNAPSHOT, FastPath
+from snapfs.fuse.pagecache import PageCache
+from snapfs.state.activity import _LAYOUT
+from snapfs.state.manifest import Durability
+from snapfs.state.store import Store
+from snapfs.storage.image import Buffer
 
 ACTIVE = 2
 READ, WRITE = 15, 16  # linux/fuse.h

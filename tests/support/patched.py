@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from .conftest import Mounted
+from tests.mount.conftest import Mounted
 
 START = """
 import os, sys
@@ -18,7 +18,7 @@ sys.exit(cli.main(["mount", *arguments]))
 
 # Copies of the clusters from 2 MiB on hang until told.
 SLOW = """
-import snapfs.image as image
+import snapfs.storage.image as image
 copy = image.copy_clusters
 def slow(source, target, offset, *rest):
     if offset >= 2 << 20:

@@ -21,12 +21,12 @@ import pytest
 import trio
 import trio.testing
 from attrs import define, field
-from fakes import check_bitmaps
-from fastpaths import ACTIVE, ACTIVE_HANDLE, CLUSTER, Rig, read_request, write_request
 
-from snapfs import requestfilter
+from snapfs.engine.layer import Layer
 from snapfs.errors import AccessDenied
-from snapfs.snapshot import Layer
+from snapfs.fuse import requestfilter
+from tests.support.fakes import check_bitmaps
+from tests.support.fastpaths import ACTIVE, ACTIVE_HANDLE, CLUSTER, Rig, read_request, write_request
 
 CLUSTERS = 17
 SIZE = 16 * CLUSTER + 100

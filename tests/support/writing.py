@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from ..mount.conftest import Mounted
+from tests.mount.conftest import Mounted
 
 
 def killed_while_writing(disk: Mounted, after: int, write: Callable[[int], None]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from snapfs.cli.parser import VERBS, build_parser
+from snapfs.daemon.options import FLAGS, IGNORED, OWN, PASSED_ON
 from snapfs.errors import ExitCode
-from snapfs.options import FLAGS, IGNORED, OWN, PASSED_ON
 
-MAN = Path(__file__).parents[2] / "man"
+MAN = Path(__file__).parents[3] / "man"
 
 
 def plain(page: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs import mountinfo
+from snapfs.client import mountinfo
 
 
 @pytest.fixture

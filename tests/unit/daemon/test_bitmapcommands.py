@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-from fakes import CLUSTER, Bench
 
-from snapfs.bitmapservice import MAX_STAGED
+from snapfs.daemon.bitmapcommands import MAX_STAGED
+from snapfs.daemon.commands import Commands
 from snapfs.errors import BitmapNotFound, InvalidRange, SnapshotLost, UsageError
-from snapfs.service import Commands
+from tests.support.fakes import CLUSTER, Bench
 
 SIZE = 8 * CLUSTER
 

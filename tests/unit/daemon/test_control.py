@@ -13,10 +13,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from fakes import CLUSTER, Bench, pattern
 
-from snapfs.control import MAX_LINE, ControlServer
-from snapfs.service import Commands
+from snapfs.daemon.commands import Commands
+from snapfs.daemon.control import MAX_LINE, ControlServer
+from tests.support.fakes import CLUSTER, Bench, pattern
 
 SIZE = 4 * CLUSTER
 WORDS = ("create", "delete", "rename", "list", "show", "status", "map", "runs", "limit", "x", "")

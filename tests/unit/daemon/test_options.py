@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from snapfs.daemon.options import parse_options, parse_size
 from snapfs.errors import UsageError
-from snapfs.options import parse_options, parse_size
 
 
 @pytest.mark.parametrize(

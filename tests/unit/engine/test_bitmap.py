@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs.bitmap import Bitmap, buffer_size
+from snapfs.engine.bitmap import Bitmap, buffer_size
 
 LENGTH = 77
 ranges = st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted)

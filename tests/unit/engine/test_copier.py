@@ -7,10 +7,10 @@ import os
 
 import pytest
 import trio
-from fakes import CLUSTER, Bench, Space, check_quiet, pattern
 from trio.testing import wait_all_tasks_blocked
 
 from snapfs.errors import AccessDenied, SnapshotExists
+from tests.support.fakes import CLUSTER, Bench, Space, check_quiet, pattern
 
 SIZE = 8 * CLUSTER
 OLD = pattern(1, SIZE)

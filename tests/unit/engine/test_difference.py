@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fakes import CLUSTER, Bench
 
-from snapfs.difference import differences, extents
-from snapfs.dirty import Selection, clusters_of
+from snapfs.engine.difference import differences, extents
+from snapfs.engine.dirty import Selection, clusters_of
+from tests.support.fakes import CLUSTER, Bench
 
 SIZE = 8 * CLUSTER
 

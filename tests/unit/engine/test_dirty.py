@@ -6,11 +6,11 @@ import errno
 
 import pytest
 import trio
-from fakes import CLUSTER, Bench
 from trio.testing import wait_all_tasks_blocked
 
-from snapfs.cbw import Engine
-from snapfs.dirty import Selection, clusters_of, merged
+from snapfs.engine.dirty import Selection, clusters_of, merged
+from snapfs.engine.engine import Engine
+from snapfs.engine.geometry import Geometry
 from snapfs.errors import (
     AccessDenied,
     BitmapExists,
@@ -21,7 +21,7 @@ from snapfs.errors import (
     ReadOnly,
     UsageError,
 )
-from snapfs.geometry import Geometry
+from tests.support.fakes import CLUSTER, Bench
 
 SIZE = 8 * CLUSTER
 CONTENT = b"1" * SIZE

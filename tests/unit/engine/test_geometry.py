@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs.geometry import Geometry
+from snapfs.engine.geometry import Geometry
 
 CLUSTER = 4096
 sizes = st.integers(0, 6 * CLUSTER)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fakes import CLUSTER, MemoryImage, naive_pending, naive_source, naive_wanted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs.bitmap import Bitmap
-from snapfs.geometry import Geometry
-from snapfs.layers import LayerStack
-from snapfs.snapshot import LOSSES_BYTES, Layer
+from snapfs.engine.bitmap import Bitmap
+from snapfs.engine.geometry import Geometry
+from snapfs.engine.layer import LOSSES_BYTES, Layer
+from snapfs.engine.layers import LayerStack
+from tests.support.fakes import CLUSTER, MemoryImage, naive_pending, naive_source, naive_wanted
 
 MOST = 9
 bits = st.lists(st.booleans(), min_size=MOST, max_size=MOST)

@@ -4,7 +4,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from snapfs.reqlist import Gate, Request, RequestList, entered
+from snapfs.engine.reqlist import Gate, Request, RequestList, entered
 
 
 @pytest.mark.parametrize(

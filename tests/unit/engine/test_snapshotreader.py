@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 import trio
-from fakes import CLUSTER, Bench
 
-from snapfs.bitmap import Bitmap
-from snapfs.geometry import Geometry
-from snapfs.image import FileImage
-from snapfs.views import Extent, marked
+from snapfs.engine.bitmap import Bitmap
+from snapfs.engine.geometry import Geometry
+from snapfs.engine.snapshotreader import Extent, marked
+from snapfs.storage.image import FileImage
+from tests.support.fakes import CLUSTER, Bench
 
 SIZE = 64 * CLUSTER
 

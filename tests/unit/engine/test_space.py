@@ -6,10 +6,10 @@ import os
 
 import pytest
 import trio
-from fakes import CLUSTER, Bench, Space, check_quiet, pattern
 from trio.testing import wait_all_tasks_blocked
 
-from snapfs.space import CREDIT_SECONDS, TempSpace, Usage
+from snapfs.engine.space import CREDIT_SECONDS, TempSpace, Usage
+from tests.support.fakes import CLUSTER, Bench, Space, check_quiet, pattern
 
 OLD = pattern(1, 64 * CLUSTER)
 

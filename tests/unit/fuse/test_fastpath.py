@@ -17,8 +17,12 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from fakes import check_bitmaps
-from fastpaths import (
+
+from snapfs.engine.reqlist import entered
+from snapfs.fuse import requestfilter
+from snapfs.fuse.fastpath import FIRST_SNAPSHOT
+from tests.support.fakes import check_bitmaps
+from tests.support.fastpaths import (
     ACTIVE,
     ACTIVE_HANDLE,
     CLUSTER,
@@ -30,10 +34,6 @@ from fastpaths import (
     read_request,
     write_request,
 )
-
-from snapfs import requestfilter
-from snapfs.fastpath import FIRST_SNAPSHOT
-from snapfs.reqlist import entered
 
 SIZE = 16 * CLUSTER + 100
 OLD = bytes(range(1, 252)) * (SIZE // 251 + 1)

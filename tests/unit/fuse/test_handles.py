@@ -7,9 +7,9 @@ from typing import cast
 
 import pytest
 
-from snapfs import requestfilter
-from snapfs.handles import Handle, Handles
-from snapfs.pagecache import PageCache
+from snapfs.fuse import requestfilter
+from snapfs.fuse.handles import Handle, Handles
+from snapfs.fuse.pagecache import PageCache
 
 ACTIVE = 2
 OWN, SOMEBODY = 7, 8  # threads

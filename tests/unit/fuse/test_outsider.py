@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from snapfs.outsider import Outsider
+from snapfs.fuse.outsider import Outsider
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from snapfs import requestfilter
+from snapfs.fuse import requestfilter
 
 
 def run(source: str) -> str:
@@ -31,7 +31,7 @@ def test_load_precedes_pyfuse3_and_is_idempotent() -> None:
         """
         import os, sys
         flags = sys.getdlopenflags()
-        from snapfs import requestfilter
+        from snapfs.fuse import requestfilter
         requestfilter.load()
         import pyfuse3
         requestfilter.load()
@@ -41,10 +41,10 @@ def test_load_precedes_pyfuse3_and_is_idempotent() -> None:
 
 
 def test_load_refuses_after_pyfuse3() -> None:
-    assert "snapfs.requestfilter.load() must run before pyfuse3 is imported\n" == run(
+    assert "snapfs.fuse.requestfilter.load() must run before pyfuse3 is imported\n" == run(
         """
         import pyfuse3
-        from snapfs import requestfilter
+        from snapfs.fuse import requestfilter
         try:
             requestfilter.load()
         except RuntimeError as error:
@@ -54,10 +54,10 @@ def test_load_refuses_after_pyfuse3() -> None:
 
 
 def test_load_refuses_an_extension_outside_the_global_scope() -> None:
-    assert "snapfs._requestfilter was imported directly: use load()\n" == run(
+    assert "snapfs.port._requestfilter was imported directly: use load()\n" == run(
         """
-        import snapfs._requestfilter
-        from snapfs import requestfilter
+        import snapfs.port._requestfilter
+        from snapfs.fuse import requestfilter
         try:
             requestfilter.load()
         except RuntimeError as error:
@@ -72,11 +72,11 @@ def test_a_missing_extension_says_how_to_build_it() -> None:
         import sys
         class Missing:
             def find_spec(self, name, path=None, target=None):
-                if name == "snapfs._requestfilter":
+                if name == "snapfs.port._requestfilter":
                     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         sys.meta_path.insert(0, Missing())
         flags = sys.getdlopenflags()
-        from snapfs import requestfilter
+        from snapfs.fuse import requestfilter
         try:
             requestfilter.load()
         except ImportError as error:
@@ -84,7 +84,9 @@ def test_a_missing_extension_says_how_to_build_it() -> None:
         assert sys.getdlopenflags() == flags
         """
     )
-    assert output.startswith("snapfs._requestfilter the extension snapfs._requestfilter cannot")
+    assert output.startswith(
+        "snapfs.port._requestfilter the extension snapfs.port._requestfilter cannot"
+    )
     assert "pip install ." in output
     assert "libfuse3-dev" in output
 
@@ -92,7 +94,7 @@ def test_a_missing_extension_says_how_to_build_it() -> None:
 def test_functions_need_load() -> None:
     assert "requestfilter.load() has not been called\n" == run(
         """
-        from snapfs import requestfilter
+        from snapfs.fuse import requestfilter
         try:
             requestfilter.statistics()
         except RuntimeError as error:
@@ -105,11 +107,11 @@ def test_the_extension_exists_once() -> None:
     assert "the request filter exists once in a process\n0\n" == run(
         """
         import gc, sys
-        from snapfs import requestfilter
+        from snapfs.fuse import requestfilter
         requestfilter.load()
-        first = sys.modules.pop("snapfs._requestfilter")
+        first = sys.modules.pop("snapfs.port._requestfilter")
         try:
-            import snapfs._requestfilter
+            import snapfs.port._requestfilter
         except ImportError as error:
             print(error)
         gc.collect()
@@ -122,7 +124,7 @@ def test_handlers_are_freed_at_exit() -> None:
     assert "gone\n" == run(
         """
         import weakref
-        from snapfs import requestfilter
+        from snapfs.fuse import requestfilter
         class Handler:
             def __call__(self, *args): pass
         requestfilter.load()

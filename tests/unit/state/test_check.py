@@ -17,15 +17,14 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from snapfs import findings
-from snapfs.check import check
 from snapfs.cli import main
 from snapfs.errors import InUse, NotFound, SnapfsError, StateError, UsageError
-from snapfs.findings import Report
-from snapfs.locks import lock_image
-from snapfs.store import Store
-
-from .test_store import (
+from snapfs.state import findings
+from snapfs.state.check import check
+from snapfs.state.findings import Report
+from snapfs.state.store import Store
+from snapfs.storage.locks import lock_image
+from tests.unit.state.test_store import (
     CLUSTER,
     LIMITER,
     OLD,

@@ -14,11 +14,11 @@ import pytest
 import trio
 import trio.testing
 
-from snapfs import statefiles
-from snapfs.cbw import Engine
+from snapfs.engine.engine import Engine
 from snapfs.errors import BitmapUnusable, InUse, StateError, UsageError
-from snapfs.image import FileImage
-from snapfs.store import Store
+from snapfs.state import statefiles
+from snapfs.state.store import Store
+from snapfs.storage.image import FileImage
 
 CLUSTER = 4096
 SIZE = 6 * CLUSTER + 100
@@ -489,7 +489,7 @@ async def test_storage_that_hangs_takes_no_thread_of_another(image, monkeypatch,
     store = await opened(image)
     temp = (await store.create(1, store.geometry)).temp
     try:
-        monkeypatch.setattr("snapfs.image._punch", hang)
+        monkeypatch.setattr("snapfs.storage.image._punch", hang)
         monkeypatch.setattr(store._layers, "usage", hang)
         monkeypatch.setattr(store._layers, "remove", hang)
         for _ in range(2 * int(LIMITER.total_tokens)):

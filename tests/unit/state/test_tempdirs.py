@@ -10,11 +10,20 @@ from pathlib import Path
 import pytest
 import trio
 
-from snapfs import tempdirs
 from snapfs.errors import StateError
-from snapfs.store import Store
-
-from .test_store import CLUSTER, LIMITER, OLD, create, delete, engine_of, expect, state_of, write
+from snapfs.state import tempdirs
+from snapfs.state.store import Store
+from tests.unit.state.test_store import (
+    CLUSTER,
+    LIMITER,
+    OLD,
+    create,
+    delete,
+    engine_of,
+    expect,
+    state_of,
+    write,
+)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from snapfs._copy import copy_clusters
-from snapfs.image import FileImage
+from snapfs.port._clustercopy import copy_clusters
+from snapfs.storage.image import FileImage
 
 K64 = 1 << 16
 LIMITER = trio.CapacityLimiter(4)
@@ -172,7 +172,7 @@ async def test_a_durable_copy_that_takes_long_holds_up_no_other(make, monkeypatc
             go.wait()
         return copy_clusters(source, temp, offset, *rest)
 
-    monkeypatch.setattr("snapfs.image.copy_clusters", slow)
+    monkeypatch.setattr("snapfs.storage.image.copy_clusters", slow)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(image.copy_to, target, 0, K64, K64, K64, True)
         await trio.to_thread.run_sync(reached.wait)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from snapfs.linux import end_with_parent
+from snapfs.storage.linux import end_with_parent
 
 
 def test_a_child_whose_parent_died_first_ends_at_once():

@@ -7,7 +7,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from snapfs.offload import BATCH, TRIPS, Offloader
+from snapfs.storage.offload import BATCH, TRIPS, Offloader
 
 
 @pytest.fixture
