@@ -1,7 +1,7 @@
 """What can go wrong, in the words of snapfs.
 
 Each class carries the exit status of the command line (`exit_code`, the table
-in snapfs(1)); none carries an errno: `failures.py` has the one table that maps
+in snapfs(1)); none carries an errno: `fuse/errnos.py` has the one table that maps
 these classes to errnos.  Failing system calls stay `OSError`.
 """
 

@@ -5,16 +5,29 @@ For daemons and commands, so without trio.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
 import subprocess
 from pathlib import Path
 
-from ..storage import linux
 from . import mountinfo
 
 log = logging.getLogger(__name__)
+
+MNT_FORCE = 1  # sys/mount.h
+MNT_DETACH = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+
+
+def umount2(path: str, flags: int = 0) -> None:
+    """umount2(2).  Blocks; raises OSError."""
+    if _libc.umount2(os.fsencode(path), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
 
 
 def clear_stale(where: str) -> None:
@@ -32,7 +45,7 @@ def clear_stale(where: str) -> None:
 def unmount(where: str, *, lazy: bool = False) -> None:
     """Unmount, by fusermount3 for an ordinary user.  Blocks.  Raises OSError, EBUSY if in use."""
     if not os.geteuid():
-        linux.unmount(where, linux.MNT_DETACH if lazy else 0)
+        umount2(where, MNT_DETACH if lazy else 0)
         return
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", where]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -84,6 +97,6 @@ def abort(device: int | None, where: str) -> None:
     except OSError:
         pass  # fusectl is not mounted
     try:
-        linux.unmount(where, linux.MNT_FORCE)
+        umount2(where, MNT_FORCE)
     except OSError as error:
         log.info("cannot abort the requests that are left: %s", error.strerror)

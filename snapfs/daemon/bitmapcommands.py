@@ -1,4 +1,4 @@
-"""What the control socket can be asked about dirty bitmaps; a part of service.py."""
+"""What the control socket can be asked about dirty bitmaps; a part of commands.py."""
 
 from __future__ import annotations
 

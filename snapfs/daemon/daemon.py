@@ -30,10 +30,10 @@ from ..fuse import requestfilter
 from ..fuse.outsider import Outsider
 from ..state.activity import BEAT_SECONDS, SYNC_SECONDS
 from ..state.store import CONTROL_SOCKET, Store
-from ..storage import linux
 from .commands import Commands
 from .control import ControlServer
 from .options import MountOptions
+from .process import set_io_flusher, spare_from_oom
 from .sdnotify import notify
 
 log = logging.getLogger(__name__)
@@ -219,12 +219,11 @@ class Daemon:
         )
 
     async def _serve(self, engine: Engine, store: Store, nursery: trio.Nursery) -> None:
-        # Here, since it imports pyfuse3, which must find the filter loaded.
-        import pyfuse3  # noqa: PLC0415
-
+        # Here, since they import pyfuse3, which must find the filter loaded.
         from ..fuse.fastpath import FastPath  # noqa: PLC0415
-        from ..fuse.fusefs import MAX_TASKS, SnapshotFS  # noqa: PLC0415
+        from ..fuse.fusefs import SnapshotFS  # noqa: PLC0415
         from ..fuse.pagecache import PageCache  # noqa: PLC0415
+        from ..fuse.session import Session  # noqa: PLC0415
         from ..fuse.tree import Ownership, Tree  # noqa: PLC0415
 
         options = self._config.options
@@ -244,14 +243,9 @@ class Daemon:
         )
         fuse = {"fsname=" + self._config.image.replace(",", "\\,")}
         fuse |= {"subtype=snapfs", "default_permissions"} | options.fuse
-        try:
-            pyfuse3.init(fs, where, fuse)
-        except RuntimeError:
-            raise errors.MountError(f"{where} cannot be mounted; see the message above") from None
+        session = Session(fs, where, fuse)
         clean = False
         try:
-            if not requestfilter.attached():
-                raise errors.MountError("this build of pyfuse3 goes past the request filter")
             commands = Commands(
                 engine,
                 self._config.image,
@@ -259,7 +253,7 @@ class Daemon:
                 options.durability,
                 fast_path.collect,
                 store.temp_directory,
-                lambda: fs.failures.unhealthy,
+                lambda: fs.errnos.unhealthy,
             )
             if not options.no_fastpath and not fast_path.start():
                 log.warning("the fast path is off: this machine's byte order is not served")
@@ -270,9 +264,9 @@ class Daemon:
                 serving.start_soon(_beat_durably, store)
                 await serving.start(self._outsider.run)
                 await serving.start(server.serve)
-                await serving.start(self._watch_signals, engine, cache, where, pyfuse3.terminate)
+                await serving.start(self._watch_signals, engine, cache, where, session.terminate)
                 serving.start_soon(self._announce, cache)
-                await pyfuse3.main(max_tasks=MAX_TASKS)
+                await session.run()
                 serving.cancel_scope.cancel()
             clean = not self._stopping
         finally:
@@ -280,7 +274,7 @@ class Daemon:
             fast_path.stop()
             if not clean:
                 abort(cache.device, where)
-            pyfuse3.close(unmount=clean)
+            session.close(unmount=clean)
 
     async def _announce(self, cache: Any) -> None:
         await cache.learn_device()
@@ -370,8 +364,8 @@ def serve(config: Config, ready: Callable[[], None]) -> None:
     """Run a daemon in this process until its end; raises as `Daemon.run`."""
     requestfilter.load()
     os.umask(0o077)
-    linux.set_io_flusher()
-    linux.spare_from_oom()
+    set_io_flusher()
+    spare_from_oom()
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL
     outsider = Outsider.start(config.root)
     try:

@@ -25,7 +25,7 @@ from attrs import define, frozen
 
 from .bitmap import Bitmap
 from .reqlist import Request, RequestList
-from .sharedcall import Rounds
+from .sharedcall import SharedCall
 
 
 class GroupCommit:
@@ -38,7 +38,7 @@ class GroupCommit:
     def __init__(self, sync: Callable[[], Awaitable[None]]) -> None:
         self.promises: list[Promise] = []  # not durable yet; task-atomic
         self._sync = sync
-        self._rounds = Rounds(self._run)
+        self._shared = SharedCall(self._run)
 
     async def commit(self, nursery: trio.Nursery) -> None:
         """Return when all that was written before the call is durable.
@@ -46,7 +46,7 @@ class GroupCommit:
         The sync runs in `nursery`, so a caller may give up waiting.  Raises
         OSError if it failed; then a later call tries again.
         """
-        await self._rounds.run(nursery)
+        await self._shared.run(nursery)
 
     async def _run(self) -> None:
         covered, self.promises = self.promises, []

@@ -25,7 +25,7 @@ from ..storage.image import Buffer
 from .active import MAX_SIZE, ActiveImage
 from .dirty import Selection
 from .layer import Layer, Policy, check_name
-from .published import LayerMoment, Moment
+from .published import PublishedLayer, PublishedState
 from .snapshotreader import Extent
 
 log = logging.getLogger(__name__)
@@ -239,11 +239,11 @@ class Engine(ActiveImage):
 
     # For the fast path
 
-    def moment(self) -> Moment:
+    def published_state(self) -> PublishedState:
         """All that it takes to answer what needs no policy, until the next checkpoint."""
         receiver = self._stack.receiver
         commits = receiver.commits if receiver is not None else None
-        return Moment(
+        return PublishedState(
             self._image,
             self._geometry.size,
             self._geometry.cluster_size,
@@ -255,7 +255,7 @@ class Engine(ActiveImage):
             self.tracker.bitmaps.buffers(),
             self.tracker.bitmaps.durable,
             [
-                LayerMoment(
+                PublishedLayer(
                     layer.id, layer.geometry.size, layer.state != "lost",
                     layer.live, layer.temp, layer.access.bits, layer.done.bits,
                 )

@@ -15,7 +15,7 @@ from ..storage.image import Image
 from .durability import DoneFile
 
 
-class LayerMoment(NamedTuple):
+class PublishedLayer(NamedTuple):
     """One layer.
 
     `readable`: its state does not forbid reading as a whole.  `live`: it may receive
@@ -31,7 +31,7 @@ class LayerMoment(NamedTuple):
     done: bitarray
 
 
-class Moment(NamedTuple):
+class PublishedState(NamedTuple):
     """The image and its layers.
 
     `writable`: a write may pass that lies inside the size, touches no pending
@@ -55,5 +55,5 @@ class Moment(NamedTuple):
     promised: list[tuple[int, int]]
     dirty: list[Any]
     dirty_durable: bool
-    layers: list[LayerMoment]
+    layers: list[PublishedLayer]
     done_file: DoneFile | None

@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 
 
 @define(eq=False)
-class _Round:
+class _Call:
     """One call, for all who came before it began."""
 
     error: OSError | None = None
     ended: trio.Event = field(factory=trio.Event)
 
 
-class Rounds:
+class SharedCall:
     """Makes a call for many callers at once, in a task of `nursery`."""
 
     def __init__(self, call: Callable[[], Awaitable[None]]) -> None:
         self._call = call
-        self._next: _Round | None = None  # task-atomic
+        self._next: _Call | None = None  # task-atomic
         self._leading = False  # task-atomic
 
     async def run(self, nursery: trio.Nursery) -> None:
@@ -42,7 +42,7 @@ class Rounds:
         failed; then a later caller makes it again.
         """
         if self._next is None:
-            self._next = _Round()
+            self._next = _Call()
         mine = self._next
         if not self._leading:
             self._leading = True
@@ -60,7 +60,7 @@ class Rounds:
         finally:
             self._leading = False
 
-    async def _make(self, mine: _Round) -> None:
+    async def _make(self, mine: _Call) -> None:
         try:
             await self._call()
         except Exception as error:

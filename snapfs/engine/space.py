@@ -25,7 +25,7 @@ from contextlib import suppress
 import trio
 from attrs import define, field, frozen
 
-from .sharedcall import Rounds
+from .sharedcall import SharedCall
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class TempSpace:
     reserve: int = 0
     clock: Callable[[], float] = time.monotonic
     on_warning: Callable[[SpaceStatus], None] = lambda _status: None
-    _rounds: Rounds = field(init=False)
+    _shared: SharedCall = field(init=False)
     _answer: _Answer | None = field(default=None, init=False)
     _claimed: int = field(default=0, init=False)  # by copies under way
     _landed: int = field(default=0, init=False)  # by copies that have ended
@@ -93,13 +93,13 @@ class TempSpace:
     _written: int = field(default=0, init=False)  # bytes copied in it
 
     def __attrs_post_init__(self) -> None:
-        self._rounds = Rounds(self._put_question)
+        self._shared = SharedCall(self._put_question)
 
     # The numbers
 
     async def look(self) -> None:
         """Have numbers that are no older than this call.  Raises OSError of the storage."""
-        await self._rounds.run(self.nursery)
+        await self._shared.run(self.nursery)
 
     async def refresh(self) -> None:
         """`look`; but if the storage does not answer in time the last numbers must do."""

@@ -29,7 +29,7 @@ ERRNOS: tuple[tuple[type[errors.SnapfsError], int], ...] = (
 )
 
 
-class Failures:
+class Errnos:
     """Of the requests of one mount.  Task-atomic."""
 
     def __init__(self, events: Events) -> None:

@@ -60,22 +60,22 @@ class FastPath:
         self.collect()
 
     def _publish(self) -> requestfilter.Published | None:
-        moment = self._engine.moment()
-        if MOST < max(map(len, (moment.layers, moment.dirty, moment.frozen, moment.copying))):
+        state = self._engine.published_state()
+        if MOST < max(map(len, (state.layers, state.dirty, state.frozen, state.copying))):
             return None
         quarantined = self._page_cache.quarantined()
-        done = moment.done_file
-        promised = moment.promised if len(moment.promised) <= MOST else [(0, EVERYTHING)]
+        done = state.done_file
+        promised = state.promised if len(state.promised) <= MOST else [(0, EVERYTHING)]
         return (
-            _descriptor(moment.image),
-            moment.size,
-            moment.cluster_size.bit_length() - 1,
-            moment.writable,
+            _descriptor(state.image),
+            state.size,
+            state.cluster_size.bit_length() - 1,
+            state.writable,
             self.busy > 0,
-            moment.dirty,
-            moment.dirty_durable,
-            moment.frozen,
-            moment.copying,
+            state.dirty,
+            state.dirty_durable,
+            state.frozen,
+            state.copying,
             promised,
             [
                 (
@@ -87,10 +87,10 @@ class FastPath:
                     layer.access,
                     layer.done,
                 )
-                for layer in moment.layers
+                for layer in state.layers
             ],
             (done.fd, done.bits.bits) if done is not None else None,
-            moment.pending,
+            state.pending,
             self._activity,
         )
 

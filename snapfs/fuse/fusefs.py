@@ -3,7 +3,7 @@
 The only importer of pyfuse3, which must come after `requestfilter.load`.  An
 exception that is not a FUSEError would end the mount, so `handler` stands
 around every method that pyfuse3 calls: domain errors and OSErrors become
-errnos, anything else a logged traceback, EIO, and an unhealthy mount (failures.py).
+errnos, anything else a logged traceback, EIO, and an unhealthy mount (errnos.py).
 
 The kernel checks modes (mount option default_permissions); what only the owner
 of the mount may do is checked here as well, whatever the modes say.
@@ -26,7 +26,7 @@ from .. import errors
 from ..engine.engine import Engine
 from ..storage.image import Buffer
 from . import bitmapfs, requestfilter
-from .errnos import Failures
+from .errnos import Errnos
 from .fastpath import FIRST_SNAPSHOT, FastPath
 from .filterfs import FilterRequests
 from .handles import Handle, Handles
@@ -87,7 +87,7 @@ class SnapshotFS(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = writeback_cache
-        self.failures = Failures(engine.events)
+        self.errnos = Errnos(engine.events)
         self.fast_path = fast_path
         self._engine = engine
         self._tree = tree
@@ -104,10 +104,10 @@ class SnapshotFS(pyfuse3.Operations):
     # Errors
 
     def errno_of(self, error: Exception, what: str) -> int:
-        """The errno that tells a caller of an exception; see `Failures.errno_of`."""
+        """The errno that tells a caller of an exception; see `Errnos.errno_of`."""
         if isinstance(error, pyfuse3.FUSEError):
             return int(error.errno)
-        return self.failures.errno_of(error, what)
+        return self.errnos.errno_of(error, what)
 
     # Attributes
 

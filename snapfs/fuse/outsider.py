@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 import trio
 from attrs import define, field
 
-from ..storage import linux
+from ..client.unmounting import umount2
+from ..storage.linux import close_all_but
 
 MAX_LINE = 65536
 
@@ -121,7 +122,7 @@ def _live(connection: socket.socket, mountpoint: str) -> NoReturn:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        linux.close_all_but(connection.fileno())
+        close_all_but(connection.fileno())
         calls = _Calls(mountpoint)
         with connection.makefile("rb") as lines:
             for line in lines:
@@ -182,5 +183,5 @@ class _Calls:
         return self.finish(str(self.open(name)))
 
     def unmount(self, name: str) -> int:
-        linux.unmount(self._mountpoint)
+        umount2(self._mountpoint)
         return 0

@@ -122,7 +122,7 @@ static struct copy *take_next(const struct copy *first, int count)
     return copy;
 }
 
-static void carry_out(struct copy *copy, char *buffer)
+static void transfer_out(struct copy *copy, char *buffer)
 {
     long long started = now();
 
@@ -132,7 +132,7 @@ static void carry_out(struct copy *copy, char *buffer)
 
 /* A copy, and others that come meanwhile.  All of them are there and durable in the end, or have
  * an error.  Returns how many. */
-static int carry_out_durably(struct copy *group[GROUP], char *buffer)
+static int transfer_out_durably(struct copy *group[GROUP], char *buffer)
 {
     int fd = sync_reopen(group[0]->work.target), error = fd < 0 ? errno : 0, good = 0, count = 0;
     long long started;
@@ -143,7 +143,7 @@ static int carry_out_durably(struct copy *group[GROUP], char *buffer)
         group[count++] = copy;
         copy->error = error;
         if (!error)
-            carry_out(copy, buffer);
+            transfer_out(copy, buffer);
         good += !copy->error;
         /* Let the disk begin.  It waits for nothing, so it takes no error from fdatasync(); its
          * own may be of any page that it meets.  A container may forbid it. */
@@ -189,9 +189,9 @@ static void *run(void *unused)
         int count = 1;
 
         if (group[0]->durable)
-            count = carry_out_durably(group, buffer);
+            count = transfer_out_durably(group, buffer);
         else
-            carry_out(group[0], buffer);
+            transfer_out(group[0], buffer);
         __atomic_store_n(&last_time, group[0]->nanoseconds, __ATOMIC_RELAXED);
         pthread_mutex_lock(&mutex);
         last_count = count;

@@ -1,7 +1,7 @@
 /* The fast path: READ and WRITE requests that need no policy, answered without Python.
  *
  * No policy is made here.  fastpath.py describes the engine's state as plain data, anew for
- * each drain of /dev/fuse (state.h), and this file answers what follows from it:
+ * each drain of /dev/fuse (published.h), and this file answers what follows from it:
  *
  *   WRITE of `active`    inside the known size, no cluster pending, no frozen read and no
  *                        promise (durability.py) in the range, snapshots not being created:
@@ -68,7 +68,7 @@ bool fastpath_begin(void)
 
     if (state.loaded)
         return true;
-    if (!callable || !carry_prepare())
+    if (!callable || !transfer_prepare())
         return false;
     Py_INCREF(callable);
     published = PyObject_CallNoArgs(callable);
@@ -78,10 +78,10 @@ bool fastpath_begin(void)
         return false;
     }
     if (published)
-        good = state_load(published);
+        good = published_load(published);
     if (!good) { /* a bug; without the fast path everything works */
         PyErr_WriteUnraisable(callable);
-        state_unload();
+        published_unload();
         fastpath_clear();
     }
     Py_XDECREF(published);
@@ -93,7 +93,7 @@ void fastpath_end(int device)
 {
     PyObject *callable = finisher;
 
-    state_unload();
+    published_unload();
     Py_XINCREF(callable);
     if (!waiting_finish(device, callable)) { /* a bug */
         PyErr_WriteUnraisable(callable);
@@ -135,7 +135,7 @@ static enum fastpath_verdict read_active(int device, uint64_t unique, uint64_t o
                                          size_t length)
 {
     struct piece whole = {state.image, offset, readable(offset, length, state.size)};
-    enum fastpath_verdict verdict = carry_read(device, unique, &whole, whole.length > 0);
+    enum fastpath_verdict verdict = transfer_read(device, unique, &whole, whole.length > 0);
 
     counters.reads += verdict == FASTPATH_ANSWERED;
     return verdict;
@@ -187,7 +187,7 @@ static enum fastpath_verdict read_snapshot(int device, const struct fuse_in_head
     length = readable(offset, length, layer->size);
     if (length && !all_set(&layer->access, offset >> state.shift, clusters_of(offset + length)))
         return FASTPATH_PYTHONS;
-    verdict = carry_read(device, in->unique, pieces, find_pieces(pieces, index, offset, length));
+    verdict = transfer_read(device, in->unique, pieces, find_pieces(pieces, index, offset, length));
     counters.snapshot_reads += verdict == FASTPATH_ANSWERED;
     return verdict;
 }
@@ -238,18 +238,18 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
         return FASTPATH_KEPT;
     for (int i = 0; i < state.dirty_count; i++)
         set_bits(&state.dirty[i], first, stop);
-    state_note_write();
-    if (buffer && carry_may_take(arg->size, arg->offset)) {
+    published_note_write();
+    if (buffer && transfer_may_take(arg->size, arg->offset)) {
         fastpath_collect();
-        if (!waiting_has_refused() && carry_take(device, buffer, size))
+        if (!waiting_has_refused() && transfer_take(device, buffer, size))
             return FASTPATH_ANSWERED;
     }
-    verdict = carry_write(arg + 1, arg->size, arg->offset);
+    verdict = transfer_write(arg + 1, arg->size, arg->offset);
     if (verdict != FASTPATH_ANSWERED)
         return verdict;
     counters.writes++;
     out.size = arg->size;
-    carry_reply(device, in->unique, 0, &out, sizeof(out));
+    transfer_reply(device, in->unique, 0, &out, sizeof(out));
     return FASTPATH_ANSWERED;
 }
 
@@ -306,7 +306,7 @@ void fastpath_collect(void)
     size_t size;
     bool good;
 
-    if (carry_collect(&buffer, &size, &good)) {
+    if (transfer_collect(&buffer, &size, &good)) {
         counters.writes += good;
         if (good)
             buffer_free(buffer);
@@ -353,7 +353,7 @@ PyObject *fastpath_set(PyObject *module, PyObject *args)
         return NULL;
     }
     fastpath_clear();
-    carry_reset();
+    transfer_reset();
     if (publish != Py_None && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) { /* the record */
         publisher = Py_NewRef(publish);
         finisher = Py_NewRef(finish);
@@ -422,7 +422,7 @@ PyObject *fastpath_try(PyObject *module, PyObject *args)
     while (patient && poll(&more, 1, 0) == 0 && waiting_wait(device, SECOND))
         ;
     waiting_settle(device, false);
-    state_rest();
+    published_rest();
     Py_END_ALLOW_THREADS
     fastpath_end(device);
     return verdicts;

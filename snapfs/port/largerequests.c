@@ -1,4 +1,4 @@
-/* See helper.h. */
+/* See largerequests.h. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -42,7 +42,7 @@ static void *run(void *unused)
     return NULL;
 }
 
-bool helper_start(void (*wanted)(void))
+bool large_start(void (*wanted)(void))
 {
     if (out || !(have_thread = have_thread || thread_begin(run, STACK)))
         return false;
@@ -54,17 +54,17 @@ bool helper_start(void (*wanted)(void))
     return out = true;
 }
 
-bool helper_is_out(void)
+bool large_is_out(void)
 {
     return out;
 }
 
-bool helper_is_back(void)
+bool large_is_back(void)
 {
     return out && !__atomic_load_n(&under_way, __ATOMIC_ACQUIRE);
 }
 
-void helper_wait(void)
+void large_wait(void)
 {
     if (!out)
         return;

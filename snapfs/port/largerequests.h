@@ -1,7 +1,7 @@
 /* One thread that carries a large request while the trio thread goes on to the next.
  *
  * All functions are the trio thread's.  Of what an errand uses nothing may change or go away
- * before helper_wait(); and no errand outlives the drain in which it began.
+ * before large_wait(); and no errand outlives the drain in which it began.
  */
 #ifndef SNAPFS_HELPER_H
 #define SNAPFS_HELPER_H
@@ -11,15 +11,15 @@
 #define HELPER_INTERNAL __attribute__((visibility("hidden")))
 
 /* Run `errand` in the thread.  False: it cannot, as it has not been waited for since. */
-HELPER_INTERNAL bool helper_start(void (*errand)(void));
+HELPER_INTERNAL bool large_start(void (*errand)(void));
 
 /* Has it been started, and not been waited for since? */
-HELPER_INTERNAL bool helper_is_out(void);
+HELPER_INTERNAL bool large_is_out(void);
 
 /* Has it been started, and is over? */
-HELPER_INTERNAL bool helper_is_back(void);
+HELPER_INTERNAL bool large_is_back(void);
 
 /* Return when it is over; at once if there is none. */
-HELPER_INTERNAL void helper_wait(void);
+HELPER_INTERNAL void large_wait(void);
 
 #endif

@@ -1,4 +1,4 @@
-/* See state.h. */
+/* See published.h. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -93,7 +93,7 @@ struct activity {
     int64_t under_way, least, most, mtime, ctime, alive;
 };
 
-bool state_load(PyObject *published)
+bool published_load(PyObject *published)
 {
     PyObject *dirty, *frozen, *copying, *promised, *layers, *done_file;
     unsigned long long size;
@@ -105,7 +105,7 @@ bool state_load(PyObject *published)
                           &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
                           &layers, &done_file, &state.pending, &state.activity))
         return false;
-    state.loaded = true; /* from here on state_unload() releases the buffers */
+    state.loaded = true; /* from here on published_unload() releases the buffers */
     state.receiver = -1;
     state.size = size;
     state.writable = writable;
@@ -121,7 +121,7 @@ bool state_load(PyObject *published)
            load_done_file(done_file);
 }
 
-void state_unload(void)
+void published_unload(void)
 {
     if (!state.loaded)
         return;
@@ -148,7 +148,7 @@ void state_unload(void)
 
 /* The bounds of the size are what they were; a record of Python's, with more under way, stays
  * Python's. */
-void state_note_write(void)
+void published_note_write(void)
 {
     struct activity *record = state.activity.buf;
 
@@ -161,7 +161,7 @@ void state_note_write(void)
 
 /* Once for all the writes of a drain since the last time: between them something is under
  * way, which is the safe thing to say. */
-void state_rest(void)
+void published_rest(void)
 {
     struct activity *record = state.activity.buf;
     struct stat status;

@@ -1,8 +1,8 @@
 /* The engine's state during one drain of /dev/fuse, as fastpath.py publishes it.
  *
  * It changes in the trio thread only, and a drain runs in the trio thread: nothing changes
- * during one, though the GIL is released.  The buffers are held from state_load() to
- * state_unload() and no longer, so that a bitmap can grow, and a mapping be closed, whenever
+ * during one, though the GIL is released.  The buffers are held from published_load() to
+ * published_unload() and no longer, so that a bitmap can grow, and a mapping be closed, whenever
  * Python runs.
  */
 #ifndef SNAPFS_STATE_H
@@ -19,7 +19,7 @@
 /* Not for the global scope that the extension is loaded into. */
 #define INTERNAL __attribute__((visibility("hidden")))
 
-enum state_limits {
+enum published_limits {
     /* fastpath.py publishes nothing if there are more. */
     MAX_LAYERS = 256,
     MAX_BITMAPS = 256,
@@ -74,17 +74,17 @@ struct state {
 extern INTERNAL struct state state;
 
 /* Take over what was published.  False, with an exception set, if it is not what it must be;
- * state_unload() is due all the same.  With the GIL. */
-INTERNAL bool state_load(PyObject *published);
+ * published_unload() is due all the same.  With the GIL. */
+INTERNAL bool published_load(PyObject *published);
 
 /* Let go of it.  With the GIL. */
-INTERNAL void state_unload(void);
+INTERNAL void published_unload(void);
 
 /* A write inside the image begins: the record of activity (activity.py) says so. */
-INTERNAL void state_note_write(void);
+INTERNAL void published_note_write(void);
 
 /* The record of activity is to say that nothing is under way, if that is so. */
-INTERNAL void state_rest(void);
+INTERNAL void published_rest(void);
 
 /* ---- bits: cluster c is bit c & 7 of byte c >> 3 ---------------------------------------- */
 

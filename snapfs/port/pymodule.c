@@ -50,7 +50,7 @@ static PyObject *reply(unsigned long long unique, int error, const void *data, s
     if (error < 0 || error > MAX_ERRNO || size > FASTPATH_MAX_READ)
         return PyErr_Format(PyExc_ValueError, "this cannot answer a request");
     if (filter.session)
-        sent = carry_reply(fuse_session_fd(filter.session), unique, error, data,
+        sent = transfer_reply(fuse_session_fd(filter.session), unique, error, data,
                            error ? 0 : size);
     return filter_replied(!sent);
 }

@@ -239,8 +239,8 @@ static bool wait_for_more(int fd, long long started, long long linger)
         return true;
     if (!fastpath_may_linger())
         return false;
-    if (!carry_is_writing())
-        state_rest();
+    if (!transfer_is_writing())
+        published_rest();
     do {
         sched_yield();
         if (poll(&device, 1, 0) > 0)
@@ -300,7 +300,7 @@ static ssize_t drain(int fd, void **memory, PyThreadState **thread)
     if (begun) {
         int error = errno;
         waiting_settle(fd, true);
-        state_rest();
+        published_rest();
         errno = error;
     }
     if (size < 0 && errno == EAGAIN && !answered)

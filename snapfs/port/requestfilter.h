@@ -1,7 +1,7 @@
 /* The request filter between libfuse and pyfuse3: what its parts share.
  *
  * requestfilter.c stands in for libfuse's functions, negotiate.c agrees with the kernel on what
- * libfuse does not know, handlers.c adds the requests that pyfuse3 does not know, module.c is the
+ * libfuse does not know, handlers.c adds the requests that pyfuse3 does not know, pymodule.c is the
  * face to Python; fastpath.h answers requests by itself.
  */
 #ifndef SNAPFS_REQUESTFILTER_H
@@ -72,7 +72,7 @@ INTERNAL PyObject *handlers_set(PyObject *module, PyObject *args, PyObject *keyw
 INTERNAL PyObject *handlers_reply_error(PyObject *module, PyObject *args);
 INTERNAL PyObject *handlers_reply_offset(PyObject *module, PyObject *args);
 
-/* ---- module.c; with the GIL ------------------------------------------------------------ */
+/* ---- pymodule.c; with the GIL ------------------------------------------------------------ */
 
 /* Count a reply of Python's; `result` is 0, or else it failed.  Returns None. */
 INTERNAL PyObject *filter_replied(int result);

@@ -1,4 +1,4 @@
-/* See carry.h.
+/* See transfer.h.
  *
  * What may block.  Reads use RWF_NOWAIT.  One that finds a page missing has begun to read
  * ahead (filemap_get_pages() in mm/filemap.c), so that trying again makes sense.  A large read
@@ -44,14 +44,14 @@ enum {
 #define SLOW_WRITE (10 * SECOND / 1000)
 #define SLOW_PAUSE (SECOND / 2)
 
-struct carry_counters carried;
+struct transfer_counters carried;
 
 static char *reply;              /* FASTPATH_MAX_READ bytes, or NULL until needed */
 static bool no_pipes;            /* they could not be had */
 static bool write_nowait = true; /* until the file system says it cannot */
 static long long slow_until;     /* writes go to Python before this time; atomic */
 
-bool carry_prepare(void)
+bool transfer_prepare(void)
 {
     if (reply)
         return true;
@@ -63,14 +63,14 @@ bool carry_prepare(void)
     return true;
 }
 
-void carry_reset(void)
+void transfer_reset(void)
 {
     write_nowait = true;
     no_pipes = false;
     __atomic_store_n(&slow_until, 0, __ATOMIC_RELAXED);
 }
 
-bool carry_reply(int device, uint64_t unique, int error, const void *data, size_t length)
+bool transfer_reply(int device, uint64_t unique, int error, const void *data, size_t length)
 {
     struct fuse_out_header out = {
         .len = (uint32_t)(sizeof(out) + length), .error = -error, .unique = unique};
@@ -167,7 +167,7 @@ static bool open_pipe(struct pipeful *pipeful)
 static bool open_pipes(void)
 {
     no_pipes = no_pipes || !open_pipe(&pipes[filling]) ||
-               (!helper_is_out() && !open_pipe(&pipes[!filling]));
+               (!large_is_out() && !open_pipe(&pipes[!filling]));
     return !no_pipes;
 }
 
@@ -195,7 +195,7 @@ static bool fill_pipe(struct pipeful *pipeful, uint64_t unique, const struct pie
     return true;
 }
 
-/* What is sent is sent, whatever the kernel says to it; see carry_reply(). */
+/* What is sent is sent, whatever the kernel says to it; see transfer_reply(). */
 static void send_pipe(struct pipeful *pipeful)
 {
     const size_t size = sizeof(struct fuse_out_header) + pipeful->length;
@@ -204,7 +204,7 @@ static void send_pipe(struct pipeful *pipeful)
         return;
     /* The kernel may not have come to look for the request (ENOMEM, for one).  If it has, the
      * request has been answered, and this is nobody's, and counted there. */
-    if (carry_reply(pipeful->device, pipeful->unique, EIO, NULL, 0))
+    if (transfer_reply(pipeful->device, pipeful->unique, EIO, NULL, 0))
         __atomic_fetch_add(&carried.failed_replies, 1, __ATOMIC_RELAXED);
     close_pipe(pipeful); /* with what is left in it */
 }
@@ -226,12 +226,12 @@ static void send_answer(void)
 /* Lets the helper send it; false: it is not here. */
 static bool let_helper_send(struct pipeful *pipeful)
 {
-    if (helper_is_back() && !errand.buffer)
-        helper_wait();
-    if (errand.buffer || helper_is_out())
+    if (large_is_back() && !errand.buffer)
+        large_wait();
+    if (errand.buffer || large_is_out())
         return false;
     errand.pipeful = pipeful;
-    return helper_start(send_answer);
+    return large_start(send_answer);
 }
 
 /* Answers with the pages of the page cache themselves.  False: nothing was sent.
@@ -264,7 +264,7 @@ static bool read_piped(int device, uint64_t unique, const struct piece *pieces, 
     return true;
 }
 
-enum fastpath_verdict carry_read(int device, uint64_t unique, const struct piece *pieces,
+enum fastpath_verdict transfer_read(int device, uint64_t unique, const struct piece *pieces,
                                  int count)
 {
     size_t length = 0, done = 0;
@@ -279,7 +279,7 @@ enum fastpath_verdict carry_read(int device, uint64_t unique, const struct piece
             return verdict;
         done += pieces[i].length;
     }
-    carry_reply(device, unique, 0, reply, length);
+    transfer_reply(device, unique, 0, reply, length);
     return FASTPATH_ANSWERED;
 }
 
@@ -315,13 +315,13 @@ static bool is_slow(void)
 /* Nothing is overwritten that the helper sends: it may be for a snapshot. */
 static void mind_the_reader(size_t length, uint64_t offset)
 {
-    const struct pipeful *reader = helper_is_out() ? errand.pipeful : NULL;
+    const struct pipeful *reader = large_is_out() ? errand.pipeful : NULL;
 
     if (reader && reader->offset < offset + length && offset < reader->offset + reader->length)
-        helper_wait();
+        large_wait();
 }
 
-enum fastpath_verdict carry_write(const void *data, size_t length, uint64_t offset)
+enum fastpath_verdict transfer_write(const void *data, size_t length, uint64_t offset)
 {
     struct iovec part = {(void *)data, length};
     enum fastpath_verdict cached = FASTPATH_ANSWERED;
@@ -345,13 +345,13 @@ enum fastpath_verdict carry_write(const void *data, size_t length, uint64_t offs
 }
 
 /* Not where writes with RWF_NOWAIT work: two at once would get in each other's way. */
-bool carry_may_take(size_t length, uint64_t offset)
+bool transfer_may_take(size_t length, uint64_t offset)
 {
     return length >= LEAST_ERRAND && !write_nowait && offset % PAGE == 0 &&
-           (offset + length) % PAGE == 0 && !is_slow() && (!helper_is_out() || helper_is_back());
+           (offset + length) % PAGE == 0 && !is_slow() && (!large_is_out() || large_is_back());
 }
 
-static void carry_request(void)
+static void transfer_request(void)
 {
     const struct fuse_in_header *in = errand.buffer;
     const struct fuse_write_in *arg = (const void *)(in + 1);
@@ -359,20 +359,20 @@ static void carry_request(void)
 
     errand.good = put(arg + 1, arg->size, arg->offset) == (ssize_t)arg->size;
     if (errand.good)
-        carry_reply(errand.device, in->unique, 0, &out, sizeof(out));
+        transfer_reply(errand.device, in->unique, 0, &out, sizeof(out));
 }
 
-bool carry_take(int device, void **buffer, size_t size)
+bool transfer_take(int device, void **buffer, size_t size)
 {
     void *taken;
 
-    if (errand.buffer || helper_is_out() || !(taken = buffer_take(buffer)))
+    if (errand.buffer || large_is_out() || !(taken = buffer_take(buffer)))
         return false;
     errand.pipeful = NULL;
     errand.buffer = taken;
     errand.size = size;
     errand.device = device;
-    if (helper_start(carry_request))
+    if (large_start(transfer_request))
         return true;
     buffer_free(*buffer);
     *buffer = taken;
@@ -380,14 +380,14 @@ bool carry_take(int device, void **buffer, size_t size)
     return false;
 }
 
-bool carry_is_writing(void)
+bool transfer_is_writing(void)
 {
     return errand.buffer != NULL;
 }
 
-bool carry_collect(void **buffer, size_t *size, bool *good)
+bool transfer_collect(void **buffer, size_t *size, bool *good)
 {
-    helper_wait();
+    large_wait();
     *buffer = errand.buffer;
     *size = errand.size;
     *good = errand.good;

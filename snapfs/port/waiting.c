@@ -372,7 +372,7 @@ static void give_up(int device)
     Py_END_ALLOW_THREADS
     for (int i = 0; i < drain.left.kept_count; i++) {
         const struct fuse_in_header *in = drain.left.kept[i].request;
-        carry_reply(device, in->unique, EIO, NULL, 0);
+        transfer_reply(device, in->unique, EIO, NULL, 0);
     }
 }
 

@@ -10,19 +10,14 @@ from collections.abc import Callable
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
-MNT_FORCE = 1  # sys/mount.h
-MNT_DETACH = 2
-OOM_SCORE_ADJ = -900
 RENAME_EXCHANGE = 2  # linux/fs.h
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-PR_SET_IO_FLUSHER = 57
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.renameat2.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
 )  # fmt: skip
-_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -42,31 +37,6 @@ def exchange(directory: int, one: str, other: str) -> None:
     if _libc.renameat2(directory, names[0], directory, names[1], RENAME_EXCHANGE):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), other)
-
-
-def unmount(path: str, flags: int = 0) -> None:
-    """umount2(2); raises OSError."""
-    if _libc.umount2(os.fsencode(path), flags):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-
-
-def spare_from_oom() -> None:
-    """Ask the kernel to kill others first: without us a guest loses its disk (proc(5))."""
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(str(OOM_SCORE_ADJ))
-    except OSError:
-        pass  # only root may
-
-
-def set_io_flusher() -> bool:
-    """Tell the kernel that we are in the write-back path of a file system (prctl(2)).
-
-    Memory that we need is then found without writing back through ourselves.
-    False where it is not permitted.
-    """
-    return bool(_libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0)
 
 
 def end_with_parent(number: int) -> Callable[[], None]:

@@ -452,7 +452,7 @@ async def test_a_sync_that_takes_long_is_the_engines(tmp_path, name, then):
         assert b"the drain need not wait" == rig.device.recv(99)
         if name == "done":
             # ours makes it durable, though the other one is still under way
-            assert rig.engine.moment().promised
+            assert rig.engine.published_state().promised
             if then == "nothing":
                 await writer.quiet()
                 assert 3 == layer.done.count()

@@ -636,10 +636,12 @@ async def test_a_write_beside_one_of_pythons_leaves_the_record_to_it(image):
 async def test_dirty_bits_are_set_before_the_write_and_need_room(image, monkeypatch):
     async with Rig.make(image) as rig:
         first, second = bytearray(3), bytearray(3)
-        plain = rig.engine.moment
+        plain = rig.engine.published_state
 
         def with_dirty(*bitmaps):
-            monkeypatch.setattr(rig.engine, "moment", lambda: plain()._replace(dirty=list(bitmaps)))
+            monkeypatch.setattr(
+                rig.engine, "published_state", lambda: plain()._replace(dirty=list(bitmaps))
+            )
 
         with_dirty(first, second)
         assert written(2) == rig.send(write_request(ACTIVE_HANDLE, 9 * CLUSTER - 1, b"xy"))
@@ -686,7 +688,7 @@ async def test_what_python_makes_durable_is_not_written_natively_meanwhile(image
         def fdatasync(fd: int) -> None:
             real(fd)
             if layer.done.get(0):  # not durable yet: it is in the thread that syncs it
-                seen.append(rig.engine.moment().promised)
+                seen.append(rig.engine.published_state().promised)
 
         monkeypatch.setattr(os, "fdatasync", fdatasync)
         await rig.engine.write(0, b"x")
@@ -705,7 +707,11 @@ async def test_with_power_durability_first_writes_land_natively(image):
         ]
         assert [2] * 15 == rig.drain(*requests)
         assert {n: written(1) for n in range(1, 16)} == rig.replies()
-        assert ([], [], []) == (rig.handed, rig.engine.copier.ranges, rig.engine.moment().promised)
+        assert ([], [], []) == (
+            rig.handed,
+            rig.engine.copier.ranges,
+            rig.engine.published_state().promised,
+        )
         for bits in (layer.done, layer.commits.done_file.bits):
             assert [(1, 16)] == list(bits.runs(0, 17))
         assert [1] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW * 15))
@@ -956,17 +962,17 @@ async def test_bitmaps_can_grow_and_go_between_drains(image):
 
 async def test_more_layers_or_ranges_than_there_is_room_for(image, monkeypatch):
     async with Rig.make(image) as rig:
-        plain = rig.engine.moment()
+        plain = rig.engine.published_state()
         layer = await rig.engine.create_snapshot("s")
         for name, value in (
             ("frozen", (1, 2)),
             ("copying", (1, 2)),
             ("dirty", bytearray(9)),
-            ("layers", rig.engine.moment().layers[0]),
+            ("layers", rig.engine.published_state().layers[0]),
         ):
             for count, answer in ((256, (0, OLD[:9])), (257, None), (0, (0, OLD[:9]))):
                 full = plain._replace(**{name: [value] * count})
-                monkeypatch.setattr(rig.engine, "moment", lambda full=full: full)
+                monkeypatch.setattr(rig.engine, "published_state", lambda full=full: full)
                 assert answer == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9)), name
         assert layer.live
 
