@@ -7,8 +7,8 @@ the trio thread is in the filter, so that the state cannot change under it.  Wit
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import trio
 
@@ -35,7 +35,7 @@ class FastPath:
         self,
         engine: Engine,
         page_cache: PageCache,
-        activity: mmap.mmap,
+        activity: Any,
         nursery: trio.Nursery,
     ) -> None:
         self.busy = 0

@@ -22,8 +22,9 @@ import time
 from attrs import evolve
 
 from ..errors import StateError
+from ..storage.mapping import Mapping, map_file
 from .manifest import ImageStamp
-from .statefiles import map_file, open_file
+from .statefiles import open_file
 
 _LAYOUT = struct.Struct("<8sqqqqqq")
 _MAGIC = b"snapfs1\n"
@@ -41,7 +42,7 @@ class Activity:
     for the page fault of a mapped page and an fstat(2).
     """
 
-    def __init__(self, mapping: mmap.mmap, fd: int) -> None:
+    def __init__(self, mapping: Mapping | mmap.mmap, fd: int) -> None:
         self._mapping = mapping
         self._fd = fd  # of the image; the store's
         self._under_way = 0
@@ -62,7 +63,7 @@ class Activity:
             os.close(fd)
 
     @property
-    def page(self) -> mmap.mmap:
+    def page(self) -> Mapping | mmap.mmap:
         """The mapped record, for whoever writes to the image beside us.
 
         A change inside the image's size that begins while nothing is under way may

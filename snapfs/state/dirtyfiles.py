@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import struct
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from ..engine.bitmap import Bitmap
 from ..engine.dirty import BitmapRecord, DirtyBitmap, DirtyParts
 from ..engine.durability import GroupCommit
 from ..errors import StateError
+from ..storage.mapping import Mapping, map_file
 from . import statefiles
 from .layerfiles import MappedFile
 
@@ -50,7 +50,7 @@ def is_plausible(size: int) -> bool:
     return size >= HEAD_BYTES + PAGE_BYTES and size % PAGE_BYTES == 0
 
 
-def distrusted(head: bytes | mmap.mmap) -> str | None:
+def distrusted(head: bytes | Mapping) -> str | None:
     """Why the bits are not to be trusted, by the head of their file; None: they are."""
     magic, length = _HEAD.unpack_from(head)
     if magic != _MAGIC or length > MAX_REASON_BYTES:
@@ -60,7 +60,7 @@ def distrusted(head: bytes | mmap.mmap) -> str | None:
     return None
 
 
-def _parts(mapping: mmap.mmap, commit: GroupCommit | None) -> DirtyParts:
+def _parts(mapping: Mapping, commit: GroupCommit | None) -> DirtyParts:
     buffer = memoryview(mapping)[HEAD_BYTES:]
     bits = Bitmap(buffer.nbytes * 8, buffer)
 
@@ -91,7 +91,7 @@ class DirtyFiles:
             pass
         return cls(statefiles.open_directory("bitmaps", parent=parent), limiter, power)
 
-    def _mapped(self, bitmap_id: int, mapping: mmap.mmap) -> DirtyParts:
+    def _mapped(self, bitmap_id: int, mapping: Mapping) -> DirtyParts:
         """The parts of a bitmap whose file is mapped, or has been mapped anew."""
         if not self._power:
             return _parts(mapping, None)
@@ -141,7 +141,7 @@ class DirtyFiles:
                 size = os.fstat(fd).st_size
                 if not is_plausible(size):
                     raise StateError(f"its file has {size} bytes")
-                mapping = statefiles.map_file(fd, size)
+                mapping = map_file(fd, size)
             finally:
                 os.close(fd)
         except (StateError, OSError) as error:
@@ -167,7 +167,7 @@ class DirtyFiles:
         try:
             fd = statefiles.make_file(self._fd, name, 0)
             try:
-                mapping = statefiles.map_file(fd, file_bytes(clusters))
+                mapping = map_file(fd, file_bytes(clusters))
             finally:
                 os.close(fd)
         except FileExistsError:
@@ -193,7 +193,7 @@ class DirtyFiles:
             if size - old > found.f_bavail * found.f_frsize:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before it fills the disk
             try:
-                return self._mapped(bitmap_id, statefiles.map_file(fd, size))
+                return self._mapped(bitmap_id, map_file(fd, size))
             except BaseException:
                 os.ftruncate(fd, old)
                 raise

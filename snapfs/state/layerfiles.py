@@ -13,7 +13,6 @@ mapping only when it may be found after a power cut:
 
 from __future__ import annotations
 
-import mmap
 import os
 
 import trio
@@ -23,6 +22,7 @@ from ..engine.bitmap import Bitmap, ClearLater, SetThrough
 from ..engine.durability import Commits, DoneFile, GroupCommit
 from ..engine.layer import LayerParts
 from ..storage.image import Image
+from ..storage.mapping import Mapping
 from .statefiles import open_file
 
 
@@ -31,7 +31,7 @@ class MappedFile:
     """A mapped file that can be synced.  Owns the descriptor, not the mapping."""
 
     fd: int
-    mapping: mmap.mmap
+    mapping: Mapping
     limiter: trio.CapacityLimiter = field(repr=False)
     _syncs: int = field(default=0, init=False)  # under way
     closed: bool = field(default=False, init=False)  # nobody needs it any more
@@ -80,7 +80,7 @@ class LayerFiles:
         cls,
         directory: int,
         temp: Image,
-        mappings: dict[str, mmap.mmap],
+        mappings: dict[str, Mapping],
         clusters: int,
         limiter: trio.CapacityLimiter,
     ) -> LayerFiles:

@@ -7,22 +7,16 @@ it was opened; nothing outside of it is ever written.  All functions block.
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
 import shutil
 import stat
-import struct
 from pathlib import Path
 
 from ..engine.bitmap import buffer_size
 from ..errors import StateError
 from ..storage.linux import exchange
+from ..storage.mapping import Mapping, map_file, set_nocow
 from ..storage.smallfiles import write_synced
-
-FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
-FS_IOC_SETFLAGS = 0x40086602
-FS_NOCOW_FL = 0x00800000
 
 RESERVE_BYTES = 256 << 10  # for when the file system is full
 MANIFEST_RESERVE_BYTES = 64 << 10  # the part of it for the manifest
@@ -83,7 +77,7 @@ def make_file(parent: int, name: str, size: int) -> int:
     """A new sparse file of `size` bytes, open for reading and writing; none if that fails."""
     fd = open_file(parent, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        _set_nocow(fd)
+        set_nocow(fd)
         os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)
@@ -92,33 +86,7 @@ def make_file(parent: int, name: str, size: int) -> int:
     return fd
 
 
-def _set_nocow(fd: int) -> None:
-    """On btrfs an allocation is a promise only for files without copy-on-write."""
-    try:
-        flags = struct.unpack("l", fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8)))[0]
-        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("l", flags | FS_NOCOW_FL))
-    except OSError:
-        pass  # no such flag here: nor such a problem
-
-
-def map_file(fd: int, size: int) -> mmap.mmap:
-    """Map a file for reading and writing, fully allocated first.
-
-    A write to a hole of a mapped file on a full disk is a SIGBUS.
-    """
-    status = os.fstat(fd)
-    if status.st_size == 0:
-        _set_nocow(fd)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        # XFS wants as much free space again, even if nothing is left to allocate.
-        if error.errno != errno.ENOSPC or status.st_size < size or status.st_blocks * 512 < size:
-            raise
-    return mmap.mmap(fd, size)
-
-
-def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> mmap.mmap:
+def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> Mapping:
     """The file of a bitmap.  Raises StateError if the file has another size.
 
     Bits beyond the end must be clear; a file of an empty bitmap has one byte.
@@ -139,7 +107,7 @@ def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> mmap.mmap:
     return mapping
 
 
-def map_record(parent: int, name: str, size: int, *, create: bool) -> mmap.mmap:
+def map_record(parent: int, name: str, size: int, *, create: bool) -> Mapping:
     """A file of `size` bytes, mapped.  Raises StateError if the file has another size."""
     fd = open_file(parent, name, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0))
     try:
@@ -179,7 +147,7 @@ def _write_beside(parent: int, name: str, data: bytes) -> None:
     remove(parent, f"{name}.new")
     fd = open_file(parent, f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        _set_nocow(fd)  # it may become the reserve
+        set_nocow(fd)  # it may become the reserve
         write_synced(fd, data)
     finally:
         os.close(fd)
@@ -207,7 +175,7 @@ def keep_reserve(parent: int, size: int = RESERVE_BYTES) -> None:
     try:
         found = os.fstat(fd).st_size
         if found == 0:
-            _set_nocow(fd)
+            set_nocow(fd)
         if found > size:
             os.ftruncate(fd, size)
         os.posix_fallocate(fd, 0, size)

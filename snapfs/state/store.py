@@ -19,10 +19,10 @@ What the next mount makes of it after the daemon died is in `recovery.py`.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import trio
 from attrs import evolve
@@ -320,7 +320,7 @@ class Store:
         self._activity.finished()
 
     @property
-    def activity_page(self) -> mmap.mmap:
+    def activity_page(self) -> Any:
         """The record of changes under way; see `Activity.page`."""
         return self._activity.page
 
