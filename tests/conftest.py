@@ -1,4 +1,4 @@
-"""What all tests share: the way to `fakes`, and how hard hypothesis tries.
+"""What all tests share: fixtures, and how hard hypothesis tries.
 
 HYPOTHESIS_PROFILE=dev      the default: some seconds
 HYPOTHESIS_PROFILE=ci       10,000 steps of the engine's property test
@@ -8,12 +8,13 @@ HYPOTHESIS_PROFILE=soak     a lot, for a night
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+from tests.support.mounted import Mounted, mounts_below, run
 
 _COMMON = {
     "deadline": None,  # machines differ; pytest-timeout ends what hangs
@@ -25,3 +26,40 @@ settings.register_profile("dev", max_examples=80, **_COMMON)
 settings.register_profile("ci", max_examples=300, **_COMMON)
 settings.register_profile("soak", max_examples=20_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _needs_fuse(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("mount") and not os.path.exists("/dev/fuse"):
+        if os.environ.get("CI"):
+            pytest.fail("there is no /dev/fuse: CI must run the mount tests")
+        pytest.skip("there is no /dev/fuse")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
+    """Make and mount an image: `mount(size_or_bytes, *options)`; unmounted at the end."""
+    made: list[Mounted] = []
+
+    def factory(content: int | bytes, *options: str, start: bool = True) -> Mounted:
+        number = len(made)
+        image = tmp_path / f"disk{number}.img"
+        with open(image, "wb") as file:
+            if isinstance(content, int):
+                file.truncate(content)
+            else:
+                file.write(content)
+        mountpoint = tmp_path / f"mnt{number}"
+        mountpoint.mkdir()
+        mounted = Mounted(image, mountpoint, list(options))
+        made.append(mounted)
+        return mounted.start() if start else mounted
+
+    yield factory
+    for mounted in made:
+        for path in sorted(mounts_below(mounted.mountpoint), reverse=True):
+            done = mounted.snapfs("umount", path, check=False)
+            if done.returncode:
+                run("umount", "-l", path, check=False)
+    left = mounts_below(tmp_path)
+    assert [] == left

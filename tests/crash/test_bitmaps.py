@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.mount.conftest import SNAPFS, _needs_fuse, mount  # noqa: F401 - fixtures
+from tests.support.mounted import SNAPFS
 from tests.support.writing import killed_while_writing
 
 pytestmark = pytest.mark.mount
@@ -38,7 +38,7 @@ def differing(one: bytes, other: bytes) -> set[int]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_change_is_in_the_bitmap_after_a_kill(mount, seed):  # noqa: F811
+def test_every_change_is_in_the_bitmap_after_a_kill(mount, seed):
     chance = random.Random(seed)
     disk = mount(os.urandom(SIZE))
     base = disk.active.read_bytes()
@@ -60,7 +60,7 @@ def test_every_change_is_in_the_bitmap_after_a_kill(mount, seed):  # noqa: F811
 
 @pytest.mark.parametrize("switch", ["--next", "--clear-bitmap"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_kill_beside_a_switch_of_intervals_loses_no_change(mount, seed, switch):  # noqa: F811
+def test_a_kill_beside_a_switch_of_intervals_loses_no_change(mount, seed, switch):
     """Either the snapshot is there with its bitmap, or the old interval goes on.
 
     `base` is what the last complete backup would hold; together with what may
@@ -112,7 +112,7 @@ def with_what_can_be_read(disk, name: str, base: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("moment", ["image changed", "killed"])
-def test_an_image_written_by_others_makes_its_bitmaps_inconsistent(mount, moment):  # noqa: F811
+def test_an_image_written_by_others_makes_its_bitmaps_inconsistent(mount, moment):
     disk = mount(os.urandom(SIZE))
     disk.snapfs("bitmap", "add", disk.mountpoint, "b")
     if moment == "killed":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from snapfs.storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from tests.mount.conftest import Mounted, _needs_fuse, mount  # noqa: F401 - fixtures
+from tests.support.mounted import Mounted
 from tests.support.patched import Patched
 
 pytestmark = pytest.mark.mount
@@ -33,7 +33,7 @@ image._punch = held
 
 
 @pytest.fixture
-def held(mount) -> Iterator[tuple[Mounted, Patched]]:  # noqa: F811
+def held(mount) -> Iterator[tuple[Mounted, Patched]]:
     disk = mount(os.urandom(SIZE), start=False)
     daemon = Patched(disk, HELD)
     yield disk, daemon
@@ -95,7 +95,7 @@ def test_a_killed_daemon_with_a_punch_under_way_hangs_nobody(held):
     assert ["s"] == os.listdir(disk.snapshots)
 
 
-def test_the_helper_ends_with_the_daemon_however_that_ends(mount):  # noqa: F811
+def test_the_helper_ends_with_the_daemon_however_that_ends(mount):
     disk = mount(K64)
     children = Path(f"/proc/{disk.pid}/task/{disk.pid}/children").read_text().split()
     assert 1 == len(children)
@@ -105,7 +105,7 @@ def test_the_helper_ends_with_the_daemon_however_that_ends(mount):  # noqa: F811
     os.close(helper)
 
 
-def test_kills_in_the_middle_of_creations_leave_no_hanging_mount(mount):  # noqa: F811
+def test_kills_in_the_middle_of_creations_leave_no_hanging_mount(mount):
     disk = mount(os.urandom(SIZE))
     for round_ in range(6):
         ending = threading.Event()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.conftest import _needs_fuse, mount, run  # noqa: F401 - fixtures
+from tests.support.mounted import run
 from tests.support.writing import killed_while_writing
 
 pytestmark = pytest.mark.mount
@@ -24,7 +24,7 @@ K64 = 1 << 16
 SIZE = 64 * K64
 
 
-def test_after_a_kill_everything_is_there(mount):  # noqa: F811
+def test_after_a_kill_everything_is_there(mount):
     disk = mount(os.urandom(SIZE))
     moments = {}
     for name in ("a", "b"):
@@ -48,7 +48,7 @@ def test_after_a_kill_everything_is_there(mount):  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_at_any_moment_under_load(mount, seed):  # noqa: F811
+def test_killed_at_any_moment_under_load(mount, seed):
     """Every write that returned is there, every snapshot is exact."""
     chance = random.Random(seed)
     content = bytearray(os.urandom(SIZE))
@@ -86,7 +86,7 @@ def test_killed_at_any_moment_under_load(mount, seed):  # noqa: F811
         assert sorted(moments) == sorted(os.listdir(disk.snapshots))
 
 
-def test_killed_between_a_large_write_and_its_end(mount, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_between_a_large_write_and_its_end(mount, tmp_path, monkeypatch):
     """The image has it, and nothing but the record of activity says that it was ours."""
     with preloaded("hold.c", tmp_path, monkeypatch):
         for fifo in ("before", "after"):
@@ -140,7 +140,7 @@ def state_of_thread(pid: int) -> str:
 
 
 @pytest.mark.parametrize("durability", ["process", "power"])
-def test_killed_under_the_load_of_fio(mount, tmp_path, durability):  # noqa: F811
+def test_killed_under_the_load_of_fio(mount, tmp_path, durability):
     """Sixteen writes at a time; fio's log says which have returned."""
     content = bytearray(os.urandom(SIZE))
     disk = mount(bytes(content), f"durability={durability}")
@@ -195,7 +195,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [changed, changed_with_old_times, cut])
 @pytest.mark.parametrize("crash", [False, True])
-def test_a_changed_image_makes_snapshots_lost(mount, change, crash):  # noqa: F811
+def test_a_changed_image_makes_snapshots_lost(mount, change, crash):
     disk = mount(os.urandom(SIZE))
     disk.create("s")
     moment = disk.active.read_bytes()
@@ -219,7 +219,7 @@ def test_a_changed_image_makes_snapshots_lost(mount, change, crash):  # noqa: F8
     (disk.snapshots / "needs").unlink()
 
 
-def test_a_moved_image_is_recognised(mount):  # noqa: F811
+def test_a_moved_image_is_recognised(mount):
     disk = mount(os.urandom(SIZE))
     moment = disk.active.read_bytes()
     disk.create("s")
@@ -237,7 +237,7 @@ def test_a_moved_image_is_recognised(mount):  # noqa: F811
         disk.stop()
 
 
-def test_an_unclean_reboot_makes_snapshots_lost(mount):  # noqa: F811
+def test_an_unclean_reboot_makes_snapshots_lost(mount):
     disk = mount(os.urandom(SIZE))
     disk.create("s")
     disk.kill()
@@ -250,7 +250,7 @@ def test_an_unclean_reboot_makes_snapshots_lost(mount):  # noqa: F811
         os.open(disk.snapshots / "s", os.O_RDONLY)
 
 
-def test_sigterm_is_clean_even_when_active_is_held_open(mount):  # noqa: F811
+def test_sigterm_is_clean_even_when_active_is_held_open(mount):
     disk = mount(os.urandom(SIZE))
     disk.create("s")
     holder = os.open(disk.active, os.O_RDWR)

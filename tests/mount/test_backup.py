@@ -9,20 +9,18 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from attrs import define, field
 
-from .conftest import SNAPFS, Mounted, run
-from .test_programs import mounted_loop
+from tests.support.filesystems import mounted_loop
+from tests.support.mounted import DYING, SNAPFS, Mounted, run
 
 pytestmark = pytest.mark.mount
 
 K64 = 1 << 16
 MIB = 1 << 20
-DYING = [sys.executable, str(Path(__file__).parents[1] / "support" / "dying.py")]
 
 
 @define

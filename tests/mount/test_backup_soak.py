@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from attrs import define
 
-from .conftest import SNAPFS, Mounted, run
+from tests.support.mounted import SNAPFS, Mounted, run
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow, pytest.mark.timeout(600)]
 

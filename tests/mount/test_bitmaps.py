@@ -11,23 +11,11 @@ import subprocess
 
 import pytest
 
-from .conftest import SNAPFS, run
-from .test_semantics import K64, MIB, OVERWRITES, PATTERNS, SIZE, errno_of, patterned, punch
+from tests.support.calls import bitmap, errno_of, extents, mapped, punch
+from tests.support.mounted import K64, MIB, SNAPFS, run
+from tests.support.patterns import OVERWRITES, PATTERNS, SIZE, patterned
 
 pytestmark = pytest.mark.mount
-
-
-def extents(disk, name: str) -> list[tuple[int, int]]:
-    text = (disk.mountpoint / "bitmaps" / name).read_text()
-    return [tuple(map(int, line.split())) for line in text.splitlines()]
-
-
-def mapped(disk, name: str, *arguments) -> list[dict]:
-    return json.loads(disk.snapfs("map", "--json", *arguments, disk.mountpoint / name).stdout)
-
-
-def bitmap(disk, action: str, *words: str, check: bool = True):
-    return disk.snapfs("bitmap", action, disk.mountpoint, *words, check=check)
 
 
 def piped(text: str, *command) -> subprocess.CompletedProcess:

@@ -10,25 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SNAPFS, run
+from tests.support.calls import copy
+from tests.support.mounted import K64, MIB, SNAPFS, run
+from tests.support.patterns import pattern
 
 pytestmark = pytest.mark.mount
-
-K64 = 1 << 16
-MIB = 1 << 20
-
-
-def copy(disk, name, dest, *options, check=True):
-    return disk.snapfs("copy", disk.snapshots / name, dest, *options, check=check)
-
-
-def pattern(size: int) -> bytes:
-    """Data, zeros written as such, and a tail that ends in the middle of a sector."""
-    content = bytearray(size + K64)
-    content[0:K64] = os.urandom(K64)
-    content[size // 2 : size // 2 + K64] = os.urandom(K64)
-    content[max(0, size - 7) : size] = b"tailend"[: min(7, size)]
-    return bytes(content[:size])
 
 
 @pytest.mark.parametrize("size", [0, 1, 130_000, 8 * MIB])

@@ -6,16 +6,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from snapfs.backup import devices
-
-from .conftest import SNAPFS, run
-from .test_copy import K64, MIB, copy, pattern
-from .test_programs import loop_device
+from tests.support.calls import copy
+from tests.support.filesystems import loop_device
+from tests.support.mounted import DYING, K64, MIB, SNAPFS, run
+from tests.support.patterns import pattern
 
 pytestmark = pytest.mark.mount
 
@@ -253,11 +252,10 @@ def test_killed_at_every_step_the_device_is_old_marked_or_whole(mount, tmp_path,
     options = [] if whole else ["--bitmap", "b"]
     disk.snapfs("create", disk.mountpoint, "s", *options)
     new = disk.active.read_bytes()
-    dying = [sys.executable, Path(__file__).parents[1] / "support" / "dying.py"]
     for step in range(1, 1000):
         copy(disk, "full", device, "--force")
         command = ["copy", disk.snapshots / "s", device, "--force"]
-        done = run(*dying, str(step), *command, check=False)
+        done = run(*DYING, str(step), *command, check=False)
         found = content_of(device)[: 2 * MIB]
         if done.returncode != -signal.SIGKILL:
             assert (0, new) == (done.returncode, found), done.stderr

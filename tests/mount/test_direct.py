@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.mounted import Mounted
 from tests.support.patched import SLOW, Patched
-
-from .conftest import Mounted
 
 pytestmark = pytest.mark.mount
 

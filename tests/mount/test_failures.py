@@ -15,28 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.calls import state_of
+from tests.support.filesystems import mounted_loop, tmpfs, use_file_system
+from tests.support.mounted import K64, MIB, SNAPFS, run
 from tests.support.patched import SLOW, Patched
-
-from .conftest import SNAPFS, Mounted, run
-from .test_programs import mounted_loop
 
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.skipif("os.geteuid()", reason="needs root to mount a tmpfs"),
 ]
-
-MIB = 1 << 20
-K64 = 1 << 16
-
-
-@contextlib.contextmanager
-def tmpfs(where: Path, size: str) -> Iterator[Path]:
-    where.mkdir()
-    run("mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", where)
-    try:
-        yield where
-    finally:
-        run("umount", where)
 
 
 @contextlib.contextmanager
@@ -48,32 +35,6 @@ def small(mount, tmp_path: Path, content: int | bytes, size: str, *options: str)
             yield disk
         finally:
             disk.stop()
-
-
-def state_of(disk: Mounted, name: str) -> dict:
-    done = disk.snapfs("show", disk.mountpoint, name, "--json", check=False)
-    found = json.loads(done.stdout)["snapshot"]
-    assert (4 if found["state"] != "ok" else 0) == done.returncode
-    return found
-
-
-def use_file_system(disk: Mounted, tmp_path: Path) -> list[OSError]:
-    """Fill a file system on active with more than the temp image can take; its errors."""
-    failures: list[OSError] = []
-    with mounted_loop(disk.active, tmp_path / "fs") as where:
-        (where / "old").write_bytes(os.urandom(48 * MIB))
-        os.sync()
-        disk.create("s")
-        with contextlib.suppress(OSError):
-            (where / "old").unlink()
-        for number in range(48):
-            try:
-                with open(where / f"new{number}", "wb") as file:
-                    file.write(os.urandom(MIB))
-                    os.fsync(file.fileno())
-            except OSError as error:
-                failures.append(error)
-    return failures
 
 
 def test_a_full_temp_file_system_breaks_the_snapshot_and_no_guest_write(mount, tmp_path):

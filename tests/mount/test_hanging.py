@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.hanging import Hanging, hanging
+from tests.support.mounted import Mounted
 from tests.support.patched import Patched
-
-from .conftest import Mounted
 
 pytestmark = [
     pytest.mark.mount,

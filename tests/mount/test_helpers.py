@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SNAPFS, Mounted, mounts_below, run
+from tests.support.mounted import SNAPFS, Mounted, mounts_below, run
 
 pytestmark = pytest.mark.mount
 

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from .conftest import Mounted
+from tests.support.mounted import Mounted
 
 pytestmark = [
     pytest.mark.mount,

@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import run
+from tests.support.filesystems import loop_device, mounted_loop
+from tests.support.mounted import run
 
 pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
 K64 = 1 << 16
-
-
-@contextlib.contextmanager
-def mounted_loop(file: Path, where: Path, *options: str) -> Iterator[Path]:
-    where.mkdir(exist_ok=True)
-    run("mount", "-o", ",".join(("loop", *options)), file, where)
-    try:
-        yield where
-    finally:
-        run("umount", where)
-
-
-@contextlib.contextmanager
-def loop_device(file: Path) -> Iterator[Path]:
-    device = Path(run("losetup", "--find", "--show", file).stdout.strip())
-    try:
-        yield device
-    finally:
-        run("losetup", "--detach", device)
 
 
 def fill(where: Path, count: int, seed: int) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SNAPFS, run
+from tests.support.mounted import SNAPFS, run
 
 pytestmark = pytest.mark.mount
 

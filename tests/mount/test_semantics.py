@@ -7,38 +7,15 @@ import json
 import mmap
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from snapfs.storage.linux import fallocate
-
-from .conftest import SNAPFS, run
+from tests.support.calls import errno_of, punch
+from tests.support.mounted import K64, MIB, SNAPFS, run
+from tests.support.patterns import OVERWRITES, patterned
 
 pytestmark = pytest.mark.mount
-
-MIB = 1 << 20
-K64 = 1 << 16
-SIZE = 64 * MIB
-PATTERNS = {0: 0x5D, MIB: 0xD5, 32 * MIB: 0xDC, SIZE - K64: 0xCD}
-OVERWRITES = (0, MIB - K64 // 2, 32 * MIB + K64 // 2, SIZE - 2 * K64)
-
-
-def patterned() -> bytearray:
-    content = bytearray(SIZE)
-    for offset, value in PATTERNS.items():
-        content[offset : offset + K64] = bytes([value]) * K64
-    return content
-
-
-def punch(path: Path, offset: int, length: int) -> None:
-    run("fallocate", "-p", "-o", str(offset), "-l", str(length), path)
-
-
-def errno_of(call, *arguments) -> int:
-    with pytest.raises(OSError) as caught:
-        call(*arguments)
-    return caught.value.errno
 
 
 def test_a_snapshot_keeps_what_is_overwritten(mount):

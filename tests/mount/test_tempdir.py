@@ -9,11 +9,10 @@ import shutil
 
 import pytest
 
+from tests.support.calls import state_of
+from tests.support.filesystems import mounted_loop, tmpfs, use_file_system
+from tests.support.mounted import SNAPFS, Mounted, run
 from tests.support.patched import Patched
-
-from .conftest import SNAPFS, Mounted, run
-from .test_failures import state_of, tmpfs, use_file_system
-from .test_programs import mounted_loop
 
 pytestmark = [
     pytest.mark.mount,

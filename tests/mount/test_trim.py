@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import run
-from .test_bitmaps import extents, mapped
-from .test_programs import loop_device, mounted_loop
-from .test_semantics import K64, MIB, errno_of, punch
+from tests.support.calls import errno_of, extents, mapped, punch
+from tests.support.filesystems import loop_device, mounted_loop
+from tests.support.mounted import K64, MIB, run
 
 pytestmark = pytest.mark.mount
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from tests.mount.conftest import Mounted
+from tests.support.mounted import Mounted
 
 START = """
 import os, sys

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from tests.mount.conftest import Mounted
+from tests.support.mounted import Mounted
 
 
 def killed_while_writing(disk: Mounted, after: int, write: Callable[[int], None]) -> None:

@@ -107,3 +107,12 @@ def test_the_engine_is_pure():
 def test_only_the_kernels_side_knows_pyfuse3():
     users = {name_of(path) for path in modules() if "pyfuse3" in outside(path)}
     assert {"fuse.fusefs", "fuse.session"} == users
+
+
+def test_what_tests_share_is_in_support():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                foreign = [name for name in names if name.startswith(("test_", "conftest"))]
+                assert not (node.level or foreign), f"{path}: {ast.unparse(node)}"

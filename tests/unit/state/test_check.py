@@ -24,7 +24,7 @@ from snapfs.state.check import check
 from snapfs.state.findings import Report
 from snapfs.state.store import Store
 from snapfs.storage.locks import lock_image
-from tests.unit.state.test_store import (
+from tests.support.stores import (
     CLUSTER,
     LIMITER,
     OLD,

@@ -19,12 +19,24 @@ from snapfs.errors import BitmapUnusable, InUse, StateError, UsageError
 from snapfs.state import statefiles
 from snapfs.state.store import Store
 from snapfs.storage.image import FileImage
-
-CLUSTER = 4096
-SIZE = 6 * CLUSTER + 100
-OLD = bytes(range(1, 252)) * (SIZE // 251 + 1)
-OLD = OLD[:SIZE]
-LIMITER = trio.CapacityLimiter(4)
+from tests.support.stores import (
+    CLUSTER,
+    LIMITER,
+    OLD,
+    SIZE,
+    add,
+    create,
+    damage_layer,
+    damage_manifest,
+    delete,
+    discard,
+    engine_of,
+    expect,
+    opened,
+    session,
+    state_of,
+    write,
+)
 
 
 @pytest.fixture
@@ -32,62 +44,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
     path.write_bytes(OLD)
     return path
-
-
-def state_of(image: Path) -> Path:
-    return Path(f"{image}.snapfs")
-
-
-async def opened(image: Path) -> Store:
-    return await Store.open(str(image), cluster_size=CLUSTER, limiter=LIMITER)
-
-
-def engine_of(store: Store, nursery: trio.Nursery) -> Engine:
-    return Engine(
-        store.image,
-        store.geometry,
-        store,
-        nursery,
-        layers=store.layers,
-        bitmaps=store.dirty,
-        next_id=store.next_id,
-    )
-
-
-async def session(image: Path, *steps: Callable[[Engine], object]) -> Store:
-    """Open, let the engine do some steps, close in order."""
-    store = await opened(image)
-    async with trio.open_nursery() as nursery:
-        engine = engine_of(store, nursery)
-        for step in steps:
-            await step(engine)  # type: ignore[misc]
-        await trio.testing.wait_all_tasks_blocked()
-    await store.close(engine.layers, list(engine.tracker.bitmaps))
-    return store
-
-
-def create(name: str):
-    return lambda engine: engine.create_snapshot(name)
-
-
-def delete(name: str):
-    return lambda engine: engine.delete_snapshot(name)
-
-
-def write(offset: int, data: bytes):
-    return lambda engine: engine.write(offset, data)
-
-
-def discard(name: str, offset: int, length: int):
-    return lambda engine: engine.discard(engine.find(name), offset, length)
-
-
-def expect(name: str, content: bytes, offset: int = 0):
-    async def step(engine: Engine) -> None:
-        layer = engine.find(name)
-        assert content == await engine.read_snapshot(layer, offset, len(content) + SIZE)
-
-    return step
 
 
 async def test_snapshots_come_back_with_their_bytes_and_discards(image):
@@ -139,24 +95,6 @@ async def test_temp_data_without_a_done_bit_is_punched_out(image):
         file.write(b"never finished" * 100)
     await session(image, expect("a", OLD))
     assert 0 == temp.stat().st_blocks
-
-
-def damage_manifest(**changes) -> Callable[[Path], None]:
-    def damage(state: Path) -> None:
-        path = state / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return damage
-
-
-def damage_layer(**changes) -> Callable[[Path], None]:
-    def damage(state: Path) -> None:
-        path = state / "manifest.json"
-        manifest = json.loads(path.read_text())
-        manifest["layers"][0] |= changes
-        path.write_text(json.dumps(manifest))
-
-    return damage
 
 
 def cut(name: str, size: int) -> Callable[[Path], None]:
@@ -288,10 +226,6 @@ async def test_space_that_cannot_be_freed_does_not_keep_a_mount_from_starting(im
 
 
 # Dirty bitmaps
-
-
-def add(name: str):
-    return lambda engine: engine.tracker.add(name)
 
 
 def dirty(engine: Engine, name: str) -> list[int]:

@@ -13,7 +13,7 @@ import trio
 from snapfs.errors import StateError
 from snapfs.state import tempdirs
 from snapfs.state.store import Store
-from tests.unit.state.test_store import (
+from tests.support.stores import (
     CLUSTER,
     LIMITER,
     OLD,

@@ -1,4 +1,4 @@
-"""The real daemon, and real programs on its mount."""
+"""An image and its mount: the real daemon, and how tests run programs beside it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from attrs import define, field
 
+MIB = 1 << 20
+K64 = 1 << 16
+
 SNAPFS = [sys.executable, "-m", "snapfs"]
+DYING = [sys.executable, str(Path(__file__).with_name("dying.py"))]
 
 
 def run(
@@ -106,40 +108,3 @@ class Mounted:
 def mounts_below(path: Path) -> list[str]:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return [line.split()[4] for line in lines if line.split()[4].startswith(str(path))]
-
-
-@pytest.fixture(autouse=True)
-def _needs_fuse() -> None:
-    if not os.path.exists("/dev/fuse"):
-        if os.environ.get("CI"):
-            pytest.fail("there is no /dev/fuse: CI must run the mount tests")
-        pytest.skip("there is no /dev/fuse")
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
-    """Make and mount an image: `mount(size_or_bytes, *options)`; unmounted at the end."""
-    made: list[Mounted] = []
-
-    def factory(content: int | bytes, *options: str, start: bool = True) -> Mounted:
-        number = len(made)
-        image = tmp_path / f"disk{number}.img"
-        with open(image, "wb") as file:
-            if isinstance(content, int):
-                file.truncate(content)
-            else:
-                file.write(content)
-        mountpoint = tmp_path / f"mnt{number}"
-        mountpoint.mkdir()
-        mounted = Mounted(image, mountpoint, list(options))
-        made.append(mounted)
-        return mounted.start() if start else mounted
-
-    yield factory
-    for mounted in made:
-        for path in sorted(mounts_below(mounted.mountpoint), reverse=True):
-            done = mounted.snapfs("umount", path, check=False)
-            if done.returncode:
-                run("umount", "-l", path, check=False)
-    left = mounts_below(tmp_path)
-    assert [] == left

@@ -1,0 +1,20 @@
+"""Helpers that several test files share; no test file imports another, nor a conftest.
+
+mounted.py       Mounted: an image and its mount by the real daemon; how tests run programs
+calls.py         one call on such a mount, or question to it: punch, map, copy, state, errno
+patterns.py      contents of images, such as that of the cases in the semantics
+filesystems.py   file systems on `active` and under the state: loop devices, tmpfs
+patched.py       Patched: the daemon with a part of it replaced, held where a test wants it
+writing.py       somebody who writes until the daemon is killed
+dying.py         a program: snapfs, killed at its Nth step
+hanging.py       storage that hangs when it is told to: memoryfs.py in a process
+memoryfs.py      a program: a FUSE file system in memory
+fakes.py         images and a store in memory, with faults and stalls, and the naive
+                 specification of the engine
+stores.py        sessions of the engine over a real state directory
+fastpaths.py     Rig: the fast path over real files, fed with requests without a kernel
+disk.py          Recorder: what a power cut at any moment may leave of a directory
+watched.py       tests that run with watch.c in front of libc (crash/test_watched.py starts them)
+watch.c          to be preloaded: tells of every native write and sync
+hold.c           to be preloaded: each large write waits before it begins and when it is over
+"""

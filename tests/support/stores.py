@@ -1,0 +1,97 @@
+"""A state directory over sessions: open, let the engine do some steps, close in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from snapfs.engine.engine import Engine
+from snapfs.state.store import Store
+
+CLUSTER = 4096
+SIZE = 6 * CLUSTER + 100
+OLD = bytes(range(1, 252)) * (SIZE // 251 + 1)
+OLD = OLD[:SIZE]
+LIMITER = trio.CapacityLimiter(4)
+
+
+def state_of(image: Path) -> Path:
+    return Path(f"{image}.snapfs")
+
+
+async def opened(image: Path) -> Store:
+    return await Store.open(str(image), cluster_size=CLUSTER, limiter=LIMITER)
+
+
+def engine_of(store: Store, nursery: trio.Nursery) -> Engine:
+    return Engine(
+        store.image,
+        store.geometry,
+        store,
+        nursery,
+        layers=store.layers,
+        bitmaps=store.dirty,
+        next_id=store.next_id,
+    )
+
+
+async def session(image: Path, *steps: Callable[[Engine], object]) -> Store:
+    """Open, let the engine do some steps, close in order."""
+    store = await opened(image)
+    async with trio.open_nursery() as nursery:
+        engine = engine_of(store, nursery)
+        for step in steps:
+            await step(engine)  # type: ignore[misc]
+        await trio.testing.wait_all_tasks_blocked()
+    await store.close(engine.layers, list(engine.tracker.bitmaps))
+    return store
+
+
+def create(name: str):
+    return lambda engine: engine.create_snapshot(name)
+
+
+def delete(name: str):
+    return lambda engine: engine.delete_snapshot(name)
+
+
+def write(offset: int, data: bytes):
+    return lambda engine: engine.write(offset, data)
+
+
+def discard(name: str, offset: int, length: int):
+    return lambda engine: engine.discard(engine.find(name), offset, length)
+
+
+def expect(name: str, content: bytes, offset: int = 0):
+    async def step(engine: Engine) -> None:
+        layer = engine.find(name)
+        assert content == await engine.read_snapshot(layer, offset, len(content) + SIZE)
+
+    return step
+
+
+def add(name: str):
+    return lambda engine: engine.tracker.add(name)
+
+
+def damage_manifest(**changes) -> Callable[[Path], None]:
+    def damage(state: Path) -> None:
+        path = state / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def damage_layer(**changes) -> Callable[[Path], None]:
+    def damage(state: Path) -> None:
+        path = state / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["layers"][0] |= changes
+        path.write_text(json.dumps(manifest))
+
+    return damage
