@@ -1,4 +1,7 @@
-"""The command line: thin, over the control socket and the daemon."""
+"""The command line: thin, over the control socket and the daemon.
+
+One module for each family of commands; parser.py puts them together.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import ExitCode
-from . import helpers
+from . import mounthelpers
+from .guarding import guarded
 from .parser import build_parser
 
 
@@ -16,14 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = os.path.basename(sys.argv[0])
     if program == "mount.snapfs":
-        return helpers.mount(arguments)
+        return mounthelpers.mount(arguments)
     if program in ("umount.snapfs", "umount.fuse.snapfs"):
-        return helpers.umount(arguments)
-    parser = build_parser()
-    if helpers.is_mount_form(arguments):
+        return mounthelpers.umount(arguments)
+    parser, verbs = build_parser()
+    if mounthelpers.is_mount_form(arguments, verbs):
         arguments.insert(0, "mount")
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "run"):
         parser.print_usage(sys.stderr)
         return ExitCode.USAGE
-    return helpers.guarded(lambda: int(parsed.run(parsed) or 0))
+    return guarded(lambda: int(parsed.run(parsed) or 0))

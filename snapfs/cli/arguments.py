@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TypeAlias
 
 from ..daemon.options import parse_size
 from ..errors import UsageError
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What a family of commands adds itself to; each command sets `run`."""
 
 
 def size(text: str) -> int:
@@ -17,7 +21,7 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def limit(text: str) -> int | None:
+def size_or_none(text: str) -> int | None:
     """A size, or "none"."""
     return None if text == "none" else size(text)
 

@@ -1,4 +1,4 @@
-"""Commands about dirty bitmaps and extents: bitmap, diff, map, and what create takes of them."""
+"""Maps and bitmaps: map, diff, bitmap."""
 
 from __future__ import annotations
 
@@ -10,10 +10,49 @@ from typing import Any, TextIO
 
 from ..client import mountinfo
 from ..client.wire import Client
-from ..errors import ExitCode, UsageError
+from ..errors import ExitCode
+from .arguments import Verbs, add_json
 from .output import dump, human, print_pairs, print_table
 
-STAGE = 1000  # extents in one request: a line of it stays far below wire.MAX_LINE
+
+def add_to(verbs: Verbs) -> None:
+    """Add our commands."""
+    verb = verbs.add_parser("map", help="list the extents of active or of a snapshot")
+    verb.add_argument("file", metavar="FILE")
+    verb.add_argument("--bitmap", metavar="B", help="dirty is what this one says, not any")
+    verb.add_argument("--totals", action="store_true", help="sums instead of extents")
+    add_json(verb)
+    verb.set_defaults(run=map_file)
+
+    verb = verbs.add_parser("diff", help="list what differs between snapshots, or from now")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("a", metavar="A")
+    verb.add_argument("b", metavar="B", nargs="?", help="default: the image now")
+    verb.add_argument("--totals", action="store_true", help="sums instead of extents")
+    add_json(verb)
+    verb.set_defaults(run=diff)
+
+    _add_bitmap(verbs.add_parser("bitmap", help="track what changes, in dirty bitmaps"))
+
+
+def _add_bitmap(verb: argparse.ArgumentParser) -> None:
+    actions = verb.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, words, text in (
+        ("add", ("NAME",), "make a bitmap, which records from now on"),
+        ("list", (), "list the bitmaps"),
+        ("clear", ("NAME",), "empty a bitmap, or begin an inconsistent one again"),
+        ("merge", ("SOURCE", "TARGET"), "add the clusters of one to another"),
+        ("remove", ("NAME",), "remove a bitmap"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("mountpoint", metavar="MOUNTPOINT")
+        for word in words:
+            action.add_argument(word.lower(), metavar=word)
+        add_json(action)
+        action.set_defaults(run=bitmap, action=name, words=[word.lower() for word in words])
+
+
+# bitmap
 
 
 def bitmap(arguments: argparse.Namespace) -> int:
@@ -39,49 +78,6 @@ def bitmap(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     unusable = any(each["inconsistent"] for each in answer["bitmaps"])
     return ExitCode.BITMAP_UNUSABLE if unusable else ExitCode.OK
-
-
-# What create takes
-
-
-def selection(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the request for a snapshot; extents are sent ahead."""
-    if arguments.clear_bitmap and arguments.bitmap is None:
-        raise UsageError("--clear-bitmap needs --bitmap")
-    request: dict[str, Any] = {"clear_bitmap": arguments.clear_bitmap}
-    if arguments.bitmap is not None:
-        request["bitmap"] = arguments.bitmap
-    if arguments.next is not None:
-        request["next"] = arguments.next
-    if arguments.extents is not None:
-        request.update(_stage(client, arguments.extents))
-    return request
-
-
-def _stage(client: Client, path: str) -> dict[str, Any]:
-    if path == "-":
-        return _send(client, read_extents(sys.stdin, "stdin"))
-    with open(path, encoding="ascii", errors="replace") as file:
-        return _send(client, read_extents(file, path))
-
-
-def _send(client: Client, extents: Iterator[tuple[int, int]]) -> dict[str, Any]:
-    first = list(itertools.islice(extents, STAGE))
-    token: dict[str, Any] = client.call("stage", extents=first)
-    while more := list(itertools.islice(extents, STAGE)):
-        client.call("stage", extents=more, **token)
-    return token
-
-
-def read_extents(lines: Iterable[str], where: str) -> Iterator[tuple[int, int]]:
-    """(offset, length) of each line "offset length"; raises UsageError that names the line."""
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words):
-            raise UsageError(f'{where}, line {number}: not "offset length", in bytes')
-        yield int(words[0]), int(words[1])
 
 
 # diff

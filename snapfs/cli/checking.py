@@ -1,4 +1,4 @@
-"""snapfs check: the state directory looked over, without a daemon."""
+"""Checking: the state directory looked over, without a daemon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import argparse
 from attrs import asdict
 
 from ..errors import ExitCode
+from .arguments import Verbs, add_json
 from .output import dump
+
+
+def add_to(verbs: Verbs) -> None:
+    """Add our command."""
+    verb = verbs.add_parser("check", help="look a state directory over, not mounted")
+    verb.add_argument("state", metavar="STATE", help="the state directory, or its image")
+    verb.add_argument("--repair", action="store_true", help="put right what needs no guess")
+    add_json(verb)
+    verb.set_defaults(run=check)
 
 
 def check(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
-"""Printing: JSON documents, tables, sizes for people."""
+"""Printing: JSON documents, tables, sizes for people, complaints."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,3 +42,9 @@ def print_pairs(values: Mapping[str, Any], prefix: str = "") -> None:
             print_pairs(value, f"{prefix}{key}.")
         elif value not in (None, []):
             print(f"{prefix}{key}: {value}")
+
+
+def complain(message: str, status: int) -> int:
+    """Say what is wrong on stderr, in one line, and return the exit status."""
+    print("snapfs:", " ".join(message.split()), file=sys.stderr)
+    return status

@@ -133,15 +133,15 @@ def test_the_daemon_tells_systemd(mount, manager):
 DYING = """
 import os, sys
 from snapfs import cli
-from snapfs.cli import mounting
+from snapfs.daemon import starting
 alive, held = os.pipe()
-begin = mounting._run_in_background
+begin = starting._run_in_background
 def later(*arguments):
     os.close(held)
     os.read(alive, 1)
     return begin(*arguments)
-mounting._run_in_background = later
-mounting._wait_ready = lambda _: os._exit(0)
+starting._run_in_background = later
+starting._wait_ready = lambda _: os._exit(0)
 cli.main(sys.argv[1:])
 """
 
@@ -158,7 +158,8 @@ def test_the_daemon_serves_though_the_command_that_mounts_has_died(mount, manage
 # A daemon that dies of an error when it is ready and has opened files.
 FAILING = """
 import os, sys
-from snapfs import cli, daemon
+from snapfs import cli
+from snapfs.daemon import daemon
 def serve(config, ready):
     ready()
     for number in range(20):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.cli.parser import VERBS, build_parser
+from snapfs.cli.parser import build_parser
 from snapfs.daemon.options import FLAGS, IGNORED, OWN, PASSED_ON
 from snapfs.errors import ExitCode
 
@@ -28,17 +28,10 @@ def section(page: str, title: str) -> str:
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
-    for action in build_parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    raise AssertionError("the parser has no commands")
+    return dict(build_parser()[1])
 
 
-def test_the_verbs_of_the_parser_are_those_that_tell_a_mount_apart():
-    assert set(VERBS) == set(subparsers())
-
-
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", subparsers())
 def test_every_command_and_option_is_in_the_manual(verb):
     text = plain("snapfs.1")
     assert re.search(rf"\bsnapfs {verb}\b", text)

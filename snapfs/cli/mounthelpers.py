@@ -1,53 +1,26 @@
-"""The forms in which mount(8) and umount(8) call snapfs, and what all forms share."""
+"""The forms in which mount(8) and umount(8) call snapfs."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 
-from ..client.wire import RemoteError
 from ..errors import ExitCode, NotPermitted, SnapfsError, UsageError
-
-Run = Callable[[], int]
+from .guarding import guarded
+from .mounting import mount_in_background, unmount
+from .output import complain
 
 MOUNT_USAGE = 1  # mount(8): incorrect invocation or permissions
 MOUNT_SYSTEM = 2  # mount(8): system error
 MOUNT_FAILURE = 32  # mount(8): mount failure
 
 
-def complain(message: str, status: int) -> int:
-    """Say what is wrong on stderr, in one line, and return the exit status."""
-    print("snapfs:", " ".join(message.split()), file=sys.stderr)
-    return status
-
-
-def guarded(run: Run) -> int:
-    """The exit status of `run`; an expected error is one line on stderr."""
-    try:
-        return run()
-    except RemoteError as error:
-        return complain(str(error), error.exit_status)
-    except SnapfsError as error:
-        return complain(str(error), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: nothing to tell it
-        return ExitCode.ERROR
-    except OSError as error:
-        name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return complain(f"{name}{error.strerror or error}", ExitCode.ERROR)
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-
-
-def is_mount_form(arguments: Sequence[str]) -> bool:
+def is_mount_form(arguments: Sequence[str], verbs: Container[str]) -> bool:
     """Is it `snapfs SPEC DIR [-o ...]`, as `mount -t fuse.snapfs` calls it?
 
     Two positionals, of which the first is no verb.
     """
-    from .parser import VERBS  # noqa: PLC0415 - the parser imports this module
-
     positionals: list[str] = []
     skip = False
     for argument in arguments:
@@ -57,7 +30,7 @@ def is_mount_form(arguments: Sequence[str]) -> bool:
             skip = True
         elif not argument.startswith("-"):
             positionals.append(argument)
-    return len(positionals) == 2 and positionals[0] not in VERBS
+    return len(positionals) == 2 and positionals[0] not in verbs
 
 
 class _HelperParser(argparse.ArgumentParser):
@@ -68,8 +41,6 @@ class _HelperParser(argparse.ArgumentParser):
 
 def mount(arguments: Sequence[str]) -> int:
     """mount.snapfs SPEC DIR [-sfnv] [-N ns] [-o opts] [-t type]: exit statuses of mount(8)."""
-    from .mounting import mount_in_background  # noqa: PLC0415 - not needed by other commands
-
     parser = _HelperParser(prog="mount.snapfs", description="Mount an image with snapfs.")
     parser.add_argument("spec")
     parser.add_argument("dir")
@@ -96,8 +67,6 @@ def mount(arguments: Sequence[str]) -> int:
 
 def umount(arguments: Sequence[str]) -> int:
     """umount.fuse.snapfs DIR [-flnrv] [-N ns] [-t type]; returns when the daemon is gone."""
-    from .mounting import unmount  # noqa: PLC0415
-
     parser = _HelperParser(prog="umount.fuse.snapfs", description="Unmount a snapfs.")
     parser.add_argument("dir")
     for letter in "fnrv":

@@ -1,41 +1,64 @@
-"""What each command does: ask the daemon, print the answer."""
+"""Snapshots and the mount they are of: create, delete, list, show, status, limit, events."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from ..client import mountinfo
 from ..client.wire import Client, RemoteError
 from ..errors import ExitCode
-from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from . import bitmaps
-from .helpers import complain
-from .output import dump, human, print_pairs, print_table
+from .arguments import Verbs, add_json, size_or_none
+from .output import complain, dump, human, print_pairs, print_table
+from .selection import add_selection, selection
 
 EVENT_SECONDS = 20  # of waiting in one request
 
 
-def mount(arguments: argparse.Namespace) -> int:
-    """snapfs mount IMAGE MOUNTPOINT."""
-    from . import mounting  # noqa: PLC0415 - it starts a daemon, which the others do not need
+def add_to(verbs: Verbs) -> None:
+    """Add our commands."""
+    verb = verbs.add_parser("create", help="take a snapshot")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("name", metavar="NAME", nargs="?", help="default: the time in UTC")
+    add_selection(verb)
+    add_json(verb)
+    verb.set_defaults(run=create)
 
-    if arguments.foreground or arguments.ready_fd is not None:
-        return mounting.mount_in_foreground(
-            arguments.image, arguments.mountpoint, arguments.o, arguments.ready_fd
-        )
-    return mounting.mount_in_background(arguments.image, arguments.mountpoint, arguments.o)
+    verb = verbs.add_parser("delete", help="delete snapshots")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("names", metavar="NAME", nargs="+")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    add_json(verb)
+    verb.set_defaults(run=delete)
 
+    verb = verbs.add_parser("list", help="list snapshots")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    add_json(verb)
+    verb.set_defaults(run=list_snapshots)
 
-def umount(arguments: argparse.Namespace) -> int:
-    """snapfs umount MOUNTPOINT."""
-    from . import mounting  # noqa: PLC0415
+    verb = verbs.add_parser("show", help="show one snapshot")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("name", metavar="NAME")
+    add_json(verb)
+    verb.set_defaults(run=show)
 
-    return mounting.unmount(arguments.mountpoint)
+    verb = verbs.add_parser("status", help="show the state of a mount")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    add_json(verb)
+    verb.set_defaults(run=status)
+
+    verb = verbs.add_parser("limit", help="bound the space of the temp images")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("size", type=size_or_none, metavar="SIZE", help="or none")
+    add_json(verb)
+    verb.set_defaults(run=limit)
+
+    verb = verbs.add_parser("events", help="wait for what happens to the snapshots and print it")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("--once", action="store_true", help="print what there is, do not wait")
+    add_json(verb)
+    verb.set_defaults(run=events)
 
 
 def create(arguments: argparse.Namespace) -> int:
@@ -44,7 +67,7 @@ def create(arguments: argparse.Namespace) -> int:
     if name is None:
         name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
     with Client(arguments.mountpoint) as client:
-        snapshot = client.call("create", name=name, **bitmaps.selection(client, arguments))
+        snapshot = client.call("create", name=name, **selection(client, arguments))
     if arguments.json:
         dump("create", {"snapshot": snapshot})
     else:
@@ -125,60 +148,6 @@ def _print_status(answer: dict[str, Any]) -> None:
     print_pairs(
         {**answer, "snapshots": len(answer["snapshots"]), "bitmaps": ", ".join(names) or None}
     )
-
-
-def trim(arguments: argparse.Namespace) -> int:
-    """snapfs trim FILE: punches what the daemon says there is to punch in the range."""
-    found, inside = mountinfo.split(arguments.file)
-    trimmed = 0
-    with Client(found.mountpoint) as client:
-        if inside == "active":
-            _write_back(arguments.file)
-        for runs in _runs(client, inside, arguments):
-            if runs and not arguments.dry_run:
-                _punch(arguments.file, runs)
-            trimmed += sum(count for _, count in runs)
-    if arguments.json:
-        dump("trim", {"trimmed": trimmed, "dry_run": arguments.dry_run})
-    elif arguments.verbose or arguments.dry_run:
-        would = " (dry run)" if arguments.dry_run else ""
-        print(f"{arguments.file}: {human(trimmed)} ({trimmed} bytes) trimmed{would}")
-    return ExitCode.OK
-
-
-def _write_back(path: str) -> None:
-    """Have in the image what is only in the page cache, so that it counts as data."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)
-
-
-def _runs(
-    client: Client, inside: str, arguments: argparse.Namespace
-) -> Iterator[list[tuple[int, int]]]:
-    """What there is to punch, as (start, length), page by page."""
-    request = {"offset": arguments.offset, "length": arguments.length}
-    request = {key: value for key, value in request.items() if value is not None}
-    end = None if arguments.length is None else (arguments.offset or 0) + arguments.length
-    while True:
-        answer = client.call("runs", file=inside, minimum=arguments.minimum, **request)
-        yield answer["runs"]
-        if answer["next"] is None:
-            return
-        request["offset"] = answer["next"]
-        if end is not None:
-            request["length"] = end - answer["next"]
-
-
-def _punch(path: str, runs: list[tuple[int, int]]) -> None:
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        for start, count in runs:
-            fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, count)
-    finally:
-        os.close(fd)
 
 
 def events(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 
-from snapfs.cli import logs
+from snapfs.daemon import logs
 
 
 def record(text: str) -> logging.LogRecord:
@@ -50,7 +50,7 @@ def test_lines_are_written_in_order_before_and_after_the_start():
 
 INTERRUPTED = """
 import logging, signal
-from snapfs.cli import logs
+from snapfs.daemon import logs
 
 logging.raiseExceptions = False
 log = logging.getLogger("snapfs")
