@@ -1,25 +1,25 @@
-/* One thread that carries a large request while the trio thread goes on to the next.
+/* One thread, the helper, that carries a large request while the trio thread goes on to the next.
  *
  * All functions are the trio thread's.  Of what an errand uses nothing may change or go away
  * before large_wait(); and no errand outlives the drain in which it began.
  */
-#ifndef SNAPFS_HELPER_H
-#define SNAPFS_HELPER_H
+#ifndef SNAPFS_LARGEREQUESTS_H
+#define SNAPFS_LARGEREQUESTS_H
 
 #include <stdbool.h>
 
-#define HELPER_INTERNAL __attribute__((visibility("hidden")))
+#define LARGE_INTERNAL __attribute__((visibility("hidden")))
 
 /* Run `errand` in the thread.  False: it cannot, as it has not been waited for since. */
-HELPER_INTERNAL bool large_start(void (*errand)(void));
+LARGE_INTERNAL bool large_start(void (*errand)(void));
 
 /* Has it been started, and not been waited for since? */
-HELPER_INTERNAL bool large_is_out(void);
+LARGE_INTERNAL bool large_is_out(void);
 
 /* Has it been started, and is over? */
-HELPER_INTERNAL bool large_is_back(void);
+LARGE_INTERNAL bool large_is_back(void);
 
 /* Return when it is over; at once if there is none. */
-HELPER_INTERNAL void large_wait(void);
+LARGE_INTERNAL void large_wait(void);
 
 #endif

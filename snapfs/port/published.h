@@ -5,8 +5,8 @@
  * published_unload() and no longer, so that a bitmap can grow, and a mapping be closed, whenever
  * Python runs.
  */
-#ifndef SNAPFS_STATE_H
-#define SNAPFS_STATE_H
+#ifndef SNAPFS_PUBLISHED_H
+#define SNAPFS_PUBLISHED_H
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

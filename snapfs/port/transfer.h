@@ -2,8 +2,8 @@
  *
  * No judgement: what may be read or written is decided before.  Trio thread, without the GIL.
  */
-#ifndef SNAPFS_CARRY_H
-#define SNAPFS_CARRY_H
+#ifndef SNAPFS_TRANSFER_H
+#define SNAPFS_TRANSFER_H
 
 #include "published.h"
 
