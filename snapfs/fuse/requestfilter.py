@@ -44,6 +44,7 @@ __all__ = [
     "set_fastpath",
     "set_handlers",
     "statistics",
+    "synchronous_write",
     "try_requests",
     "unset_fastpath",
 ]
@@ -121,7 +122,8 @@ def attached() -> bool:
 def configure(*, receive: bool) -> None:
     """Switch the filter's own reading of /dev/fuse on (the default) or off.
 
-    Off, libfuse reads, and `direct_read` is always False.  May be changed at any time.
+    Off, libfuse reads, and `direct_read` and `synchronous_write` are always False.  May be
+    changed at any time.
     """
     _requestfilter.configure(receive=receive)
 
@@ -163,6 +165,15 @@ def direct_read() -> bool:
     Valid in Operations.read until its first await.
     """
     return _requestfilter.direct_read()
+
+
+def synchronous_write() -> bool:
+    """Whether the request received last is a WRITE with O_DSYNC or O_SYNC, by whatever means.
+
+    Valid in Operations.write until its first await.  The kernel itself syncs after a write
+    through the page cache; what bypasses that is ours.
+    """
+    return _requestfilter.synchronous_write()
 
 
 def invalidate_range(ino: int, offset: int, length: int) -> None:
@@ -277,7 +288,8 @@ def statistics() -> dict[str, int]:
     """Counters since the process started; requests count once the filter has read them.
 
     sessions received received_bytes empty_receives reads direct_reads writes fallocates
-    lseeks replies failed_replies invalidations, and outstanding: how many fallocate and
+    lseeks replies failed_replies invalidations, interrupts (they are no requests of anybody's:
+    answered at once, and not received), and outstanding: how many fallocate and
     lseek requests wait for their reply now.
     """
     return _requestfilter.statistics()

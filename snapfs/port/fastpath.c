@@ -7,7 +7,8 @@
  *                        promise (durability.py) in the range, snapshots not being created:
  *                        sets the dirty bits, notes activity, writes.  With pending clusters
  *                        it is kept until the pool has copied them (waiting.c), then it goes
- *                        on like any other
+ *                        on like any other.  Not one that is to be durable (O_DSYNC): a sync
+ *                        may block
  *   READ of `active`     data in the page cache
  *   READ of a snapshot   every cluster accessible, its source by the engine's rule (the first
  *                        done_j with j >= i, else the image), data in the page cache
@@ -24,6 +25,7 @@
 #include "copypool.h"
 #include "waiting.h"
 
+#include <fcntl.h>
 #include <linux/fuse.h>
 #include <poll.h>
 #include <string.h>
@@ -219,7 +221,7 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
 
     if (size < sizeof(*in) + sizeof(*arg) || size - sizeof(*in) - sizeof(*arg) != arg->size ||
         in->nodeid != ACTIVE_INODE || !is_inode_of(arg->fh, ACTIVE_INODE) ||
-        arg->write_flags & ~(uint32_t)KNOWN_WRITE_FLAGS)
+        arg->flags & O_DSYNC || arg->write_flags & ~(uint32_t)KNOWN_WRITE_FLAGS)
         return FASTPATH_PYTHONS;
     if (!state.writable || !arg->size || arg->offset >= state.size ||
         arg->size > state.size - arg->offset)

@@ -120,6 +120,22 @@ bool negotiate_is_init(const struct fuse_buf *buf)
            ((const struct fuse_in_header *)buf->mem)->opcode == FUSE_INIT;
 }
 
+/* Says that interrupts are not for us: nobody here ends a request early.  The kernel takes that, and
+ * sends no more of them, if the request is still under way; else the next one is told.  libfuse must
+ * not see them: it keeps those whose request it does not know, and looks through them at each request. */
+bool negotiate_interrupt(int device, const void *request, size_t size)
+{
+    const struct fuse_in_header *in = request;
+    struct fuse_out_header out = {.len = sizeof(out), .error = -ENOSYS};
+
+    if (size < sizeof(*in) || in->opcode != FUSE_INTERRUPT)
+        return false;
+    out.unique = in->unique;
+    filter.interrupts++;
+    (void)!write(device, &out, sizeof(out));
+    return true;
+}
+
 /* Without the flag each write(2) holds the kernel's lock of the inode until it is answered, so
  * that one whose old data takes long to copy holds up all others.  The kernel allows them side by
  * side only through handles that bypass the page cache, as long as none uses it. */

@@ -85,7 +85,13 @@ static PyObject *reply_write(PyObject *module, PyObject *args)
 static PyObject *direct_read(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
-    return PyBool_FromLong(filter.last_was_direct_read);
+    return PyBool_FromLong(filter.last.direct_read);
+}
+
+static PyObject *synchronous_write(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyBool_FromLong(filter.last.synchronous_write);
 }
 
 static PyObject *attached(PyObject *module, PyObject *unused)
@@ -151,11 +157,11 @@ static PyObject *statistics(PyObject *module, PyObject *unused)
 
     if (!found)
         return NULL;
-    own = Py_BuildValue("{sKsKsKsKsKsKsKsKsKsK}", "sessions", filter.sessions, "received",
+    own = Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsK}", "sessions", filter.sessions, "received",
                         filter.received, "received_bytes", filter.received_bytes,
                         "empty_receives", filter.empty_receives, "reads", filter.reads,
-                        "direct_reads", filter.direct_reads, "writes", filter.writes, "replies",
-                        counters.replies, "failed_replies", counters.failed_replies,
+                        "direct_reads", filter.direct_reads, "writes", filter.writes, "interrupts",
+                        filter.interrupts, "replies", counters.replies, "failed_replies", counters.failed_replies,
                         "invalidations", counters.invalidations);
     if (!own || PyDict_Update(found, own))
         Py_CLEAR(found);
@@ -171,6 +177,8 @@ static PyMethodDef methods[] = {
     {"reply_error", handlers_reply_error, METH_VARARGS, PyDoc_STR("reply_error(request, errno)")},
     {"reply_offset", handlers_reply_offset, METH_VARARGS, PyDoc_STR("reply_offset(request, offset)")},
     {"direct_read", direct_read, METH_NOARGS, PyDoc_STR("direct_read() -> bool")},
+    {"synchronous_write", synchronous_write, METH_NOARGS,
+     PyDoc_STR("synchronous_write() -> bool")},
     {"attached", attached, METH_NOARGS, PyDoc_STR("attached() -> bool")},
     {"invalidate_range", invalidate_range, METH_VARARGS,
      PyDoc_STR("invalidate_range(ino, offset, length)")},

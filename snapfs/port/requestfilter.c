@@ -112,7 +112,7 @@ static struct fuse_session *adopt_session(struct fuse_session *created)
         return NULL;
     filter.session = created;
     nonblocking = false;
-    filter.last_was_direct_read = false;
+    filter.last = (struct last_request){0};
     handlers_forget();
     fastpath_forget();
     filter.sessions++;
@@ -172,7 +172,7 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
 {
     if (se == filter.session) {
         filter.session = NULL;
-        filter.last_was_direct_read = false;
+        filter.last = (struct last_request){0};
         handlers_forget(); /* they point into the session */
         fastpath_forget();
         buffer_free_all();
@@ -186,11 +186,15 @@ INTERPOSED void fuse_session_destroy(struct fuse_session *se)
 /* `size` bytes have been read, at least a header. */
 static void note_request(const struct fuse_in_header *header, size_t size)
 {
-    filter.last_was_direct_read = false;
+    filter.last = (struct last_request){0};
     filter.received++;
     filter.received_bytes += size;
     if (header->opcode == FUSE_WRITE) {
+        const struct fuse_write_in *in = (const void *)(header + 1);
         filter.writes++;
+        /* O_SYNC includes it.  Of this write: by the open file, RWF_DSYNC, or the mount. */
+        filter.last.synchronous_write =
+            size >= sizeof(*header) + sizeof(*in) && (in->flags & O_DSYNC);
     } else if (header->opcode == FUSE_READ) {
         const struct fuse_read_in *in = (const void *)(header + 1);
         filter.reads++;
@@ -198,7 +202,7 @@ static void note_request(const struct fuse_in_header *header, size_t size)
          * the page cache (fs/fuse/file.c). */
         if (size >= sizeof(*header) + sizeof(*in) && (in->read_flags & FUSE_READ_LOCKOWNER)) {
             filter.direct_reads++;
-            filter.last_was_direct_read = true;
+            filter.last.direct_read = true;
         }
     }
 }
@@ -275,6 +279,8 @@ static ssize_t drain(int fd, void **memory, PyThreadState **thread)
             errno = EAGAIN;
             break;
         }
+        if (negotiate_interrupt(fd, request, (size_t)size))
+            continue;
         if (!fastpath_is_on() || !fastpath_wants(request, (size_t)size))
             break;
         if (!begun) {
@@ -329,7 +335,7 @@ static int receive(struct fuse_session *se, struct fuse_buf *buf)
     PyEval_RestoreThread(thread);
     fastpath_end(fd);
 
-    filter.last_was_direct_read = false;
+    filter.last = (struct last_request){0};
     if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
         note_request(memory, (size_t)size);
         lent = memory;
@@ -363,7 +369,7 @@ INTERPOSED int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf
 {
     if (se != filter.session)
         return libfuse.receive_buf(se, buf);
-    filter.last_was_direct_read = false;
+    filter.last = (struct last_request){0};
     if (!nonblocking) {
         /* For libfuse's own receive too: a request that is interrupted between poll and
          * read would otherwise stop the event loop until the next one. */
@@ -378,6 +384,9 @@ INTERPOSED int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf
 
 INTERPOSED void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
 {
+    if (!(buf->flags & FUSE_BUF_IS_FD) &&
+        negotiate_interrupt(fuse_session_fd(se), buf->mem, buf->size))
+        return; /* libfuse has read it: configure() */
     /* Both may leave a Python exception set: no Python below. */
     if (lent && buf->mem == lent && negotiate_is_init(buf))
         negotiate_init(se, buf, libfuse.process_buf);

@@ -20,15 +20,22 @@ enum {
 
 /* ---- requestfilter.c; the GIL protects it ---------------------------------------------- */
 
+/* Of the request received last: what pyfuse3 does not tell of it. */
+struct last_request {
+    bool direct_read;       /* it is a READ that bypasses the page cache */
+    bool synchronous_write; /* it is a WRITE to be made durable before it is answered */
+};
+
 struct filter {
     struct fuse_session *session; /* NULL: none, or destroyed */
     bool receive_enabled;         /* the off switch: configure(receive=...) */
-    bool last_was_direct_read;    /* of the request received last */
+    struct last_request last;
     unsigned long long sessions;       /* created */
     unsigned long long received;       /* requests that receive() read */
     unsigned long long received_bytes; /* their bytes, headers included */
     unsigned long long empty_receives; /* nothing there to read after all */
     unsigned long long reads, direct_reads, writes; /* among received */
+    unsigned long long interrupts; /* not among received: answered at once */
 };
 
 extern INTERNAL struct filter filter;
@@ -49,6 +56,9 @@ INTERNAL bool negotiate_is_init(const struct fuse_buf *buf);
  * a Python exception set. */
 INTERNAL void negotiate_init(struct fuse_session *se, const struct fuse_buf *buf,
                              void (*process)(struct fuse_session *, const struct fuse_buf *));
+
+/* Answer the request if it is an INTERRUPT, which then is nobody else's.  Returns whether it was. */
+INTERNAL bool negotiate_interrupt(int device, const void *request, size_t size);
 
 /* The reply to an open of a file that bypasses the page cache; as fuse_reply_open(). */
 INTERNAL int negotiate_open(fuse_req_t request, const struct fuse_file_info *fi);

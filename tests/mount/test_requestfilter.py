@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -408,6 +409,46 @@ def test_requests_are_answered_in_any_order(mount: Mount) -> None:
             thread.join()
     assert list(range(count)) == sorted(found)
     assert 0 == mount("statistics")["outstanding"]
+
+
+def test_interrupts_are_refused_and_nobody_keeps_them(mount: Mount) -> None:
+    """One that libfuse saw and did not know the request of stayed in its list for ever."""
+    count = 50
+    mount("set", {"hold": True})
+    found: list[int] = []
+
+    def seek(fd: int) -> None:
+        found.append(os.lseek(fd, 0, os.SEEK_DATA))
+
+    def start(fd: int) -> threading.Thread:
+        thread = threading.Thread(target=seek, args=(fd,))
+        thread.start()
+        return thread
+
+    def interrupt(thread: threading.Thread) -> None:
+        assert thread.ident is not None
+        signal.pthread_kill(thread.ident, signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with contextlib.ExitStack() as stack:
+            fds = [stack.enter_context(mount.open(name=f"file{n}")) for n in range(count)]
+            threads = [start(fds[0])]
+            wait_until(lambda: mount("statistics")["outstanding"] == 1)
+            interrupt(threads[0])
+            wait_until(lambda: mount("statistics")["interrupts"] == 1)
+            threads += [start(fd) for fd in fds[1:]]
+            wait_until(lambda: mount("statistics")["outstanding"] == count)
+            for thread in threads[1:]:
+                interrupt(thread)
+            mount("answer", list(range(count)))
+            for thread in threads:
+                thread.join()
+        interrupts = mount("statistics")["interrupts"]
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert list(range(count)) == sorted(found)
+    assert 1 == interrupts  # from then on the kernel sends none
 
 
 def aligned(size: int) -> mmap.mmap:
