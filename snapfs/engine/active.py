@@ -33,6 +33,7 @@ from .layer import Layer, LayerStore
 from .layerkeeper import LayerKeeper
 from .layers import LayerStack
 from .reqlist import Gate, Request, RequestList
+from .sharedcall import SharedCall
 from .snapshotreader import SnapshotReader
 from .space import SpaceStatus, TempSpace
 from .tracker import Tracker
@@ -84,6 +85,7 @@ class ActiveImage:
         self._creations = trio.Lock()  # held before the next one: ids ascend in the list
         self._transitions = trio.Lock()  # one change of the layer list at a time
         self._frozen_reads: RequestList[Request] = RequestList()
+        self._flushes = SharedCall(image.flush)
         dirty = DirtyBitmaps(bitmaps)
         self._keeper = LayerKeeper(
             self._stack,
@@ -243,8 +245,8 @@ class ActiveImage:
         return True
 
     async def flush(self) -> None:
-        """Make the data of the image durable."""
-        await self._image.flush()
+        """Make the data of the image durable: what was written when this is called."""
+        await self._flushes.run(self._nursery)
 
     async def alter(self, change: Callable[[], None]) -> None:
         """Run a blocking change of the image's owner, mode or times; no data changes."""

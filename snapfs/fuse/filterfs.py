@@ -62,6 +62,8 @@ class FilterRequests:
             if handle.layer is None:
                 try:
                     await self._fallocate_active(mode, offset, length)
+                    if handle.synchronous:  # as ext4 and XFS do
+                        await self._engine.flush()
                 except BaseException:  # a part is done: the kernel must not show what was there
                     with trio.CancelScope(shield=True):
                         await self._page_cache.drop(handle.inode, offset, max(1, length))

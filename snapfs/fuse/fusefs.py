@@ -333,15 +333,23 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        if self._handles[fh].inode != ACTIVE:
+        return await self._write(fh, off, buf, requestfilter.synchronous_write())
+
+    async def _write(self, fh: int, off: int, buf: bytes, synchronous: bool) -> int:
+        """`synchronous`: durable before it is answered, if the kernel does not see to that."""
+        handle = self._handles[fh]
+        if handle.inode != ACTIVE:
             raise errors.ReadOnly("only active can be written")
-        return await self._engine.write(off, buf)
+        written = await self._engine.write(off, buf)
+        if handle.direct and (synchronous or handle.synchronous):
+            await self._engine.flush()
+        return written
 
     async def _write_kept(self, unique: int, fh: int, offset: int, data: bytes) -> None:
         """Carry out a write that the fast path has handed over, and answer it."""
         error = errno.EINTR  # cancelled
         try:
-            await self.write(fh, offset, data)
+            await self._write_guarded(fh, offset, data, False)  # others are not handed over
             error = 0
         except pyfuse3.FUSEError as failure:
             error = failure.errno
@@ -360,6 +368,7 @@ class SnapshotFS(pyfuse3.Operations):
         finally:
             requestfilter.reply_read(unique, error, data)
 
+    _write_guarded = handler(_write)
     _read_guarded = handler(_read)
 
     # Extended attributes

@@ -26,7 +26,8 @@ class Handle:
     """An open file.  `layer` None: `active`, or a bitmap if there is `content`.
 
     `direct`: it bypasses the page cache.  `keep_cache`: what the page cache has
-    of the file from before is true.
+    of the file from before is true.  `writable`, `synchronous`: opened for writing,
+    and with O_DSYNC or O_SYNC, which cannot be changed afterwards.
     """
 
     number: int
@@ -35,6 +36,8 @@ class Handle:
     own: bool  # opened by the daemon itself
     direct: bool
     keep_cache: bool
+    writable: bool = False
+    synchronous: bool = False
     creator: int | None = None  # the thread whose open(O_CREAT) made the snapshot
     content: bytes | None = None  # of a bitmap, at its open(2)
 
@@ -66,14 +69,20 @@ class Handles:
         keep_cache = direct or not self._bypassed
         if not own:
             self._bypassed = direct
-        return self._add(Handle(next(self._numbers), inode, None, own, direct, keep_cache))
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        synchronous = bool(flags & os.O_DSYNC)  # O_SYNC includes it
+        handle = Handle(
+            next(self._numbers), inode, None, own, direct, keep_cache, writable, synchronous
+        )
+        return self._add(handle)
 
     def add_snapshot(
         self, inode: int, layer: Layer, thread: int, creator: int | None = None
     ) -> Handle:
         """A snapshot is opened; `creator`: by the thread that has just made it."""
         own = self._page_cache.is_own(thread)
-        return self._add(Handle(next(self._numbers), inode, layer, own, False, True, creator))
+        handle = Handle(next(self._numbers), inode, layer, own, False, True, creator=creator)
+        return self._add(handle)
 
     def add_bitmap(self, inode: int, content: bytes) -> Handle:
         """A bitmap is opened, whose size nobody knows before it is read."""
@@ -89,6 +98,17 @@ class Handles:
         """A file has been closed by all who had it."""
         requestfilter.handle_closed(number)
         return self._handles.pop(number)
+
+    def may_be_dirty(self, inode: int) -> bool:
+        """May the page cache have data of the file that has not been written to us?
+
+        Through a shared mapping or the writeback cache, then; the kernel writes
+        it back before the last close of such a file, and of such a mapping.
+        """
+        return any(
+            handle.inode == inode and handle.writable and not handle.direct
+            for handle in self._handles.values()
+        )
 
     def has_created(self, inode: int, thread: int) -> bool:
         """Has the thread made this snapshot through a handle that is still open, as touch does?"""
