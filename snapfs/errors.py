@@ -40,8 +40,16 @@ class InvalidName(UsageError):
     """A snapshot or bitmap name that is not a plain file name."""
 
 
+class NameTooLong(InvalidName):
+    """A name of more bytes than a file name may have."""
+
+
 class InvalidRange(UsageError):
     """An offset or length outside what the file can have."""
+
+
+class ImageTooLarge(SnapfsError):
+    """The image would be larger than the mount allows (max-size=)."""
 
 
 class NotFound(SnapfsError):

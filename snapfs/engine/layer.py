@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from attrs import define, field, frozen
 from bitarray import bitarray
 
-from ..errors import InvalidName
+from ..errors import InvalidName, NameTooLong
 from ..storage.image import Image
 from .bitmap import Bitmap
 from .dirty import BitmapRecord, BitmapStore
@@ -42,7 +42,7 @@ def check_name(name: str) -> str:
     except UnicodeEncodeError:
         raise InvalidName("the name must be valid UTF-8") from None
     if size > MAX_NAME_BYTES:
-        raise InvalidName(f"the name has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
+        raise NameTooLong(f"the name has {size} bytes; at most {MAX_NAME_BYTES} are allowed")
     if "/" in name or any(unicodedata.category(letter) == "Cc" for letter in name):
         raise InvalidName(f"{name!r} has a slash or a control character")
     return name

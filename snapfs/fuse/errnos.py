@@ -13,6 +13,7 @@ from ..engine.events import Events
 
 log = logging.getLogger(__name__)
 
+MAX_ERRNO = 511  # of an answer: fuse_dev_do_write() in fs/fuse/dev.c
 REPEAT_SECONDS = 60.0  # between two lines of the log about one kind of failure
 
 ERRNOS: tuple[tuple[type[errors.SnapfsError], int], ...] = (
@@ -22,8 +23,10 @@ ERRNOS: tuple[tuple[type[errors.SnapfsError], int], ...] = (
     (errors.SnapshotLost, errno.EIO),
     (errors.ReadOnly, errno.EROFS),
     (errors.NotSupported, errno.EOPNOTSUPP),
+    (errors.ImageTooLarge, errno.EFBIG),
     (errors.NotPermitted, errno.EPERM),
     (errors.InUse, errno.EBUSY),
+    (errors.NameTooLong, errno.ENAMETOOLONG),
     (errors.UsageError, errno.EINVAL),
     (errors.SnapfsError, errno.EIO),
 )
@@ -35,26 +38,43 @@ class Errnos:
     def __init__(self, events: Events) -> None:
         self.unhealthy: str | None = None  # the first unexpected exception
         self._events = events
-        self._logged: dict[tuple[str, int | None], float] = {}  # failures, and when
+        self._logged: dict[tuple[str, int], float] = {}  # failures, and when
 
     def errno_of(self, error: Exception, what: str) -> int:
         """The errno that tells a caller of an exception; unexpected ones are logged."""
         if isinstance(error, errors.SnapfsError):
             return next(number for kind, number in ERRNOS if isinstance(error, kind))
         if isinstance(error, OSError) and error.errno:
-            if error.errno in (errno.EIO, errno.ENOSPC):
-                self._log(what, error)
-            return error.errno
+            number = _answerable(error.errno)
+            if number in (errno.EIO, errno.ENOSPC):
+                self._log(what, error, error.errno)
+            return number
+        if isinstance(error, MemoryError):  # nothing has been changed then
+            self._log(what, error, errno.ENOMEM)
+            return errno.ENOMEM
         log.error("unexpected error in %s", what, exc_info=error)
         if self.unhealthy is None:
             self.unhealthy = f"unexpected error in {what}: {error!r}"
             self._events.record("unhealthy", reason=self.unhealthy)
         return errno.EIO
 
-    def _log(self, what: str, error: OSError) -> None:
+    def _log(self, what: str, error: Exception, number: int) -> None:
         """One line for a kind of failure in `REPEAT_SECONDS`; a full disk fails every request."""
         now = trio.current_time()
-        repeated = now - self._logged.get((what, error.errno), -math.inf) < REPEAT_SECONDS
+        repeated = now - self._logged.get((what, number), -math.inf) < REPEAT_SECONDS
         if not repeated:
-            self._logged[what, error.errno] = now
-        log.log(logging.DEBUG if repeated else logging.ERROR, "%s: %s", what, error)
+            self._logged[what, number] = now
+        level = logging.DEBUG if repeated else logging.ERROR
+        log.log(level, "%s: %s", what, str(error) or repr(error))
+
+
+def _answerable(number: int) -> int:
+    """The errno of a failed system call, as the kernel takes it for an answer.
+
+    It refuses those of its own, of which storage may let one out (NFS's 524,
+    for one), and would wait for another answer for ever.  ENOSYS it would take
+    for good: no fsync, for one, would be asked for again, and each succeed.
+    """
+    if number == errno.ENOSYS:
+        return errno.EOPNOTSUPP
+    return number if 0 < number <= MAX_ERRNO else errno.EIO
