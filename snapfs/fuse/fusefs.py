@@ -15,8 +15,8 @@ import errno
 import functools
 import logging
 import os
-import stat
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import pyfuse3
@@ -31,11 +31,15 @@ from .fastpath import FIRST_SNAPSHOT, FastPath
 from .filterfs import FilterRequests
 from .handles import Handle, Handles
 from .pagecache import PageCache
-from .tree import ACTIVE, BITMAPS, DIRECTORIES, SNAPSHOTS, Tree, decode
+from .tree import ACTIVE, BITMAPS, DIRECTORIES, PERMISSIONS, SNAPSHOTS, Tree, decode
 
 log = logging.getLogger(__name__)
 
 MAX_TASKS = 1000  # requests at once; those that wait must not keep others out
+
+# Who opens a new file with one of these means to write to it: cp, mv and mktemp; dd and a shell's
+# ">"; ">>".  touch has none of them.
+NOT_TO_CREATE = os.O_EXCL | os.O_TRUNC | os.O_APPEND
 
 _Self = TypeVar("_Self", bound="SnapshotFS")
 _Arguments = ParamSpec("_Arguments")
@@ -161,16 +165,18 @@ class SnapshotFS(pyfuse3.Operations):
     async def _change_active(
         self, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields
     ) -> None:
+        mode = attr.st_mode & PERMISSIONS if fields.update_mode else None
+        uid = attr.st_uid if fields.update_uid else None
+        gid = attr.st_gid if fields.update_gid else None
+        of_image = self._tree.check_owner_change(mode, uid, gid)
         if fields.update_size:
             await self._engine.resize(attr.st_size)
         changes: list[Callable[[], None]] = []
-        if fields.update_mode:
-            mode = stat.S_IMODE(attr.st_mode)
+        if of_image and mode is not None:
             changes.append(functools.partial(os.fchmod, self._image_fd, mode))
-        if fields.update_uid or fields.update_gid:
-            uid = attr.st_uid if fields.update_uid else -1
-            gid = attr.st_gid if fields.update_gid else -1
-            changes.append(functools.partial(os.fchown, self._image_fd, uid, gid))
+        if of_image and (uid, gid) != (None, None):
+            ids = (-1 if uid is None else uid, -1 if gid is None else gid)
+            changes.append(functools.partial(os.fchown, self._image_fd, *ids))
         if fields.update_atime or fields.update_mtime:
             now = os.fstat(self._image_fd)
             times = (
@@ -220,9 +226,9 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        for inode, name in self._tree.entries(fh):
-            if inode > start_id and not pyfuse3.readdir_reply(
-                token, name.encode(), self._attributes(inode), inode
+        for position, inode, name in self._tree.listing(fh):
+            if position > start_id and not pyfuse3.readdir_reply(
+                token, name.encode(), self._attributes(inode), position
             ):
                 return
 
@@ -278,6 +284,8 @@ class SnapshotFS(pyfuse3.Operations):
             raise errors.ReadOnly("snapshots are read-only")
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._check_owner(ctx)
+        if flags & os.O_ACCMODE == os.O_RDWR and _makes_loop_devices(ctx.pid):
+            raise errors.ReadOnly("a loop device of a snapshot is read-only")
         self._engine.open_snapshot(layer)
         return _opened(self._handles.add_snapshot(inode, layer, ctx.pid))
 
@@ -293,6 +301,8 @@ class SnapshotFS(pyfuse3.Operations):
         if parent_inode != SNAPSHOTS:
             raise errors.NotPermitted("files can be created in snapshots/ only")
         self._check_owner(ctx)
+        if flags & NOT_TO_CREATE:
+            raise errors.ReadOnly("a snapshot is created by touch; nothing can be written to it")
         layer = await self._engine.create_snapshot(decode(name))
         self._engine.open_snapshot(layer)
         inode = FIRST_SNAPSHOT + layer.id
@@ -385,7 +395,7 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return list(self._tree.xattrs(inode))
+        return []  # cp -a and rsync -X would copy what is listed, and fail, or keep what is stale
 
     @handler
     async def setxattr(
@@ -396,6 +406,18 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         raise errors.NotSupported("extended attributes cannot be removed")
+
+
+def _makes_loop_devices(thread: int) -> bool:
+    """Is it the thread of a program that makes a loop device of what it opens read-write?
+
+    If that fails with EROFS it makes a read-only one, and mount(8) mounts that
+    read-only, while writes to the other would fail as if the disk were broken.
+    """
+    try:
+        return Path(f"/proc/{thread}/comm").read_bytes() in (b"mount\n", b"losetup\n")
+    except OSError:  # it is gone, or in another name space
+        return False
 
 
 def _opened(handle: Handle) -> pyfuse3.FileInfo:

@@ -19,7 +19,7 @@ from attrs import frozen
 
 from .. import errors
 from ..engine.engine import Engine
-from ..engine.layer import Layer
+from ..engine.layer import MAX_NAME_BYTES, Layer
 from . import bitmapfs
 from .fastpath import FIRST_SNAPSHOT
 
@@ -28,6 +28,9 @@ ACTIVE = 2
 SNAPSHOTS = 3
 BITMAPS = bitmapfs.DIRECTORY
 DIRECTORIES = (ROOT, SNAPSHOTS, BITMAPS)
+
+# That there are: a set-user-ID program on `active` would be one that whoever writes to it chooses.
+PERMISSIONS = 0o777
 
 ACTIVE_SECONDS = 300  # that the kernel may keep the name of `active`; no other
 
@@ -39,6 +42,11 @@ class Ownership:
     uid: int | None = None
     gid: int | None = None
     umask: int = 0
+
+    @property
+    def presented(self) -> bool:
+        """Do the files show anything else than what the image has?"""
+        return self != Ownership()
 
     def of(self, status: os.stat_result) -> tuple[int, int]:
         """User and group of the files, over an image with that status."""
@@ -75,8 +83,27 @@ class Tree:
         """The user to whom the files belong."""
         return self._ownership.of(os.fstat(self._image_fd))[0]
 
+    def check_owner_change(self, mode: int | None, uid: int | None, gid: int | None) -> bool:
+        """Is a change of owner and mode of `active`, None: as it is, one of the image's?
+
+        Not if others are shown than the image's: who is made the owner by `uid`
+        owns what is shown, not the image.  Then one that changes nothing is let
+        pass, and any other raises NotPermitted.
+        """
+        if not self._ownership.presented:
+            return True
+        shown = self.attributes(ACTIVE)
+        if (mode, uid, gid) != (
+            None if mode is None else shown.mode & PERMISSIONS,
+            None if uid is None else shown.uid,
+            None if gid is None else shown.gid,
+        ):
+            raise errors.NotPermitted("owner and mode come from the options uid, gid and umask")
+        return False
+
     def lookup(self, parent: int, name: bytes) -> int:
         """The inode of a name in a directory.  Raises NotFound, InvalidName and OSError ENOENT."""
+        _check_length(name)
         if parent == ROOT and name == b"active":
             return ACTIVE
         if parent == ROOT and name == b"snapshots":
@@ -89,7 +116,13 @@ class Tree:
             return FIRST_SNAPSHOT + self._engine.find(decode(name)).id
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
-    def entries(self, directory: int) -> list[tuple[int, str]]:
+    def listing(self, directory: int) -> list[tuple[int, int, str]]:
+        """What readdir(3) gives: positions, from 1 on, inodes and names, by position."""
+        entries = self._entries(directory)
+        dots = [(1, directory, "."), (2, ROOT, "..")]
+        return dots + [(2 + inode, inode, name) for inode, name in entries]
+
+    def _entries(self, directory: int) -> list[tuple[int, str]]:
         """Inodes and names in a directory, by inode."""
         if directory == SNAPSHOTS:
             return [
@@ -110,7 +143,7 @@ class Tree:
         """What stat(2) tells of an inode; raises OSError ESTALE."""
         status = os.fstat(self._image_fd)
         uid, gid = self._ownership.of(status)
-        mode = stat.S_IMODE(status.st_mode)
+        mode = status.st_mode & PERMISSIONS
         times = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
         size = blocks = name_seconds = 0
         links = 1
@@ -121,7 +154,8 @@ class Tree:
         elif inode == ACTIVE:
             mode |= stat.S_IFREG
             size = self._engine.size
-            blocks = status.st_blocks
+            # Never 0, as in Layer.stat_blocks: there may be data that is not here yet.
+            blocks = max(status.st_blocks, int(size > 0))
             name_seconds = ACTIVE_SECONDS
         elif bitmapfs.is_bitmap(inode):
             self.bitmaps.find(inode)
@@ -159,8 +193,15 @@ class Tree:
         }
 
 
+def _check_length(name: bytes) -> None:
+    """The kernel asks for longer ones than a file system usually has."""
+    if len(name) > MAX_NAME_BYTES:
+        raise errors.NameTooLong(f"a name has at most {MAX_NAME_BYTES} bytes")
+
+
 def decode(name: bytes) -> str:
-    """A name of a snapshot or bitmap as the kernel gives it; raises InvalidName."""
+    """A name of a snapshot or bitmap as the kernel gives it; raises InvalidName, NameTooLong."""
+    _check_length(name)
     try:
         return name.decode()
     except UnicodeDecodeError:

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,38 @@ def test_umask_and_owner(open_to_all):
     assert (NOBODY, NOBODY, 0o600) == (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
     assert "1" * 4 * K64 == as_other("cat", disk.snapshots / "s").stdout
     assert 0 == as_other("touch", disk.snapshots / "theirs").returncode
+
+
+def test_nobody_makes_the_image_a_program_of_its_owner(open_to_all):
+    disk = open_to_all("allow_other", f"uid={NOBODY}")
+    as_other("dd", f"of={disk.active}", "if=/bin/true", "conv=notrunc")
+    for mode in ("4755", "2755", "755", "1777"):
+        assert refused("chmod", mode, disk.active), mode
+    assert refused("chgrp", NOBODY, disk.active)
+    assert 1 == subprocess.run(["chmod", "600", disk.active], check=False).returncode
+    assert 1 == subprocess.run(["chown", "1:1", disk.active], check=False).returncode
+    status = disk.image.stat()
+    assert (0, 0, 0o100666) == (status.st_uid, status.st_gid, status.st_mode)
+    # What changes nothing of what is shown may be asked for, as libvirt does.
+    os.chown(disk.active, NOBODY, 0)
+    assert 0 == as_other("chmod", "666", disk.active).returncode
+    assert (0, 0o100666) == (disk.image.stat().st_uid, disk.image.stat().st_mode)
+
+
+def test_set_user_id_bits_are_neither_shown_nor_set(open_to_all):
+    disk = open_to_all("allow_other", mode=0o666)
+    os.chmod(disk.active, 0o7751)
+    assert 0o100751 == os.stat(disk.active).st_mode == disk.image.stat().st_mode
+    os.chmod(disk.image, 0o6755)
+    assert 0o100755 == os.stat(disk.active).st_mode
+    assert 0o100644 == os.stat(disk.snapshots / "s").st_mode
+
+
+def test_a_mount_of_root_has_neither_programs_of_others_nor_devices(open_to_all):
+    disk = open_to_all("allow_other", "suid", "dev")
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    options = next(line[5] for line in lines if line[4] == str(disk.mountpoint))
+    assert {"nosuid", "nodev"} <= set(options.split(","))
 
 
 def test_the_socket_looks_at_who_calls(open_to_all):

@@ -256,6 +256,73 @@ def test_refusals(mount):
     assert errno.EINVAL == errno_of((disk.snapshots / "a\nb").touch)
 
 
+def test_what_cannot_be_written_does_not_create(mount):
+    disk = mount(K64)
+    new = disk.snapshots / "new"
+    for flags in (os.O_EXCL, os.O_TRUNC, os.O_APPEND):
+        for access in (os.O_WRONLY, os.O_RDWR):
+            assert errno.EROFS == errno_of(os.open, new, access | os.O_CREAT | flags)
+    source = disk.mountpoint.parent / "x"
+    source.write_text("text")
+    for command in (
+        ("cp", source, new), ("mv", source, new), ("dd", f"if={source}", f"of={new}"),
+        ("mktemp", disk.snapshots / "XXXXXX"), ("install", source, new),
+        ("sh", "-c", f"echo > {new}"), ("sh", "-c", f"echo >> {new}"), ("tee", new),
+    ):  # fmt: skip
+        assert 0 != run(*command, check=False).returncode, command
+    assert [] == os.listdir(disk.snapshots)
+    assert source.exists()
+    run("touch", new)
+    (disk.snapshots / "other").touch()
+    assert ["new", "other"] == sorted(os.listdir(disk.snapshots))
+
+
+def test_a_directory_has_its_dots(mount):
+    disk = mount(K64)
+    names = [f"s{number:03}" for number in range(200)]
+    for name in names:
+        disk.create(name)
+    for path, found in (
+        (disk.mountpoint, ["active", "bitmaps", "snapshots"]),
+        (disk.snapshots, names), (disk.mountpoint / "bitmaps", []),
+    ):  # fmt: skip
+        listed = run("ls", "-fai", path).stdout.splitlines()
+        inodes = {line.split()[1]: int(line.split()[0]) for line in listed}
+        assert len(listed) == len(inodes)
+        assert [".", "..", *found] == sorted(inodes)
+        assert os.stat(path).st_ino == inodes["."]
+
+
+def test_a_name_that_is_too_long(mount):
+    disk = mount(K64)
+    disk.create("s")
+    longest = "n" * 255
+    for name in ("n" * 256, "ü" * 128):
+        path = disk.snapshots / name
+        assert errno.ENAMETOOLONG == errno_of(path.stat)
+        assert errno.ENAMETOOLONG == errno_of(path.touch)
+        assert errno.ENAMETOOLONG == errno_of(path.unlink)
+        assert errno.ENAMETOOLONG == errno_of(os.rename, disk.snapshots / "s", path)
+        assert errno.ENAMETOOLONG == errno_of((disk.mountpoint / name).stat)
+        assert 2 == disk.snapfs("create", disk.mountpoint, name, check=False).returncode
+    disk.create(longest)
+    assert ["s", longest] == os.listdir(disk.snapshots)
+
+
+def test_attributes_have_names_but_are_not_listed(mount, tmp_path):
+    disk = mount(b"x" * K64)
+    snapshot = disk.create("s")
+    assert b"ok" == os.getxattr(snapshot, "user.snapfs.state")
+    assert b"0" == os.getxattr(snapshot, "user.snapfs.temp_bytes")
+    for path in (disk.mountpoint, disk.active, snapshot):
+        assert [] == os.listxattr(path)
+    run("cp", "-a", snapshot, tmp_path / "copy")
+    run("rsync", "-aX", snapshot, tmp_path / "other")
+    for name in ("copy", "other"):
+        assert b"x" * K64 == (tmp_path / name).read_bytes()
+        assert [] == os.listxattr(tmp_path / name)
+
+
 def test_changes_through_the_socket_are_seen_at_once(mount):
     disk = mount(K64)
     path = disk.snapshots / "s"
