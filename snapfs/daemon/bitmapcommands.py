@@ -143,8 +143,10 @@ class BitmapCommands:
     async def diff(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Some extents that differ between snapshot `a` and `b`, or now, from `offset` on."""
         engine = self._engine
-        older = engine.find(text(request, "a"))
         name = optional(request, "b")
+        if name is None:
+            await engine.settle()
+        older = engine.find(text(request, "a"))
         newer = None if name is None else engine.find(name)
         offset = number(request, "offset", 0)
         for layer in (older, newer):

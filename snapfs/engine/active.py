@@ -244,6 +244,11 @@ class ActiveImage:
             await self._keeper.try_save()  # the size has changed: that cannot fail any more
         return True
 
+    async def settle(self) -> None:
+        """Have in the image what was written to `active` before, what the kernel holds included."""
+        if self.barrier is not None and not self.read_only:
+            await self.barrier()
+
     async def flush(self) -> None:
         """Make the data of the image durable: what was written when this is called."""
         await self._flushes.run(self._nursery)

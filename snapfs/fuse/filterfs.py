@@ -7,6 +7,7 @@ errnos; each is answered exactly once, whatever happens.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 
 import trio
@@ -143,7 +144,7 @@ class FilterRequests:
             if handle.content is not None:
                 reply.offset(BitmapTree.seek(handle.content, offset, whence))
             elif layer is None:
-                reply.offset(await self._engine.seek(offset, whence))
+                await self._seek_active(handle, offset, whence, reply)
             else:
                 reply.offset(await self._engine.seek_snapshot(layer, offset, whence))
         except Exception as error:
@@ -151,6 +152,23 @@ class FilterRequests:
         finally:
             self._fast_path.busy -= 1
             reply.error(errno.EINTR)  # cancelled
+
+    async def _seek_active(self, handle: Handle, offset: int, whence: int, reply: _Reply) -> None:
+        """A program that copies only what is data must not miss what the kernel has not written."""
+        if not self._handles.may_be_dirty(handle.inode):
+            reply.offset(await self._engine.seek(offset, whence))
+            return
+        async with self._page_cache.written_back("active", offset) as good:
+            try:
+                size = self._engine.size
+                if good or not 0 <= offset < size:
+                    reply.offset(await self._engine.seek(offset, whence))
+                else:  # all of it may be data
+                    reply.offset(offset if whence == os.SEEK_DATA else size)
+            except Exception as error:
+                reply.error(self._errno_of(error, "lseek"))
+            finally:
+                reply.error(errno.EINTR)  # cancelled
 
 
 @define

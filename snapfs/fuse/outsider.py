@@ -25,7 +25,7 @@ import trio
 from attrs import define, field
 
 from ..client.unmounting import umount2
-from ..storage.linux import close_all_but
+from ..storage.linux import close_all_but, write_back
 
 MAX_LINE = 65536
 
@@ -79,6 +79,8 @@ class Outsider:
 
         device: st_dev of the mount.  sync: fsync(2) of a file.  open: a file,
         for `finish` with the value as name: fsync and close it; or `close`.  unmount.
+        write_back: as open, and dirty pages of the file from an offset on are written
+        back; the name is OFFSET/NAME.
         """
         stream = self._stream  # None as soon as the child is gone, maybe while we wait
         if stream is None or self._sending is None:
@@ -165,6 +167,17 @@ class _Calls:
         if os.fstat(fd).st_dev != self._device:  # something else is mounted there
             os.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
+
+    def write_back(self, name: str) -> int:
+        offset, _, path = name.partition("/")
+        fd = self.open(path)
+        try:
+            write_back(fd, int(offset))
+        except BaseException:
+            # Elsewhere: what we are asked for may hold the lock that close(2) takes.
+            threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+            raise
         return fd
 
     def finish(self, name: str) -> int:

@@ -20,12 +20,15 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
+from ..storage.linux import kernel_version
 from . import requestfilter
 from .outsider import Outsider
 
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 1024  # two of the largest requests, which go side by side
+# Before Linux 6.16 a page counted as written back as soon as the request had a copy of it.
+WRITE_BACK_ENDS_WITH_ANSWER = kernel_version() >= (6, 16)
 PAGE = 4096  # the smallest page that Linux has; larger ones are multiples
 
 
@@ -96,6 +99,27 @@ class PageCache:
                 raise
             log.info("%s cannot be reached through the mountpoint: %s", name, error.strerror)
             await self.drop(inode, 0, 1 << 62)
+
+    @asynccontextmanager
+    async def written_back(self, name: str, offset: int) -> AsyncIterator[bool]:
+        """While the kernel holds the file's lock: has what is dirty from `offset` on come to us?
+
+        The lock is that of a request, which the block must answer whatever happens:
+        fsync(2) would wait for it, and sync_file_range(2) does not, but close(2) does,
+        which comes after the block.  False: nobody knows.
+        """
+        fd = None
+        if WRITE_BACK_ENDS_WITH_ANSWER:
+            try:
+                fd = await self._outsider.call("write_back", f"{offset}/{name}")
+            except OSError as error:
+                log.info("cannot write back %s: %s", name, error.strerror)
+        try:
+            yield fd is not None
+        finally:
+            if fd is not None:
+                with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+                    await self._outsider.call("close", str(fd))
 
     async def drop(self, inode: int, offset: int, length: int) -> None:
         """Forget cached pages that touch the range; mappings of them fault again."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Callable
 
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+SYNC_FILE_RANGE_ALL = 0x07  # sync_file_range(2): wait before, write, wait after
 RENAME_EXCHANGE = 2  # linux/fs.h
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (
+    ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint,
+)  # fmt: skip
 _libc.renameat2.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
 )  # fmt: skip
@@ -29,6 +34,22 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def kernel_version() -> tuple[int, int]:
+    """The kernel's version, such as (6, 1)."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def write_back(fd: int, offset: int) -> None:
+    """Write dirty pages from `offset` on to the file system, and wait for that; raises OSError.
+
+    Neither makes them durable, nor takes the lock of the inode, as fsync(2) does.
+    """
+    if _libc.sync_file_range(fd, offset, 0, SYNC_FILE_RANGE_ALL):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def exchange(directory: int, one: str, other: str) -> None:

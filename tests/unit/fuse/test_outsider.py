@@ -76,3 +76,20 @@ async def test_calls_after_its_end_and_those_under_way_fail(outsider, nursery, b
         os.kill(outsider.pid, signal.SIGKILL)
     await ended.wait()
     await refused(outsider, "sync", "file")
+
+
+async def test_writing_back_leaves_the_file_open_for_the_one_who_asks_to_close_it(
+    outsider, tmp_path, nursery
+):
+    await nursery.start(outsider.run)
+    await outsider.call("device")
+    fd = await outsider.call("write_back", "4096/file")
+    assert 0 == await outsider.call("close", str(fd))
+    with pytest.raises(FileNotFoundError):
+        await outsider.call("write_back", "0/nothing")
+    os.mkfifo(tmp_path / "other")
+    writer = os.open(tmp_path / "other", os.O_RDWR)
+    with pytest.raises(OSError) as caught:  # no file: and closed again
+        await outsider.call("write_back", "0/other")
+    os.close(writer)
+    assert errno.ESPIPE == caught.value.errno
