@@ -284,8 +284,8 @@ class SnapshotFS(pyfuse3.Operations):
             raise errors.ReadOnly("snapshots are read-only")
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._check_owner(ctx)
-        if flags & os.O_ACCMODE == os.O_RDWR and _makes_loop_devices(ctx.pid):
-            raise errors.ReadOnly("a loop device of a snapshot is read-only")
+        if flags & os.O_ACCMODE == os.O_RDWR and _is_mount(ctx.pid):
+            raise errors.ReadOnly("a file system of a snapshot is mounted read-only")
         self._engine.open_snapshot(layer)
         return _opened(self._handles.add_snapshot(inode, layer, ctx.pid))
 
@@ -408,14 +408,14 @@ class SnapshotFS(pyfuse3.Operations):
         raise errors.NotSupported("extended attributes cannot be removed")
 
 
-def _makes_loop_devices(thread: int) -> bool:
-    """Is it the thread of a program that makes a loop device of what it opens read-write?
+def _is_mount(thread: int) -> bool:
+    """Is it a thread of mount(8), which makes a loop device of what it opens read-write?
 
-    If that fails with EROFS it makes a read-only one, and mount(8) mounts that
-    read-only, while writes to the other would fail as if the disk were broken.
+    If that fails with EROFS it makes a read-only one, and mounts that read-only,
+    while writes to the other would fail as if the disk were broken.
     """
     try:
-        return Path(f"/proc/{thread}/comm").read_bytes() in (b"mount\n", b"losetup\n")
+        return Path(f"/proc/{thread}/comm").read_bytes() == b"mount\n"
     except OSError:  # it is gone, or in another name space
         return False
 
