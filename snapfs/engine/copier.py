@@ -294,7 +294,7 @@ class Copier:
             copy.layer.done.set(first, stop)
             if copy.layer.commits is not None:
                 self.promises.make(copy.layer.commits.done, first, stop)
-        dropped = self._stack.settle(copy.first, copy.stop)
+        dropped = self._stack.landed(copy.layer, copy.first, copy.stop)
         return [*dropped, (copy.layer, shifted(~bits, copy.first))]
 
     async def trash(self, dropped: Sequence[Dropped]) -> None:

@@ -50,10 +50,14 @@ class Engine(ActiveImage):
 
     def find(self, name: str) -> Layer:
         """The snapshot of that name; raises SnapshotNotFound."""
-        for layer in self._stack:
-            if layer.visible and layer.name == name:
-                return layer
+        layer = self._stack.find(name)
+        if layer is not None and layer.visible:
+            return layer
         raise SnapshotNotFound(f"there is no snapshot {name!r}")
+
+    def find_id(self, layer_id: int) -> Layer | None:
+        """The layer of that number, a nameless one included."""
+        return self._stack.find_id(layer_id)
 
     async def create_snapshot(
         self, name: str, *, policy: Policy | None = None, selection: Selection | None = None
@@ -148,7 +152,7 @@ class Engine(ActiveImage):
             await layer.commits.access.commit(self._nursery)
 
     def _check_new(self, name: str) -> None:
-        if any(layer.name == name for layer in self._stack):
+        if self._stack.find(name) is not None:
             raise SnapshotExists(f"there is a snapshot {name!r} already")
 
     async def _make_layer(self) -> Layer:
@@ -169,11 +173,11 @@ class Engine(ActiveImage):
             if old == new:
                 return
             self._check_new(new)
-            layer.name = new
+            self._stack.rename(layer, new)
             try:
                 await self._keeper.save()
             except BaseException:
-                layer.name = old
+                self._stack.rename(layer, old)
                 raise
 
     async def delete_snapshot(self, name: str) -> None:
@@ -183,11 +187,11 @@ class Engine(ActiveImage):
         """
         async with self._transitions:
             layer = self.find(name)
-            layer.name = None
+            self._stack.rename(layer, None)
             try:
                 await self._keeper.save()
             except BaseException:
-                layer.name = name
+                self._stack.rename(layer, name)
                 raise
             log.info("snapshot %s deleted", name)
             if not layer.openers:
@@ -230,10 +234,10 @@ class Engine(ActiveImage):
             return
         self.counters.discards += 1
         self.counters.discarded_bytes += layer.geometry.span(clusters.start, clusters.stop)[1]
-        layer.withdraw(clusters.start, clusters.stop)
+        gone = layer.withdraw(clusters.start, clusters.stop)
         if layer.commits is not None:
             self.copier.promises.make(layer.commits.access, clusters.start, clusters.stop)
-        dropped = self._stack.settle(clusters.start, clusters.stop)
+        dropped = self._stack.withdrawn(layer, clusters.start, gone)
         await self.copier.punch(dropped)
         await self.copier.promises.kept(clusters.start, clusters.stop)
 

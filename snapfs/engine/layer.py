@@ -124,6 +124,8 @@ class Layer:
     temp_bytes: int = 0  # space that temp took when its storage was asked last (space.py)
     removed: bool = False  # out of the stack for good; its files go when pins is 0
     _accessible: int | None = field(default=None, init=False)  # cached count
+    _record: LayerRecord | None = field(default=None, init=False)  # the newest, and what
+    _recorded: tuple[object, ...] = field(default=(), init=False)  # it was made of
 
     @classmethod
     def from_record(cls, record: LayerRecord, parts: LayerParts, cluster_size: int) -> Layer:
@@ -159,22 +161,29 @@ class Layer:
         return layer
 
     def record(self) -> LayerRecord:
-        """What the state directory keeps."""
-        return LayerRecord(
-            id=self.id,
-            name=self.name,
-            created_ns=self.created_ns,
-            size=self.geometry.size,
-            state=self.state,
-            reason=self.reason,
-            errno=self.errno,
-            lost=self.lost,
-            since_ns=self.since_ns,
-            granted=self.granted,
-            blocks=self.blocks,
-            bitmap=self.bitmap,
-            policy=self.policy,
-        )
+        """What the state directory keeps; the same object as before while nothing has changed."""
+        now = (
+            self.name, self.created_ns, self.state, self.reason, self.errno, self.lost,
+            self.since_ns, self.granted, self.blocks, self.bitmap, self.policy,
+        )  # fmt: skip
+        if self._record is None or now != self._recorded:
+            self._recorded = now
+            self._record = LayerRecord(
+                id=self.id,
+                name=self.name,
+                created_ns=self.created_ns,
+                size=self.geometry.size,
+                state=self.state,
+                reason=self.reason,
+                errno=self.errno,
+                lost=self.lost,
+                since_ns=self.since_ns,
+                granted=self.granted,
+                blocks=self.blocks,
+                bitmap=self.bitmap,
+                policy=self.policy,
+            )
+        return self._record
 
     def degrade(self, state: State, reason: str, number: int | None = None) -> None:
         """Note why the snapshot is incomplete or lost; `number`: the errno."""
@@ -191,10 +200,15 @@ class Layer:
             (self.reason or "").encode()[:232],
         )  # fmt: skip
 
-    def withdraw(self, first: int, stop: int) -> None:
-        """Clear access to [first, stop); readers get AccessDenied from now on."""
+    def withdraw(self, first: int, stop: int) -> bitarray:
+        """Clear access to [first, stop); readers get AccessDenied from now on.
+
+        Returns the bits that it had there.
+        """
+        before = self.access.slice(first, stop)
         self.access.clear(first, stop)
         self._accessible = None
+        return before
 
     def restrict(self, bits: bitarray, bitmap: str | None) -> None:
         """Give access to these clusters only, before anybody has any; `bitmap` named them."""

@@ -97,10 +97,11 @@ class LayerKeeper:
 
     async def discard_new(self, layer: Layer) -> None:
         """Undo a creation that failed half-way."""
-        layer.name = None
         if layer in self._stack:
+            self._stack.rename(layer, None)
             await self.retire(layer)
         elif not layer.removed:
+            layer.name = None
             self.leave(layer)
             await self.try_save()
 
@@ -111,8 +112,8 @@ class LayerKeeper:
         mount; they are logged.
         """
         layer.live = False
-        layer.withdraw(0, layer.geometry.clusters)
-        dropped = self._stack.settle(0, self._stack.clusters)
+        gone_access = layer.withdraw(0, layer.geometry.clusters)
+        dropped = self._stack.withdrawn(layer, 0, gone_access)
         gone = [each for each in self._stack if not each.live and each.is_empty()]
         for each in gone:
             self._stack.remove(each)

@@ -10,6 +10,7 @@ Everything here is plain `def`: under trio it is atomic.  No I/O.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
@@ -38,6 +39,8 @@ class LayerStack:
 
     def __init__(self, layers: Iterable[Layer], clusters: int) -> None:
         self._layers = list(layers)
+        self._by_id = {layer.id: layer for layer in self._layers}
+        self._by_name = {layer.name: layer for layer in self._layers if layer.name is not None}
         # set: some snapshot still needs the cluster from the image, so the
         # next write copies it.  A missing bit is a lost snapshot byte; a bit
         # too many costs a copy.
@@ -48,6 +51,25 @@ class LayerStack:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __contains__(self, layer: Layer) -> bool:
+        return self._by_id.get(layer.id) is layer
+
+    def find_id(self, layer_id: int) -> Layer | None:
+        """The layer of that number."""
+        return self._by_id.get(layer_id)
+
+    def find(self, name: str) -> Layer | None:
+        """The layer of that name."""
+        return self._by_name.get(name)
+
+    def rename(self, layer: Layer, name: str | None) -> None:
+        """Give a layer of the stack another name, that no other has, or none."""
+        if layer.name is not None:
+            del self._by_name[layer.name]
+        layer.name = name
+        if name is not None:
+            self._by_name[name] = layer
 
     @property
     def receiver(self) -> Layer | None:
@@ -65,6 +87,9 @@ class LayerStack:
     def append(self, layer: Layer) -> None:
         """Add the newest layer; what it may read is pending from now on."""
         self._layers.append(layer)
+        self._by_id[layer.id] = layer
+        if layer.name is not None:
+            self._by_name[layer.name] = layer
         self.grow(layer.geometry.clusters)
         count = layer.geometry.clusters
         self.pending.assign(0, self.pending.slice(0, count) | layer.access.slice(0, count))
@@ -73,6 +98,9 @@ class LayerStack:
         """Take out a layer that is not live and holds nothing."""
         assert not layer.live and layer.is_empty()
         self._layers.remove(layer)
+        del self._by_id[layer.id]
+        if layer.name is not None:
+            del self._by_name[layer.name]
 
     def grow(self, clusters: int) -> None:
         """The image has at least `clusters` clusters from now on; new ones are not pending."""
@@ -99,13 +127,58 @@ class LayerStack:
             done = layer.done.slice(first, end)
             excess = done & ~wanting
             if excess.any():
-                # Not by one assignment: in a mapped file that may set other bits for a moment.
-                for run in shifted(excess, first):
-                    layer.done.clear(*run)
+                _clear(layer, first, excess)
                 dropped.append((layer, shifted(excess, first)))
             wanted[: end - first] = wanting & ~done
         if first < len(self.pending):
             self.pending.assign(first, wanted[: len(self.pending) - first])
+        return dropped
+
+    def landed(self, layer: Layer, first: int, stop: int) -> list[Dropped]:
+        """`settle` after a copy into `layer` has set its done bits in [first, stop).
+
+        While all of it is pending, no newer layer has found it and some older one, or this,
+        wants it here.  So nothing but pending follows, and no other layer is looked at.
+        """
+        if (
+            layer is self.receiver
+            and stop <= len(self.pending)
+            and self.pending.all(first, stop)
+            and layer.done.all(first, stop)
+        ):
+            self.pending.clear(first, stop)
+            return []
+        return self.settle(first, stop)
+
+    def withdrawn(self, layer: Layer, first: int, bits: bitarray) -> list[Dropped]:
+        """`settle` after access of one layer to `bits`, from cluster `first` on, has gone.
+
+        Where an older layer wants a cluster here as well, nothing follows.  Elsewhere newer
+        layers are looked at until one wants it or has it.  So few are, mostly.
+        """
+        stop = first + len(bits)
+        number = self._layers.index(layer)
+        asking = bits.copy()  # does an older layer want them here?
+        lost = zeros(len(bits), endian="little")  # none does
+        for each in reversed(self._layers[:number]):
+            if not asking.any():
+                break
+            done, access = _sliced(each, first, stop)
+            lost |= asking & done
+            asking &= ~(done | access)
+        lost |= asking
+        dropped: list[Dropped] = []
+        for each in itertools.islice(self._layers, number, None):
+            if not lost.any():
+                return dropped
+            done, access = _sliced(each, first, stop)
+            excess = lost & done & ~access
+            if excess.any():
+                _clear(each, first, excess)
+                dropped.append((each, shifted(excess, first)))
+            lost &= ~(done | access)
+        for run in shifted(lost, first):
+            self.pending.clear(min(run[0], len(self.pending)), min(run[1], len(self.pending)))
         return dropped
 
     def needing(self, first: int, stop: int) -> list[tuple[Layer, bitarray]]:
@@ -127,8 +200,24 @@ class LayerStack:
 
         Says nothing about access.  Lazy; must not be resumed after a checkpoint.
         """
-        below = self._layers[self._layers.index(layer) :]
-        return self._search(below, 0, first, stop)
+        layers = self._layers[self._layers.index(layer) :]
+        waiting = [(0, first, stop)]  # ranges still to be found, the next one last, from a layer on
+        while waiting:
+            depth, first, stop = waiting.pop()
+            found = None
+            while depth < len(layers) and found is None:
+                found = _first_run(layers[depth], first, stop)
+                depth += found is None
+            if found is None:
+                yield first, stop, None
+                continue
+            start, end = found
+            if first < start:
+                waiting += (depth, start, stop), (depth + 1, first, start)
+                continue
+            yield start, end, layers[depth]
+            if end < stop:
+                waiting.append((depth, end, stop))
 
     def copied(self, layer: Layer, first: int, stop: int) -> bitarray:
         """Clusters of [first, stop) that a snapshot finds in some temp image, access aside."""
@@ -139,22 +228,25 @@ class LayerStack:
                 result[: end - first] |= each.done.slice(first, end)
         return result
 
-    def _search(
-        self, layers: list[Layer], depth: int, first: int, stop: int
-    ) -> Iterator[tuple[int, int, Source]]:
-        while depth < len(layers) and not layers[depth].done.any(
-            min(first, len(layers[depth].done)), min(stop, len(layers[depth].done))
-        ):
-            depth += 1
-        if depth == len(layers):
-            yield first, stop, None
-            return
-        layer = layers[depth]
-        position = first
-        for start, end in layer.done.runs(first, min(stop, len(layer.done))):
-            if position < start:
-                yield from self._search(layers, depth + 1, position, start)
-            yield start, end, layer
-            position = end
-        if position < stop:
-            yield from self._search(layers, depth + 1, position, stop)
+
+def _sliced(layer: Layer, first: int, stop: int) -> tuple[bitarray, bitarray]:
+    """The done and access bits of a layer in [first, stop), clear beyond its end."""
+    count = len(layer.access)
+    found = []
+    for bits in (layer.done, layer.access):
+        piece = bits.slice(min(first, count), min(stop, count))
+        piece.extend(zeros(stop - first - len(piece), endian="little"))
+        found.append(piece)
+    return found[0], found[1]
+
+
+def _clear(layer: Layer, first: int, bits: bitarray) -> None:
+    """Clear those done bits, from cluster `first` on."""
+    # Not by one assignment: in a mapped file that may set other bits for a moment.
+    for run in shifted(bits, first):
+        layer.done.clear(*run)
+
+
+def _first_run(layer: Layer, first: int, stop: int) -> Run | None:
+    """The first run of done bits of a layer in [first, stop), which may be beyond its end."""
+    return next(layer.done.runs(first, min(stop, len(layer.done))), None)

@@ -60,6 +60,8 @@ class FastPath:
         self.collect()
 
     def _publish(self) -> requestfilter.Published | None:
+        if len(self._engine.layers) > MOST:
+            return None  # before all of them are described, each time
         state = self._engine.published_state()
         if MOST < max(map(len, (state.layers, state.dirty, state.frozen, state.copying))):
             return None

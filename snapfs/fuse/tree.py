@@ -134,9 +134,9 @@ class Tree:
 
     def layer(self, inode: int) -> Layer:
         """The layer of a snapshot's inode; raises OSError ESTALE."""
-        for layer in self._engine.layers:
-            if layer.id == inode - FIRST_SNAPSHOT and layer.live:
-                return layer
+        layer = self._engine.find_id(inode - FIRST_SNAPSHOT)
+        if layer is not None and layer.live:
+            return layer
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def attributes(self, inode: int) -> Attributes:

@@ -134,3 +134,106 @@ def test_done_bits_are_cleared_where_they_are_and_nowhere_set():
     ((dropped, runs),) = LayerStack([layer], MOST).settle(0, MOST)
     assert (layer, [(0, 1), (3, 4), (6, 7), (8, 9)]) == (dropped, list(runs))
     assert [(1, 2), (7, 8)] == list(done.runs(0, MOST))
+
+
+def settled(layers) -> LayerStack:
+    stack = stack_of(layers)
+    stack.settle(0, MOST)
+    return stack
+
+
+def told(stack: LayerStack, dropped) -> tuple:
+    """All that settling changes, and what it says."""
+    return (
+        [layer.done.slice(0, len(layer.done)) for layer in stack],
+        stack.pending.slice(0, MOST),
+        {layer.id: list(runs) for layer, runs in dropped},
+    )
+
+
+@given(described, st.integers(0, 3), bits, ranges)
+def test_access_of_one_layer_goes_as_if_all_were_settled(layers, which, cleared, within):
+    one, other = settled(layers), settled(layers)
+    if which >= len(one):
+        return
+    results = []
+    for stack in (one, other):
+        layer = list(stack)[which]
+        stop = min(within[1], len(layer.access))
+        first = min(within[0], stop)
+        before = layer.access.slice(first, stop)
+        for index in range(first, stop):
+            if cleared[index]:
+                layer.access.clear(index, index + 1)
+        gone = before & ~layer.access.slice(first, stop)
+        if stack is one:
+            results.append(told(stack, stack.withdrawn(layer, first, gone)))
+        else:
+            results.append(told(stack, stack.settle(0, MOST)))
+    assert results[1] == results[0]
+
+
+@given(described, ranges)
+def test_a_copy_lands_as_if_all_were_settled(layers, within):
+    one, other = settled(layers), settled(layers)
+    results = []
+    for stack in (one, other):
+        layer = stack.receiver
+        if layer is None:
+            return
+        first, stop = (min(end, len(layer.done)) for end in within)
+        for start, end in list(stack.pending.runs(first, min(stop, len(stack.pending)))):
+            layer.done.set(start, end)
+            if stack is one:
+                results.append(told(stack, stack.landed(layer, start, end)))
+            else:
+                results.append(told(stack, stack.settle(start, end)))
+    count = len(results) // 2
+    assert results[count:] == results[:count]
+
+
+def test_a_copy_that_nobody_wants_any_more_is_dropped():
+    stack = settled([(MOST, [True] * MOST, [False] * MOST, True)])
+    layer = stack.receiver
+    assert layer is not None
+    stack.withdrawn(layer, 2, layer.withdraw(2, 4))
+    layer.done.set(1, 5)
+    assert [(layer, [(2, 4)])] == [(each, list(runs)) for each, runs in stack.landed(layer, 1, 5)]
+
+
+def test_a_search_goes_through_any_number_of_layers():
+    clusters = 3000
+    layers = []
+    for number in range(clusters):  # each has one cluster: the search splits at every layer
+        done = Bitmap(clusters)
+        done.set(number, number + 1)
+        layers.append(
+            Layer(
+                number + 1,
+                Geometry(clusters * CLUSTER, CLUSTER),
+                Bitmap(clusters),
+                done,
+                MemoryImage(),
+                bytearray(LOSSES_BYTES),
+            )
+        )
+    stack = LayerStack(layers, clusters)
+    found = list(stack.sources(layers[0], 0, clusters))
+    assert [(number, number + 1, layer) for number, layer in enumerate(layers)] == found
+
+
+def test_names_and_numbers_are_found_at_once():
+    layer_of = (MOST, [True] * MOST, [False] * MOST, True)
+    stack = stack_of([layer_of] * 2)
+    one, two = stack
+    stack.rename(one, "one")
+    assert (one, None) == (stack.find("one"), stack.find("two"))
+    stack.rename(one, "two")
+    assert (None, one) == (stack.find("one"), stack.find("two"))
+    assert (two, None) == (stack.find_id(2), stack.find_id(3))
+    one.live = False
+    stack.withdrawn(one, 0, one.withdraw(0, MOST))
+    stack.rename(one, None)
+    stack.remove(one)
+    assert (None, None, [two]) == (stack.find("two"), stack.find_id(1), list(stack))
+    assert (False, True) == (one in stack, two in stack)
