@@ -116,6 +116,10 @@ class InUse(SnapfsError):
     """The image or the state directory belongs to another process."""
 
 
+class LimitReached(SnapfsError):
+    """Too few file descriptors are left for that; the message has the numbers and the remedy."""
+
+
 class StateError(SnapfsError):
     """The state directory cannot be used as it is; the message says why."""
 

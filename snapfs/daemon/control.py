@@ -7,10 +7,15 @@
 The socket lies in the state directory, mode 0600; the peer's user is checked
 as well.  Everything that comes in is bounded: length of a line, clients at
 once, time to send a line, and the type of each value.
+
+A client takes a descriptor.  When there is none left those set aside serve, and the
+last of them tells the client why it is refused: nobody waits for ever, and the
+daemon goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,11 +28,16 @@ import trio
 
 from .. import errors
 from ..client.wire import MAX_LINE, VERSION
+from ..storage import descriptors
+from ..storage.descriptors import Reserve
 
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 32
 IDLE_SECONDS = 30.0
+SPARE_DESCRIPTORS = 4
+RETRY_SECONDS = 0.2  # after a failure of accept(2)
+BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP, errno.EFAULT)
 
 Command = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -38,7 +48,11 @@ def failure(error: Exception) -> dict[str, Any]:
         kind, code = type(error).__name__, int(error.exit_code)
     else:
         kind, code = "OSError", int(errors.ExitCode.ERROR)
-    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    message = str(error)
+    if isinstance(error, OSError):
+        message = error.strerror or message
+        if error.errno in descriptors.EXHAUSTED:
+            message = descriptors.explain(error)
     return {"ok": False, "error": {"kind": kind, "message": message, "exit_code": code}}
 
 
@@ -66,6 +80,7 @@ class ControlServer:
         self._commands = commands
         self._uids = uids | {0}
         self._clients = 0  # task-atomic
+        self._spare = Reserve(SPARE_DESCRIPTORS)
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until cancelled; the socket is there when the task has started."""
@@ -76,12 +91,31 @@ class ControlServer:
             try:
                 async with trio.open_nursery() as nursery:
                     while True:
-                        client, _ = await listener.accept()
-                        nursery.start_soon(self._client, client)
+                        client, error = await self._accept(listener)
+                        nursery.start_soon(self._client, client, error)
             finally:
+                self._spare.close()
                 _unlink(self._path)
 
-    async def _client(self, client: trio.socket.SocketType) -> None:
+    async def _accept(
+        self, listener: trio.socket.SocketType
+    ) -> tuple[trio.socket.SocketType, OSError | None]:
+        """The next client, and why it cannot be served if there is no descriptor to spare."""
+        scarce: OSError | None = None
+        while True:
+            try:
+                client, _ = await listener.accept()
+                return client, None if self._spare.left else scarce
+            except OSError as error:
+                if error.errno in BROKEN:
+                    raise
+                if error.errno not in descriptors.EXHAUSTED or not self._spare.give():
+                    if scarce is None:
+                        log.warning("no client can connect: %s", error.strerror)
+                    await trio.sleep(RETRY_SECONDS)
+                scarce = error
+
+    async def _client(self, client: trio.socket.SocketType, scarce: OSError | None) -> None:
         credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         uid = struct.unpack("iII", credentials)[1]
         stream = trio.SocketStream(client)
@@ -91,6 +125,8 @@ class ControlServer:
                 log.warning("user %d may not use the control socket", uid)
                 refused = errors.NotPermitted("only the owner of the mount may control it")
                 await _send(stream, failure(refused))
+            elif scarce is not None:
+                await _send(stream, failure(errors.LimitReached(descriptors.explain(scarce))))
             elif self._clients > MAX_CLIENTS:
                 await _send(stream, failure(errors.InUse("too many clients; try again")))
             else:
@@ -101,6 +137,7 @@ class ControlServer:
             self._clients -= 1
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
+            self._spare.refill()
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         waiting = bytearray()

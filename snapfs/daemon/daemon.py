@@ -30,6 +30,7 @@ from ..fuse import requestfilter
 from ..fuse.outsider import Outsider
 from ..state.activity import BEAT_SECONDS, SYNC_SECONDS
 from ..state.store import CONTROL_SOCKET, Store
+from ..storage.descriptors import raise_limit
 from .commands import Commands
 from .control import ControlServer
 from .options import MountOptions
@@ -305,7 +306,7 @@ class Daemon:
                     return  # the session ends by itself
                 except OSError as error:
                     log.warning("cannot unmount %s: %s", where, error.strerror)
-                names = await trio.to_thread.run_sync(holders, where)
+                names = await trio.to_thread.run_sync(_holders, where)
                 log.warning("%s is in use by %s", where, ", ".join(names) or "an unknown process")
                 if engine.barrier is not None and not engine.read_only:
                     with trio.move_on_after(BARRIER_SECONDS):
@@ -332,6 +333,14 @@ def _bounded_timeout(timeout: float) -> float:
         shortest, shortest / 2, timeout,
     )  # fmt: skip
     return shortest / 2
+
+
+def _holders(where: str) -> list[str]:
+    """`holders`, where it does not matter much."""
+    try:
+        return holders(where)
+    except OSError:  # no descriptor left, for one
+        return []
 
 
 async def _beat(store: Store) -> None:
@@ -364,6 +373,7 @@ def serve(config: Config, ready: Callable[[], None]) -> None:
     """Run a daemon in this process until its end; raises as `Daemon.run`."""
     requestfilter.load()
     os.umask(0o077)
+    raise_limit()
     set_io_flusher()
     spare_from_oom()
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL

@@ -27,6 +27,7 @@ ERRNOS: tuple[tuple[type[errors.SnapfsError], int], ...] = (
     (errors.NotPermitted, errno.EPERM),
     (errors.InUse, errno.EBUSY),
     (errors.NameTooLong, errno.ENAMETOOLONG),
+    (errors.LimitReached, errno.ENFILE),  # not EMFILE: it is not the caller that has too many
     (errors.UsageError, errno.EINVAL),
     (errors.SnapfsError, errno.EIO),
 )

@@ -26,6 +26,8 @@ from ..engine.bitmap import Bitmap
 from ..engine.dirty import BitmapRecord, DirtyBitmap, DirtyParts
 from ..engine.durability import GroupCommit
 from ..errors import StateError
+from ..storage import descriptors
+from ..storage.descriptors import Reserve
 from ..storage.mapping import Mapping, map_file
 from . import statefiles
 from .layerfiles import MappedFile
@@ -75,21 +77,28 @@ def _parts(mapping: Mapping, commit: GroupCommit | None) -> DirtyParts:
 class DirtyFiles:
     """The directory bitmaps/; implements `BitmapStore`."""
 
-    def __init__(self, fd: int, limiter: trio.CapacityLimiter, power: bool) -> None:
-        """`fd`: of the directory; owned from now on.  `power`: survive a power cut."""
+    def __init__(self, fd: int, limiter: trio.CapacityLimiter, power: bool, spare: Reserve) -> None:
+        """`fd`: of the directory; owned from now on.  `power`: survive a power cut.
+
+        `spare`: descriptors for what must not fail for want of some.
+        """
+        self._spare = spare
         self._fd = fd
         self._limiter = limiter
         self._power = power
         self._files: dict[int, tuple[MappedFile, GroupCommit]] = {}  # by id, with power
 
     @classmethod
-    def open(cls, parent: int, limiter: trio.CapacityLimiter, power: bool) -> DirtyFiles:
+    def open(
+        cls, parent: int, limiter: trio.CapacityLimiter, power: bool, spare: Reserve
+    ) -> DirtyFiles:
         """Open the directory, made if need be.  Blocks.  StateError, OSError."""
         try:
             os.mkdir("bitmaps", 0o700, dir_fd=parent)
         except FileExistsError:
             pass
-        return cls(statefiles.open_directory("bitmaps", parent=parent), limiter, power)
+        fd = statefiles.open_directory("bitmaps", parent=parent)
+        return cls(fd, limiter, power, spare)
 
     def _mapped(self, bitmap_id: int, mapping: Mapping) -> DirtyParts:
         """The parts of a bitmap whose file is mapped, or has been mapped anew."""
@@ -163,6 +172,7 @@ class DirtyFiles:
         return await trio.to_thread.run_sync(self._make, bitmap_id, clusters, limiter=self._limiter)
 
     def _make(self, bitmap_id: int, clusters: int) -> DirtyParts:
+        descriptors.check(1, "one more bitmap")
         name = str(bitmap_id)
         try:
             fd = statefiles.make_file(self._fd, name, 0)
@@ -182,7 +192,9 @@ class DirtyFiles:
         return parts
 
     async def grow(self, bitmap_id: int, clusters: int) -> DirtyParts:
-        return await trio.to_thread.run_sync(self._grow, bitmap_id, clusters, limiter=self._limiter)
+        return await trio.to_thread.run_sync(
+            self._spare.serve, self._grow, bitmap_id, clusters, limiter=self._limiter
+        )
 
     def _grow(self, bitmap_id: int, clusters: int) -> DirtyParts:
         fd = statefiles.open_file(self._fd, str(bitmap_id))

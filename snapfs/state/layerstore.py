@@ -16,6 +16,7 @@ from ..engine.bitmap import Bitmap
 from ..engine.geometry import Geometry
 from ..engine.layer import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 from ..errors import InUse, StateError
+from ..storage import descriptors
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_image
 from . import statefiles
@@ -23,6 +24,8 @@ from .layerfiles import LayerFiles
 from .tempdirs import TempDirs
 
 MAPPED_FILES = ("done", "losses", "access")
+TEMP_DESCRIPTORS = 1  # for each layer, as long as it is there
+POWER_DESCRIPTORS = TEMP_DESCRIPTORS + len(MAPPED_FILES)  # with power: to sync these
 
 
 def _check_temp(temp: FileImage, size: int) -> None:
@@ -52,6 +55,7 @@ class LayerDirectory:
         self._files: dict[int, LayerFiles] = {}  # by layer id, with power
         self._temps: dict[int, FileImage] = {}  # by layer id
         self._outside: dict[int, str] = {}  # by layer id, directories of temp images elsewhere
+        self._placed: dict[int, tuple[LayerRecord, LayerRecord]] = {}  # by layer id; see `placed`
 
     @classmethod
     def open(
@@ -66,6 +70,15 @@ class LayerDirectory:
         return cls(fd, where / "snapshots", limiter, threads)
 
     # What is there
+
+    def check_room(self, layers: int, what: str) -> None:
+        """Refuse to load or make so many more if this process cannot have so many files.
+
+        Raises LimitReached, which says that `what` needs them.
+        """
+        each = POWER_DESCRIPTORS if self.power else TEMP_DESCRIPTORS
+        descriptors.check(layers * each, what)
+        descriptors.check_mappings((len(self._temps) + layers) * len(MAPPED_FILES), what)
 
     def names(self) -> list[str]:
         """What the directory holds, listed or not."""
@@ -120,8 +133,19 @@ class LayerDirectory:
         )
 
     def placed(self, records: Sequence[LayerRecord]) -> tuple[LayerRecord, ...]:
-        """The records with the directories that their temp images are in.  Does not block."""
-        return tuple(evolve(each, temp_dir=self._outside.get(each.id)) for each in records)
+        """The records with the directories that their temp images are in.  Does not block.
+
+        One that has not changed gives the same object as before.
+        """
+        placed = {}
+        for each in records:
+            known, answer = self._placed.get(each.id, (None, each))
+            where = self._outside.get(each.id)
+            if known is not each or answer.temp_dir != where:
+                answer = each if each.temp_dir == where else evolve(each, temp_dir=where)
+            placed[each.id] = each, answer
+        self._placed = placed
+        return tuple(answer for _, answer in placed.values())
 
     def _sync(self, layer_id: int, fd: int) -> None:
         statefiles.sync_file(*self._temp_of(layer_id, fd))
@@ -167,7 +191,8 @@ class LayerDirectory:
     # Changes
 
     def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
-        """The files of a new layer; on failure nothing is left behind."""
+        """The files of a new layer; on failure nothing is left behind.  LimitReached, OSError."""
+        self.check_room(1, "one more snapshot")
         name = str(layer_id)
         os.mkdir(name, 0o700, dir_fd=self._fd)
         try:

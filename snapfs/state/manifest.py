@@ -73,6 +73,9 @@ class ImageStamp:
         return (self.path, self.device, self.inode) == (old.path, old.device, old.inode)
 
 
+Encoded = dict[int, tuple[LayerRecord, str]]  # layers and their lines, by id
+
+
 @frozen
 class Manifest:
     """`layers` oldest first.  `clean`: closed in order, and everything flushed.
@@ -96,9 +99,26 @@ class Manifest:
     home: str = ""
     temp_dir: str | None = None
 
-    def dumps(self) -> bytes:
-        """The manifest as it is stored."""
-        return json.dumps(_converter.unstructure(self), indent=1).encode() + b"\n"
+    def dumps(self, known: Encoded | None = None) -> bytes:
+        """The manifest as it is stored, a layer a line.
+
+        `known`: the layers' lines of the last time, which most of them still have; those of
+        this time take their place.
+        """
+        value = _converter.unstructure(evolve(self, layers=())) | {"layers": None}
+        rest = json.dumps(value, indent=1)
+        lines: Encoded = {}
+        for layer in self.layers:
+            record, line = (known or {}).get(layer.id, (None, ""))
+            if record is not layer:
+                line = json.dumps(_converter.unstructure(layer))
+            lines[layer.id] = layer, line
+        if known is not None:
+            known.clear()
+            known.update(lines)
+        layers = ",\n".join(line for _, line in lines.values())
+        head, _, tail = rest.rpartition('"layers": null')
+        return f'{head}"layers": [\n{layers}\n]{tail}\n'.encode()
 
     @classmethod
     def loads(cls, data: bytes, where: str) -> Manifest:

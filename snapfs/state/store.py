@@ -18,6 +18,7 @@ What the next mount makes of it after the daemon died is in `recovery.py`.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -30,20 +31,24 @@ from attrs import evolve
 from ..engine.dirty import BitmapRecord, DirtyBitmap
 from ..engine.geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from ..engine.layer import Layer, LayerParts, LayerRecord
-from ..errors import InUse, MountError, StateError, UsageError
+from ..errors import InUse, LimitReached, MountError, StateError, UsageError
+from ..storage import descriptors
+from ..storage.descriptors import Reserve
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_exclusively, open_image
 from . import recovery, statefiles, tempdirs
 from .activity import Activity
 from .dirtyfiles import DirtyFiles
 from .layerstore import LayerDirectory
-from .manifest import MAX_BYTES, VERSION, Durability, ImageStamp, Manifest
+from .manifest import MAX_BYTES, VERSION, Durability, Encoded, ImageStamp, Manifest
 from .tempdirs import TempDirs
 
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
 STATE_THREADS = 4
+LIST_KEPT = 64 << 10  # bytes of the list that no new snapshot takes: to rename and delete
+SPARE_DESCRIPTORS = 4  # a tree is removed with three at once
 
 
 def overcommitted(path: str, fd: int) -> str | None:
@@ -85,12 +90,15 @@ class Store:
         self._layer_limiter = trio.CapacityLimiter(STATE_THREADS)
         self._usage_limiter = trio.CapacityLimiter(1)
         self._manifest: Manifest
+        self._lines: Encoded = {}  # of the manifest, as it was saved last
+        self._list_bytes = 0  # of all of it
         self._activity: Activity
         self._read_only = False
         self._made = False
         self._power = False
         self._gone: list[int] = []  # layers whose files go once a list without them is saved
         self._activity_fd = -1
+        self._spare = Reserve(SPARE_DESCRIPTORS)  # to delete, and to end in order, without others
         self._opened_layers = self._opened_bitmaps = False
 
     @classmethod
@@ -170,12 +178,15 @@ class Store:
         self._layers = LayerDirectory.open(
             self._fd, self.directory, self._state_limiter, self._temp_threads
         )
+        self._layers.power = self._power
         self._opened_layers = True
-        self.bitmaps = DirtyFiles.open(self._fd, self._state_limiter, self._power)
+        self.bitmaps = DirtyFiles.open(self._fd, self._state_limiter, self._power, self._spare)
         self._opened_bitmaps = True
         statefiles.remove(self._fd, CONTROL_SOCKET)
         stamp = ImageStamp.of(path, image_fd)
         known = self._read_manifest()
+        count = len(known.layers) if known is not None else 0
+        self._layers.check_room(count, f"a mount with {count} snapshots, deleted ones included,")
         self._activity = Activity.open(self._fd, image_fd)
         if known is None:
             if self._layers.names() or self.bitmaps.names():
@@ -244,7 +255,6 @@ class Store:
 
     def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
         """Load what the manifest lists and bring it to a state between transitions."""
-        self._layers.power = self._power
         self._layers.harden = self._power or known.durability == "power"
         if self._power and known.layers:
             os.fdatasync(self.image.fd)
@@ -267,9 +277,20 @@ class Store:
         return self._manifest.next_id
 
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
-        return await trio.to_thread.run_sync(
-            self._layers.create, layer_id, geometry, limiter=self._layer_limiter
-        )
+        if self._list_bytes > MAX_BYTES - LIST_KEPT:
+            raise LimitReached(f"the list of snapshots has {self._list_bytes} bytes: delete some")
+        try:
+            return await trio.to_thread.run_sync(
+                self._layers.create, layer_id, geometry, limiter=self._layer_limiter
+            )
+        except LimitReached as refused:
+            log.warning("%s", refused)
+            raise
+        except OSError as error:
+            if error.errno not in descriptors.EXHAUSTED:
+                raise
+            await self.remove(layer_id)  # with those set aside: it may not have been possible
+            raise LimitReached(descriptors.explain(error)) from None
 
     async def save(
         self,
@@ -281,12 +302,22 @@ class Store:
         await trio.to_thread.run_sync(self._write_manifest, limiter=self._state_limiter)
 
     def _write_manifest(self, reserve: int = statefiles.RESERVE_BYTES) -> None:
-        statefiles.replace_file(self._fd, "manifest.json", self._manifest.dumps())
-        statefiles.keep_reserve(self._fd, reserve)
+        data = self._manifest.dumps(self._lines)
+        if len(data) > MAX_BYTES:  # the next mount would not read it
+            raise OSError(
+                errno.EFBIG,
+                f"the list of snapshots would have {len(data)} bytes and may have {MAX_BYTES}",
+            )
+        self._spare.serve(statefiles.replace_file, self._fd, "manifest.json", data)
+        self._list_bytes = len(data)
+        # What is there must be deletable on a full file system: the list has to fit.
+        statefiles.keep_reserve(self._fd, max(reserve, 2 * len(data)))
 
     async def remove(self, layer_id: int) -> None:
         self._layers.forget(layer_id)
-        await trio.to_thread.run_sync(self._layers.remove, layer_id, limiter=self._layer_limiter)
+        await trio.to_thread.run_sync(
+            self._spare.serve, self._layers.remove, layer_id, limiter=self._layer_limiter
+        )
 
     async def usage(self, temps: Sequence[Image]) -> tuple[list[int], int]:
         return await trio.to_thread.run_sync(self._layers.usage, temps, limiter=self._usage_limiter)
@@ -369,8 +400,8 @@ class Store:
         try:
             if not self._read_only:
                 os.fsync(self.image.fd)  # with its times, which the stamp has
-            self._layers.sync(layers)
-            self.bitmaps.sync(bitmaps)
+            self._spare.serve(self._layers.sync, layers)
+            self._spare.serve(self.bitmaps.sync, bitmaps)
             if clean:
                 self._manifest = evolve(
                     self._manifest,
@@ -387,6 +418,7 @@ class Store:
             self.image.close()
 
     def _release(self) -> None:
+        self._spare.close()
         if self._opened_layers:
             self._layers.close()
         if self._opened_bitmaps:

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from snapfs.engine.engine import Engine
+from snapfs.engine.layer import Layer
 from snapfs.state.store import Store
 
 CLUSTER = 4096
@@ -95,3 +96,20 @@ def damage_layer(**changes) -> Callable[[Path], None]:
         path.write_text(json.dumps(manifest))
 
     return damage
+
+
+async def make_many(image: Path, count: int) -> None:
+    """Leave a clean state directory with that many snapshots s0, s1, ... of the image."""
+    store = await opened(image)
+    layers = []
+    for number in range(count):
+        parts = await store.create(number + 1, store.geometry)
+        parts.access.set(0, store.geometry.clusters)
+        layers.append(
+            Layer(
+                number + 1, store.geometry, parts.access, parts.done, parts.temp, parts.losses,
+                name=f"s{number}", created_ns=number + 1, granted=store.geometry.clusters,
+            )
+        )  # fmt: skip
+    await store.save([layer.record() for layer in layers], store.geometry)
+    await store.close(layers, [])

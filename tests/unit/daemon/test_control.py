@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from snapfs.daemon import control
 from snapfs.daemon.commands import Commands
 from snapfs.daemon.control import MAX_LINE, ControlServer
 from tests.support.fakes import CLUSTER, Bench, pattern
@@ -128,3 +130,90 @@ async def test_clients_that_say_nothing_or_go_away_cost_nothing(tmp_path):
         gc.collect()
         assert before == len(os.listdir("/proc/self/fd"))
         assert (await converse(path, [b'{"version": 1, "command": "list"}']))[0]["ok"]
+
+
+STATUS = b'{"version": 1, "command": "status"}'
+
+
+class Scarce:
+    """Stands in for trio's sockets: accept(2) fails where `numbers` has an errno."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.numbers: list[int] = []
+        real = trio.socket.socket
+        scarce = self
+
+        class Listener:
+            def __init__(self, *arguments: int) -> None:
+                self._socket = real(*arguments)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_exception: object) -> None:
+                self._socket.close()
+
+            def __getattr__(self, name: str):
+                return getattr(self._socket, name)
+
+            async def accept(self):
+                await trio.lowlevel.wait_readable(self._socket)  # as accept(2) would fail then
+                if scarce.numbers:
+                    number = scarce.numbers.pop(0)
+                    raise OSError(number, os.strerror(number))
+                return await self._socket.accept()
+
+        monkeypatch.setattr(trio.socket, "socket", Listener)
+        self._undo = lambda: monkeypatch.setattr(trio.socket, "socket", real)
+
+    @asynccontextmanager
+    async def serving(self, path: str) -> AsyncIterator[None]:
+        async with serving(path):
+            self._undo()  # only the server's
+            yield
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED])
+async def test_a_client_that_cannot_be_accepted_at_once_is_a_moment_later(
+    tmp_path, monkeypatch, number
+):
+    monkeypatch.setattr(control, "RETRY_SECONDS", 0)
+    path = str(tmp_path / "socket")
+    scarce = Scarce(monkeypatch)
+    async with scarce.serving(path):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            scarce.numbers = [number] * 2
+            assert (await converse(path, [STATUS]))[0]["ok"]
+            await trio.testing.wait_all_tasks_blocked()
+            assert before == len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EMFILE, "LimitNOFILE="), (errno.ENFILE, "fs.file-max")]
+)
+async def test_the_last_descriptor_tells_a_client_why_it_is_refused(
+    tmp_path, monkeypatch, number, remedy
+):
+    monkeypatch.setattr(control, "RETRY_SECONDS", 0)
+    path = str(tmp_path / "socket")
+    scarce = Scarce(monkeypatch)
+    async with scarce.serving(path):
+        scarce.numbers = [number] * (control.SPARE_DESCRIPTORS + 3)
+        [answer] = await converse(path, [STATUS])
+        assert "LimitReached" == answer["error"]["kind"]
+        assert remedy in answer["error"]["message"]
+        assert (await converse(path, [STATUS]))[0]["ok"]
+
+
+async def test_a_command_without_a_descriptor_says_what_helps(tmp_path, monkeypatch):
+    path = str(tmp_path / "socket")
+    async with serving(path) as bench:
+        monkeypatch.setattr(bench.engine, "create_snapshot", refuse)
+        request = b'{"version": 1, "command": "create", "name": "a"}'
+        [answer] = await converse(path, [request])
+        assert "LimitNOFILE=" in answer["error"]["message"]
+
+
+async def refuse(*_arguments: object, **_keywords: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
