@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.mounted import Mounted, run
 from tests.support.patched import Patched
-
-from .conftest import Mounted, run
 
 pytestmark = pytest.mark.mount
 

@@ -13,9 +13,8 @@ import pytest
 from attrs import frozen
 
 from snapfs.storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from tests.support.mounted import Mounted, run
 from tests.support.patched import Patched
-
-from .conftest import Mounted, run
 
 pytestmark = pytest.mark.mount
 
