@@ -7,39 +7,54 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from .serving import CLUSTER, MIB, QEMU, SNAPFS, patched
-from .work import Bench, Work
+from .images import MIB
+from .serving import QEMU
+from .work import CLUSTER, Bench, Work
 
 # Changes to a daemon: its bitmaps and its record of activity do not outlive it; a sync takes
 # what it takes on disks without a cache that survives a power cut.
-FORGETFUL = "statefiles.map_file = lambda fd, size: mmap.mmap(-1, size)"
+FORGETFUL = """
+from snapfs.state import statefiles
+statefiles.map_file = lambda fd, size: mmap.mmap(-1, size)
+"""
 SLOW_SYNC = 0.002  # seconds
 SLOW = (
     f"fdatasync, os.fdatasync = os.fdatasync, lambda fd: time.sleep({SLOW_SYNC}) or fdatasync(fd)"
 )
 
+# Rows whose other side is what they show; snapfs's is that of another row.  They say nothing
+# new beside another build.
+ALONE = ("persistence: ", "reflink: ")
+
 Serve = Callable[[], AbstractContextManager[tuple[Path, Path]]]
 Side = tuple[str, Serve, Work]
+Rows = dict[str, tuple[str, list[Side]]]
 
 
-def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
+def measurements(bench: Bench) -> Rows:
     """Name: unit and sides, of which the last is compared with the first."""
+    images = bench.images
 
     def beside_qemu(what: Work) -> list[Side]:
         sides: list[Side] = [("QEMU", bench.qemu, what)] if shutil.which(QEMU) else []
         return [*sides, ("snapfs", bench.snapfs, what)]
 
-    def with_many(what: Work) -> list[Side]:
+    def with_many(count: int, what: Work) -> list[Side]:
         return [
             ("1 snapshot", bench.snapfs, what),
-            ("8 snapshots", lambda: bench.snapfs(8), what),
+            (f"{count} snapshots", lambda: bench.snapfs(count), what),
         ]
+
+    def on(kind: str, snapshots: int, what: Work) -> list[Side]:
+        sides: list[Side] = [("QEMU", lambda: bench.qemu_on(kind, snapshots), what)]
+        sides = sides if shutil.which(QEMU) else []
+        return [*sides, ("snapfs", lambda: bench.snapfs_on(kind, snapshots), what)]
 
     def two(what: Work) -> list[Side]:
         return [("snapfs", lambda: bench.snapfs(2), what)]
 
     def tebibyte(what: Work) -> list[Side]:
-        return [("1 TiB, 4 snapshots", lambda: bench.snapfs(4, bench.other), what)]
+        return [("1 TiB, 4 snapshots", lambda: bench.snapfs(4, images.other), what)]
 
     def plain(what: Work) -> list[Side]:
         sides: list[Side] = [("QEMU", bench.qemu_plain, what)] if shutil.which(QEMU) else []
@@ -55,19 +70,35 @@ def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
         ]
 
     def sparse(what: Work) -> list[Side]:
-        return [("16 GiB", lambda: bench.in_pieces(bench.sparse, 16 << 30, 4096, 2 * MIB), what)]
+        return [
+            (
+                "16 GiB",
+                lambda: bench.snapfs(0, images.in_pieces(images.sparse, 16 << 30, 4096, 2 * MIB)),
+                what,
+            )
+        ]
 
     def pieces(what: Work) -> list[Side]:
-        return [("1 TiB", lambda: bench.in_pieces(bench.pieces, 1 << 40, 100_000, 4096), what)]
+        return [
+            (
+                "1 TiB",
+                lambda: bench.snapfs(0, images.in_pieces(images.pieces, 1 << 40, 100_000, 4096)),
+                what,
+            )
+        ]
 
     def beside_forgetful(what: Work) -> list[Side]:
         return [
-            ("anonymous bitmaps", lambda: bench.snapfs(program=patched(FORGETFUL)), what),
+            (
+                "anonymous bitmaps",
+                lambda: bench.snapfs(program=bench.build.patched(FORGETFUL)),
+                what,
+            ),
             ("snapfs", bench.snapfs, what),
         ]
 
     def power(
-        cluster: int, program: tuple[object, ...] = (SNAPFS,), longer: float = 0, more: str = ""
+        cluster: int, program: tuple[object, ...] = (), longer: float = 0, more: str = ""
     ) -> list[Side]:
         options = f"durability=power,cluster-size={cluster}{more}"
         return [
@@ -83,9 +114,9 @@ def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
         return [("XFS reflink", bench.xfs, what), ("snapfs", bench.snapfs, what)]
 
     def large(what: Work) -> list[Side]:
-        qemu: Side = ("QEMU", lambda: bench.qemu(bench.the_large()), what)
+        qemu: Side = ("QEMU", lambda: bench.qemu(images.the_large()), what)
         sides = [qemu] if shutil.which(QEMU) else []
-        return [*sides, ("snapfs", lambda: bench.snapfs(1, bench.the_large()), what)]
+        return [*sides, ("snapfs", lambda: bench.snapfs(1, images.the_large()), what)]
 
     def latency() -> list[Side]:
         first: Side = ("QEMU's median", bench.qemu_plain, bench.latency(50))
@@ -106,9 +137,13 @@ def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
         "active: 4 KiB random write, depth 1": (
             "1/s", plain(bench.active("randwrite", "4k", 1, size=near))
         ),
-        "active: 4 KiB random write, 4 threads": (
-            "1/s", plain(bench.active("randwrite", "4k", 1, size=near, threads=4))
-        ),
+        **{
+            f"active: 4 KiB random {kind}, {jobs} jobs, depth {depth}": (
+                "1/s", plain(bench.active(f"rand{kind}", "4k", depth, size=near, jobs=jobs))
+            )
+            for jobs, depth in ((2, 1), (4, 1), (4, 16))
+            for kind in ("read", "write")
+        },
         "active: 1 MiB read": ("1/s", plain(bench.active("read", "1M", 1))),
         "active: 1 MiB write": ("1/s", plain(bench.active("write", "1M", 1, size=4 * near))),
         "active: cold 4 KiB random read, depth 16": ("1/s", plain(bench.cold)),
@@ -146,10 +181,22 @@ def measurements(bench: Bench) -> dict[str, tuple[str, list[Side]]]:
         "durability=power: copies of 16 KiB, depth 16": ("1/s", power(CLUSTER // 4)),
         # Only Python's syncs can be made longer.
         "durability=power: no fast path, syncs 2 ms longer": (
-            "1/s", power(CLUSTER, patched(SLOW), SLOW_SYNC, ",no_fastpath")
+            "1/s", power(CLUSTER, bench.build.patched(SLOW), SLOW_SYNC, ",no_fastpath")
         ),
-        "many: first writes 1 MiB": ("1/s", with_many(bench.first_writes)),
-        "many: first writes 4 KiB": ("1/s", with_many(bench.small_first_writes)),
+        "many: first writes 1 MiB": ("1/s", with_many(8, bench.first_writes)),
+        "many: first writes 4 KiB": ("1/s", with_many(8, bench.small_first_writes)),
+        "257 snapshots": ("1/s", with_many(257, bench.crowded)),
+        "1000 snapshots": ("1/s", with_many(1000, bench.crowded)),
+        **{
+            f"{kind}: {title}": ("1/s", on(kind, snapshots, what))
+            for kind in ("tmpfs", "XFS", "btrfs")
+            for title, snapshots, what in (
+                ("4 KiB random read, depth 16", 0, bench.active("randread", "4k", 16)),
+                ("4 KiB random write, depth 16", 0, bench.active("randwrite", "4k", 16, size=near)),
+                ("first writes 1 MiB", 1, bench.first_writes),
+                ("first writes 4 KiB, depth 16", 1, bench.small_first_writes),
+            )
+        },
         "tracking: 4 KiB random write, depth 16": (
             "1/s", with_bitmap(bench.active("randwrite", "4k", 16, size=near))
         ),

@@ -9,16 +9,21 @@ import random
 import shutil
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .serving import CLUSTER, MIB, SNAPFS, Serving, run
+from .builds import Failed, run
+from .images import MIB
+from .serving import Serving
 
-Work = Callable[[Path, Path], float]
+CLUSTER = 1 << 16
+
+# What it gives, or several numbers, each with what is added to the name of the row.
+Work = Callable[[Path, Path], float | dict[str, float]]
 
 
 class Bench(Serving):
@@ -35,14 +40,17 @@ class Bench(Serving):
         size: int | None = None,
         direct: bool = True,
         seconds: float = 2,
-        threads: int = 1,
+        jobs: int = 1,
     ) -> list[object]:
-        """A command: so many bytes of requests in [0, size), or for so long if `amount` is 0."""
-        engine = "libaio" if direct and threads == 1 else "psync"
+        """A command: so many bytes of requests in [0, size), or for so long if `amount` is 0.
+
+        Each of the `jobs` is a process with so many requests at once.
+        """
+        engine = "libaio" if direct else "psync"
         size = min(size or self.size, self.size)
         return [
             "fio", "--name=bench", f"--filename={file}", f"--rw={rw}", f"--bs={block}",
-            f"--iodepth={depth}", f"--ioengine={engine}", f"--numjobs={threads}",
+            f"--iodepth={depth}", f"--ioengine={engine}", f"--numjobs={jobs}",
             "--group_reporting", f"--direct={int(direct)}", f"--size={size}",
             "--invalidate=0", "--randrepeat=0", "--allow_file_create=0", "--output-format=json",
             *([f"--io_size={amount}"] if amount else [f"--runtime={seconds}", "--time_based"]),
@@ -84,12 +92,6 @@ class Bench(Serving):
 
         return measure
 
-    def daemon(self, snapshots: Path) -> int:
-        """The process that serves."""
-        if (self.directory / "pid").exists():
-            return int((self.directory / "pid").read_text())
-        return int(json.loads(run(SNAPFS, "status", snapshots.parent, "--json"))["mount"]["pid"])
-
     def _spent(self, pid: int) -> float:
         """Seconds of processor time that a process has used."""
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -116,14 +118,9 @@ class Bench(Serving):
                 "reader": self._fio(snapshots / "s0", "read", "1M", 1, seconds=3),
                 "writer": self._fio(active, "randwrite", "4k", 16, size=64 * MIB, seconds=3),
             }
-            running = {
-                name: subprocess.Popen(
-                    [str(word) for word in command], stdout=subprocess.PIPE, text=True
-                )
-                for name, command in sides.items()
-            }
-            reports = {name: process.communicate()[0] for name, process in running.items()}
-            return float(self._side(reports[wanted])["iops"])
+            with ThreadPoolExecutor() as pool:
+                running = {name: pool.submit(run, *command) for name, command in sides.items()}
+            return float(self._side(running[wanted].result())["iops"])
 
         return measure
 
@@ -244,18 +241,38 @@ class Bench(Serving):
         (snapshots / "fifth").unlink()
         return 1000 * max(b - a for a, b in spans if a < ended and b > started)
 
+    def crowded(self, active: Path, snapshots: Path) -> dict[str, float]:
+        """Several numbers at once: to make a thousand snapshots takes longer than all of them."""
+        creations = self._creations(snapshots)
+        reads = self.small_snapshot_read(active, snapshots)
+        small = self.small_first_writes(active, snapshots)
+        (snapshots / "again").touch()  # which needs every cluster
+        return {
+            ": creations": creations,
+            ": 4 KiB reads of the oldest": reads,
+            ": first writes 4 KiB, depth 16": small,
+            ": first writes 1 MiB": self.first_writes(active, snapshots),
+        }
+
+    def _creations(self, snapshots: Path) -> float:
+        """One after the other, a second."""
+        started = time.perf_counter()
+        for number in range(10):
+            (snapshots / f"more{number}").touch()
+        return 10 / (time.perf_counter() - started)
+
     def increment(self, active: Path, snapshots: Path) -> float:
         """The time of an incremental backup of 1 % of the data, in per cent of the full's."""
         where, mountpoint = self.directory / "backup", snapshots.parent
-        run(SNAPFS, "backup", "--init", where)
-        full = self._seconds(SNAPFS, "backup", mountpoint, where)
+        run(self.build.snapfs, "backup", "--init", where)
+        full = self._seconds(self.build.snapfs, "backup", mountpoint, where)
         data = [at for at in range(0, 16 << 30, CLUSTER) if at % (4 * MIB) < 2 * MIB]
         spans = []
         for _ in range(5):
             with open(active, "r+b", buffering=0) as file:
                 for offset in random.sample(data, len(data) // 100):
                     os.pwrite(file.fileno(), os.urandom(CLUSTER), offset)
-            spans.append(self._seconds(SNAPFS, "backup", mountpoint, where))
+            spans.append(self._seconds(self.build.snapfs, "backup", mountpoint, where))
         shutil.rmtree(where)
         print(f"    full {full:.2f} s, increments", *(f"{span:.2f}" for span in spans), flush=True)
         return 100 * statistics.median(spans) / full
@@ -267,17 +284,17 @@ class Bench(Serving):
         return time.perf_counter() - started
 
     def map_seconds(self, active: Path, snapshots: Path) -> float:
-        return self._seconds(SNAPFS, "map", "--json", active)
+        return self._seconds(self.build.snapfs, "map", "--json", active)
 
     def map_memory(self, active: Path, snapshots: Path) -> float:
         """Most memory of the command, or of the daemon after it, in MiB."""
         with subprocess.Popen(
-            [SNAPFS, "map", "--json", active], stdout=subprocess.DEVNULL
+            [self.build.snapfs, "map", "--json", active], stdout=subprocess.DEVNULL
         ) as process:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit("bench: snapfs map failed")
+            raise Failed("snapfs map failed")
         client = usage.ru_maxrss / 1024
         return max(client, self.resident(active, snapshots))
 
