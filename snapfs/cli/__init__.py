@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..daemon import standardfiles
 from ..errors import ExitCode
 from . import mounthelpers
 from .guarding import guarded
@@ -17,6 +18,7 @@ from .parser import build_parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments, and the name of the program, ask for."""
+    standardfiles.occupy()
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = os.path.basename(sys.argv[0])
     if program == "mount.snapfs":

@@ -31,6 +31,7 @@ from ..fuse.outsider import Outsider
 from ..state.activity import BEAT_SECONDS, SYNC_SECONDS
 from ..state.store import CONTROL_SOCKET, Store
 from ..storage.descriptors import raise_limit
+from . import signals
 from .commands import Commands
 from .control import ControlServer
 from .options import MountOptions
@@ -292,10 +293,10 @@ class Daemon:
         terminate: Callable[[], None],
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """On SIGTERM or SIGINT unmount; if the mount is in use, end it in order all the same."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        """On a signal to end unmount; if the mount is in use, end it in order all the same."""
+        with trio.open_signal_receiver(*signals.ending()) as received:
             task_status.started()
-            async for number_ in signals:
+            async for number_ in received:
                 log.info("%s: unmounting %s", signal.Signals(number_).name, where)
                 _end_soon()
                 try:

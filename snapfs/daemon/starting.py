@@ -12,7 +12,8 @@ from collections.abc import Callable
 from io import RawIOBase
 from select import PIPE_BUF
 
-from ..errors import ExitCode, MountError, SnapfsError
+from ..errors import ExitCode, MountError, SnapfsError, UsageError
+from . import signals, standardfiles
 from .logs import start_logging
 from .options import MountOptions
 
@@ -44,6 +45,7 @@ def in_background(image: str, mountpoint: str, options: MountOptions) -> list[st
         os.wait()
         return _wait_ready(reader)
     os.close(reader)
+    signals.prepare(background=True)
     os.setsid()
     if os.fork():
         os._exit(0)
@@ -82,10 +84,7 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
     def ready() -> None:
         logging.getLogger().removeHandler(warnings)
         log.start()
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+        standardfiles.discard(*standardfiles.STANDARD)
         os.chdir("/")
         # No more than a pipe takes at once: the one who reads may be stopped.
         _tell_ready(waiting, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
@@ -138,15 +137,33 @@ def in_foreground(
     """
     from .daemon import Config, serve  # noqa: PLC0415 - it imports trio
 
+    waiting = None if ready_fd is None else _take(ready_fd)
+    signals.prepare(background=False)
     log = start_logging(options.log_level)
 
     def ready() -> None:
         log.start()
-        if ready_fd is not None:
-            _tell_ready(os.fdopen(ready_fd, "wb", buffering=0), b"READY\n")
+        if waiting is not None:
+            _tell_ready(waiting, b"READY\n")
 
     try:
         serve(Config(image, mountpoint, options), ready)
     finally:
         if not log.drain():
             os._exit(ExitCode.ERROR)  # the interpreter would wait for the thread that writes
+
+
+def _take(ready_fd: int) -> RawIOBase:
+    """The file of a descriptor that the caller has opened for us; UsageError if it has not.
+
+    Later the number could be a file of ours.
+    """
+    try:
+        waiting = os.fdopen(os.dup(ready_fd), "wb", buffering=0)
+    except OSError as error:
+        raise UsageError(f"--ready-fd={ready_fd}: {error.strerror}") from None
+    if ready_fd in standardfiles.STANDARD:
+        standardfiles.discard(ready_fd)
+    else:
+        os.close(ready_fd)
+    return waiting

@@ -28,6 +28,9 @@ from ..client.unmounting import umount2
 from ..storage.linux import close_all_but, write_back
 
 MAX_LINE = 65536
+IGNORED = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
 
 
 class Outsider:
@@ -119,7 +122,7 @@ class _Question:
 def _live(connection: socket.socket, mountpoint: str) -> NoReturn:
     try:
         os.chdir("/")
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)  # it ends with the daemon
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
