@@ -145,7 +145,7 @@ class BitmapCommands:
         engine = self._engine
         name = optional(request, "b")
         if name is None:
-            await engine.settle()
+            await engine.write_back()
         older = engine.find(text(request, "a"))
         newer = None if name is None else engine.find(name)
         offset = number(request, "offset", 0)

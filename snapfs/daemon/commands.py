@@ -121,7 +121,7 @@ class Commands:
         offset = number(request, "offset", 0)
         rows = flag(request, "rows")
         if text(request, "file") == "active":
-            await self._engine.settle()
+            await self._engine.write_back()
         layer = self._find(text(request, "file"))
         dirty = self._bitmaps.dirty(optional(request, "bitmap"))
         if layer is not None:
@@ -169,7 +169,7 @@ class Commands:
         end = min(self._engine.geometry.size, offset + number(request, "length", 0))
         if offset > self._engine.geometry.size:
             raise errors.InvalidRange(f"offset {offset} is beyond the end of active")
-        await self._engine.settle()
+        await self._engine.write_back()
         extents, following = await self._engine.map_page(None, offset, MAP_PAGE)
         found = [
             (extent.start, min(extent.stop, end) - extent.start)

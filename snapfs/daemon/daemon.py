@@ -218,6 +218,7 @@ class Daemon:
             _bounded_timeout(options.cbw_timeout),
             options.temp_limit,
             reserve,
+            options.max_size,
         )
 
     async def _serve(self, engine: Engine, store: Store, nursery: trio.Nursery) -> None:

@@ -79,6 +79,7 @@ class MountOptions:
     temp_dir: str | None = None  # None: as before
     temp_limit: int | None = None
     temp_reserve: int | None = None  # None: see `Store.default_reserve`
+    max_size: int | None = None  # None: see `ActiveImage`
     uid: int | None = None
     gid: int | None = None
     umask: int = 0
@@ -136,6 +137,7 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp-dir": ("temp_dir", str),
     "temp-limit": ("temp_limit", parse_size),
     "temp-reserve": ("temp_reserve", parse_size),
+    "max-size": ("max_size", parse_size),
     "uid": ("uid", _number("uid", 10)),
     "gid": ("gid", _number("gid", 10)),
     "umask": ("umask", _number("umask", 8)),

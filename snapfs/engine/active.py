@@ -24,7 +24,7 @@ from typing import TypeVarTuple
 
 import trio
 
-from ..errors import InvalidRange, ReadOnly
+from ..errors import ImageTooLarge, InvalidRange, ReadOnly
 from ..storage.image import Buffer, Image
 from .copier import Copier, Counters, Settings
 from .dirty import DirtyBitmap, DirtyBitmaps
@@ -44,6 +44,10 @@ _Arguments = TypeVarTuple("_Arguments")
 
 STEP = 64 << 20  # bytes of a long punch or zeroing that are made safe and done at a time
 MAX_SIZE = (1 << 63) - 1  # of a file: off_t
+# What the image may grow to if nothing else is said, or to so many times its size: its bitmaps
+# grow with it, by 128 MiB each for as much with clusters of 64 KiB.
+DEFAULT_MAX_SIZE = 64 << 40
+DEFAULT_GROWTH = 4
 
 
 class ActiveImage:
@@ -76,6 +80,8 @@ class ActiveImage:
         self.unhealthy: str | None = None
         self._image = image
         self._geometry = geometry  # task-atomic
+        bound = max(DEFAULT_MAX_SIZE, DEFAULT_GROWTH * geometry.size)
+        self.max_size = bound if self.settings.max_size is None else self.settings.max_size
         self._store = store
         self._nursery = nursery
         self._next_id = next_id
@@ -179,6 +185,7 @@ class ActiveImage:
         self.counters.writes += 1
         if not len(data):
             return 0
+        self._reserve(offset + len(data))
         write = partial(self._image.pwrite, offset, data)
         await self._change(offset, len(data), write, offset + len(data))
         return len(data)
@@ -196,6 +203,7 @@ class ActiveImage:
         end = offset + length
         if keep_size:
             end = min(end, self.size)
+        await self._make_room(end)
         for start, count in _steps(offset, end):
             zero = partial(self._image.zero, start, count)
             await self._change(start, count, zero, start + count)
@@ -203,6 +211,8 @@ class ActiveImage:
     async def allocate(self, offset: int, length: int, keep_size: bool) -> None:
         """Reserve space; changes no data, but the image grows unless `keep_size`."""
         self._check_range(offset, length)
+        if not keep_size:
+            await self._make_room(offset + length)
         async with self._gate.inside():
             size = self.size if keep_size else max(self.size, offset + length)
             await self._record(self.size, size - self.size)
@@ -222,13 +232,15 @@ class ActiveImage:
         Growing does not change existing snapshots.
         """
         self._check_range(0, size)
+        await self._make_room(size)
         while not await self._resize(size):
             pass
 
     async def _resize(self, size: int) -> bool:
         """`resize`, unless what is cut off became pending before it could begin."""
-        for start, count in _steps(size, self.size):
-            await self._preserve(start, count)
+        clusters = self._geometry.touched(size, self.size - size)
+        step = max(1, STEP // self._geometry.cluster_size)
+        await self.copier.preserve_long(clusters.start, clusters.stop, step)
         async with self._transitions, self._gate.closed():
             old = self._geometry
             if self._is_pending(size, old.size - size):
@@ -244,7 +256,7 @@ class ActiveImage:
             await self._keeper.try_save()  # the size has changed: that cannot fail any more
         return True
 
-    async def settle(self) -> None:
+    async def write_back(self) -> None:
         """Have in the image what was written to `active` before, what the kernel holds included."""
         if self.barrier is not None and not self.read_only:
             await self.barrier()
@@ -325,7 +337,29 @@ class ActiveImage:
             await self.tracker.record(clusters.start, clusters.stop)
         await self.copier.promises.kept(clusters.start, clusters.stop)
 
+    async def _make_room(self, size: int) -> None:
+        """`_reserve`, and room in the dirty bitmaps, for who asks for nothing but a size.
+
+        A write that makes the image grow is not to fail for want of that.
+        Raises OSError, too; then nothing has changed.
+        """
+        self._reserve(size)
+        if size > self.size:
+            await self.tracker.make_room(self._geometry.resized(size).clusters)
+
+    def _reserve(self, size: int) -> None:
+        """All that can fail in memory when the image grows to `size` bytes, before it does.
+
+        Raises ImageTooLarge and MemoryError; then nothing has changed.
+        """
+        if size <= self.size:
+            return
+        if size > self.max_size:
+            raise ImageTooLarge(f"{size} bytes are more than max-size={self.max_size}")
+        self._stack.grow(self._geometry.resized(size).clusters)
+
     def _extended(self, size: int) -> None:
+        """The image has grown, if it has; there is room."""
         if size > self.size:
             self._geometry = self._geometry.resized(size)
             self._stack.grow(self._geometry.clusters)
@@ -346,7 +380,11 @@ class ActiveImage:
 
     def _notice_size(self) -> None:
         size = self._image.size()
-        if size > self.size:
+        if size > max(self.size, self.max_size) and self.unhealthy is None:
+            self.unhealthy = f"the image grew to {size} bytes from outside, beyond max-size"
+            self.events.record("unhealthy", reason=self.unhealthy)
+            log.error("%s", self.unhealthy)
+        elif self.size < size <= self.max_size:
             log.warning("the image grew from %d to %d bytes from outside", self.size, size)
             before = self._geometry
             self._extended(size)

@@ -106,9 +106,14 @@ class Bitmap:
         self._bits[first : first + len(bits)] = bits
 
     def grow(self, bits: int) -> None:
-        """Lengthen a bitmap in memory; new bits are clear.  Never shortens."""
+        """Lengthen a bitmap in memory; new bits are clear.  Never shortens.
+
+        Raises MemoryError; then nothing has changed.
+        """
         if bits > self._length:
-            self._bits.extend(bitarray(bits - self._length, endian="little"))
+            longer = bitarray(bits, endian="little")  # clear, and not larger than it must be
+            longer[: self._length] = self._bits
+            self._bits = longer
             self._length = bits
 
     def release(self) -> None:

@@ -23,7 +23,7 @@ from . import bitmap
 from .durability import Promises
 from .events import Events
 from .layer import Layer, Policy
-from .layers import Dropped, LayerStack, Run, shifted
+from .layers import SLICE, Dropped, LayerStack, Run, shifted
 from .reqlist import Request, RequestList
 from .space import TempSpace
 
@@ -34,11 +34,12 @@ COPY_RUN = 16 << 20  # bytes of one copy at most: what another writer may have t
 
 @frozen
 class Settings:
-    """Copy-before-write policy of a mount.
+    """Copy-before-write policy of a mount, and its bounds.
 
     `cbw_timeout`: seconds that one request waits for its copies, 0 for ever.
     `temp_limit`: bytes that all temp images may take.  `temp_reserve`: bytes
-    of their file system that they leave free.
+    of their file system that they leave free.  `max_size`: bytes that the image
+    may grow to, None: see `ActiveImage`.
     """
 
     on_cbw_error: Policy = field(
@@ -47,6 +48,7 @@ class Settings:
     cbw_timeout: float = field(default=15.0, validator=ge(0))
     temp_limit: int | None = field(default=None, validator=optional(ge(0)))
     temp_reserve: int = field(default=0, validator=ge(0))
+    max_size: int | None = field(default=None, validator=optional(ge(0)))
 
 
 @define
@@ -72,6 +74,7 @@ class Copy(Request):
     layer: Layer
     voided: list[Run] = field(factory=list)  # given up meanwhile: must not land
     error: OSError | None = None  # of the newest cluster that failed
+    empty: bool = False  # a hole of any length; if that fails it is tried as others are
     lent: int = 0  # bytes of temp space, if it is native
 
 
@@ -132,13 +135,46 @@ class Copier:
             return
         raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
-    def _start(self, first: int, stop: int) -> Copy:
+    async def preserve_long(self, first: int, stop: int, step: int) -> None:
+        """`preserve` of a range of any length, in parts of `step` clusters with a timeout each.
+
+        Holes of the image are one part each, however long: nothing is read.
+        """
+        pending = self._stack.pending
+        while (run := next(pending.runs(first, min(stop, len(pending))), None)) is not None:
+            start, end = run
+            part = min(end, start + step)
+            hole = await self._hole(start, min(end, start + SLICE)) if part < end else part
+            if hole > part:
+                self._start_empty(start, hole)
+            await self.preserve(start, max(part, hole))
+        await self.preserve(first, stop)  # what others have copied is to be durable, too
+
+    async def _hole(self, first: int, stop: int) -> int:
+        """Where the hole ends that the pending clusters from `first` on are in; first: in none.
+
+        It may not be one any more.  Then its copy, which looks again, fails.
+        """
+        layer = self._stack.receiver
+        assert layer is not None, "a cluster is pending, so some snapshot is live"
+        offset, length = layer.geometry.span(first, stop)
+        data, _ = await self._image.data_extents(offset, length, 1)
+        return data[0][0] // self._cluster_size if data else stop
+
+    def _start_empty(self, first: int, stop: int) -> None:
+        """Begin to copy clusters of a hole, as far as they are pending from `first` on."""
+        run = next(self._stack.pending.runs(first, stop), None)
+        if run is not None and self._copies.find(run[0], run[0] + 1) is None:
+            self._start(run[0], self._copies.next_start(*run), empty=True)
+
+    def _start(self, first: int, stop: int, empty: bool = False) -> Copy:
         """Begin to copy pending clusters from `first` on; the copy may stop earlier."""
         layer = self._stack.receiver
         assert layer is not None, "a cluster is pending, so some snapshot is live"
-        stop = min(stop, first + max(1, COPY_RUN // self._cluster_size))
+        if not empty:
+            stop = min(stop, first + max(1, COPY_RUN // self._cluster_size))
         assert stop <= layer.geometry.clusters, "what is cut off by a shrink is copied before"
-        copy = Copy(first, stop, layer)
+        copy = Copy(first, stop, layer, empty=empty)
         assert self._copies.find(first, stop) is None, "two copies would undo each other"
         self._copies.add(copy)
         layer.pins += 1
@@ -162,12 +198,14 @@ class Copier:
     async def _transfer(self, copy: Copy) -> list[Run]:
         """Copy the data; returns the clusters that failed and sets the copy's error."""
         try:
-            await self._transfer_run(copy.layer, copy.first, copy.stop)
+            await self._transfer_run(copy.layer, copy.first, copy.stop, copy.empty)
             self._failing = None
             return []
         except OSError as error:
             copy.error = error
             failed = [(copy.first, copy.stop)]
+            if copy.empty:
+                return failed
         if copy.stop - copy.first > 1:
             failed = []
             await self.trash([(copy.layer, [(copy.first, copy.stop)])])  # it needs the room
@@ -196,9 +234,10 @@ class Copier:
             copy.layer.name, failed[0][0] * self._cluster_size, count, copy.error.strerror,
         )  # fmt: skip
 
-    async def _transfer_run(self, layer: Layer, first: int, stop: int) -> None:
+    async def _transfer_run(self, layer: Layer, first: int, stop: int, empty: bool = False) -> None:
         offset, length = layer.geometry.span(first, stop)
-        budget = landed = await self._space.claim(length)  # nobody knows what a failure leaves
+        # All of it counts as landed at first: nobody knows what a failure leaves.
+        budget = landed = 0 if empty else await self._space.claim(length)
         try:
             landed = written = await self._image.copy_to(
                 layer.temp, offset, length, self._cluster_size, budget,

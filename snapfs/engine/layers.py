@@ -20,6 +20,8 @@ from . import bitmap
 from .bitmap import Bitmap
 from .layer import Layer
 
+SLICE = 1 << 26  # clusters that are worked on at a time: 8 MiB of each bitmap
+
 Run = tuple[int, int]  # clusters [first, stop)
 Source = Layer | None  # a layer: in its temp image; None: in the image itself
 Dropped = tuple[Layer, Iterable[Run]]  # clusters that a temp image need not keep
@@ -28,6 +30,10 @@ Dropped = tuple[Layer, Iterable[Run]]  # clusters that a temp image need not kee
 def shifted(bits: bitarray, first: int) -> Iterator[Run]:
     """Runs of set bits, as clusters, where bit 0 stands for cluster `first`.  Lazy."""
     return ((first + start, first + stop) for start, stop in bitmap.runs(bits, 0, len(bits)))
+
+
+def _slices(first: int, stop: int) -> Iterator[Run]:
+    return ((start, min(start + SLICE, stop)) for start in range(first, stop, SLICE))
 
 
 class LayerStack:
@@ -91,8 +97,10 @@ class LayerStack:
         if layer.name is not None:
             self._by_name[layer.name] = layer
         self.grow(layer.geometry.clusters)
-        count = layer.geometry.clusters
-        self.pending.assign(0, self.pending.slice(0, count) | layer.access.slice(0, count))
+        for first, stop in _slices(0, layer.geometry.clusters):
+            wanted = self.pending.slice(first, stop)
+            wanted |= layer.access.slice(first, stop)
+            self.pending.assign(first, wanted)
 
     def remove(self, layer: Layer) -> None:
         """Take out a layer that is not live and holds nothing."""
@@ -116,6 +124,12 @@ class LayerStack:
         image.  Walks the layers once, oldest first, with the set of clusters
         that some layer so far wants and has not found.
         """
+        dropped: list[Dropped] = []
+        for part in _slices(first, stop):
+            dropped += self._settle(*part)
+        return dropped
+
+    def _settle(self, first: int, stop: int) -> list[Dropped]:
         dropped: list[Dropped] = []
         wanted = zeros(stop - first, endian="little")
         for layer in self._layers:
@@ -156,6 +170,12 @@ class LayerStack:
         Where an older layer wants a cluster here as well, nothing follows.  Elsewhere newer
         layers are looked at until one wants it or has it.  So few are, mostly.
         """
+        dropped: list[Dropped] = []
+        for start, stop in _slices(0, len(bits)):
+            dropped += self._withdrawn(layer, first + start, bits[start:stop])
+        return dropped
+
+    def _withdrawn(self, layer: Layer, first: int, bits: bitarray) -> list[Dropped]:
         stop = first + len(bits)
         number = self._layers.index(layer)
         asking = bits.copy()  # does an older layer want them here?

@@ -23,7 +23,7 @@ from ..storage.image import Buffer, Image
 from . import bitmap
 from .geometry import Geometry
 from .layer import Layer
-from .layers import LayerStack, Source
+from .layers import SLICE, LayerStack, Source
 from .reqlist import Request, RequestList, entered
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,8 @@ class SnapshotReader:
         if layer is None:
             data, known = await self._image.data_extents(offset, end - offset, limit // 2 + 1)
             return list(_split(offset, known, data, "active"))
-        clusters = layer.geometry.touched(offset, end - offset)
+        clusters = layer.geometry.touched(offset, end - offset)[:SLICE]
+        end = min(end, layer.geometry.end_of(clusters.stop))
         pieces = self._pieces(layer, offset, end, limit // 2 + 1)
         stop = layer.geometry.touched(pieces[-1].stop - 1, 1).stop
         before = self._answers(layer, clusters.start, stop)

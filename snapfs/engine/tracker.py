@@ -95,6 +95,16 @@ class Tracker:
             log.error("bitmap %s cannot grow with the image: %s", bitmap.name, error.strerror)
             self.bitmaps.spoil(bitmap, f"it could not grow with the image: {error.strerror}")
 
+    async def make_room(self, clusters: int) -> None:
+        """Have room for so many clusters in all bitmaps; OSError: not in all."""
+        async with self._growing:
+            for bitmap in self.bitmaps.short(clusters):
+                try:
+                    self.bitmaps.enlarge(bitmap, await self._store.grow(bitmap.id, clusters))
+                except OSError:
+                    if bitmap in self.bitmaps.short(clusters):  # it was not removed meanwhile
+                        raise
+
     def grew(self, old: Geometry, new: Geometry) -> None:
         """The image grew from outside, without a write of ours."""
         clusters = new.touched(old.size, new.size - old.size)

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from snapfs.storage.linux import fallocate
+from snapfs.storage.linux import FALLOC_FL_ZERO_RANGE, fallocate
 from tests.support.calls import errno_of, punch
 from tests.support.mounted import K64, MIB, SNAPFS, run
 from tests.support.patterns import OVERWRITES, patterned
@@ -254,6 +254,35 @@ def test_refusals(mount):
         assert errno.EOPNOTSUPP == errno_of(fallocate, file.fileno(), 0, 0, K64)
     assert errno.EOPNOTSUPP == errno_of(os.setxattr, disk.active, "user.x", b"1")
     assert errno.EINVAL == errno_of((disk.snapshots / "a\nb").touch)
+
+
+@pytest.mark.parametrize("bound", [None, "1G"])
+def test_a_size_beyond_the_bound_changes_nothing(mount, bound):
+    content = os.urandom(4 * K64)
+    disk = mount(content, *([f"max-size={bound}"] if bound else []))
+    snapshot = disk.create("s")
+    fd = os.open(disk.active, os.O_RDWR)
+    try:
+        for size in (1 << 60, (1 << 63) - 1, 1 << 47, *([2 << 30] if bound else [])):
+            assert errno.EFBIG == errno_of(os.ftruncate, fd, size)
+            assert errno.EFBIG == errno_of(os.pwrite, fd, b"x", size - 1)
+            assert errno.EFBIG == errno_of(fallocate, fd, 0, size - 4096, 4096)
+            assert errno.EFBIG == errno_of(fallocate, fd, FALLOC_FL_ZERO_RANGE, size - 4096, 4096)
+            assert (4 * K64, 4 * K64) == (os.fstat(fd).st_size, disk.image.stat().st_size)
+        os.pwrite(fd, b"y" * K64, 0)
+        os.ftruncate(fd, K64)
+        os.ftruncate(fd, 8 * K64)
+        if bound:
+            os.ftruncate(fd, 1 << 30)
+    finally:
+        os.close(fd)
+    assert content == snapshot.read_bytes()
+    status = disk.json("status")
+    assert status["mount"]["healthy"]
+    disk.stop()
+    disk.start()
+    assert ["ok"] == [each["state"] for each in disk.json("list")["snapshots"]]
+    assert content == snapshot.read_bytes()
 
 
 def test_what_cannot_be_written_does_not_create(mount):
