@@ -383,3 +383,38 @@ def test_events_tell_of_temp_space_and_of_losses(mount):
     once = disk.snapfs("events", disk.mountpoint, "--once").stdout.splitlines()
     assert 3 == len(once)
     assert "incomplete snapshot=s" in once[2]
+
+
+ODD = """
+import snapfs.storage.image as image
+class Odd:
+    def __getattr__(self, name):
+        return getattr(os, name)
+    def pwritev(self, *rest):
+        raise OSError(524, "ENOTSUPP of the kernel")
+    def pwrite(self, *rest):
+        raise OSError(524, "ENOTSUPP of the kernel")
+    def fdatasync(self, fd):
+        raise OSError(38, "Function not implemented")
+image.os = Odd()
+"""
+
+
+def test_errnos_that_are_none_do_not_end_the_mount(mount):
+    disk = mount(bytes(1 << 20), "no_fastpath", start=False)
+    daemon = Patched(disk, ODD)
+    try:
+        with open(disk.active, "r+b", buffering=0) as file:
+            for _ in range(3):
+                with pytest.raises(OSError) as caught:
+                    os.pwrite(file.fileno(), b"x", 0)
+                assert errno.EIO == caught.value.errno
+                with pytest.raises(OSError) as caught:  # once more, too: it was not believed
+                    os.fsync(file.fileno())
+                assert errno.EOPNOTSUPP == caught.value.errno
+        assert bytes(1 << 20) == disk.active.read_bytes()
+        assert disk.json("status")["mount"]["healthy"]
+    finally:
+        disk.stop()
+        _, stderr = daemon.finish()
+    assert 1 == stderr.count("ENOTSUPP of the kernel")
