@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from . import many
 from .images import MIB
 from .serving import QEMU
 from .work import CLUSTER, Bench, Work
@@ -207,5 +208,6 @@ def measurements(bench: Bench) -> Rows:
         "cmp of two snapshots": ("MB/s", two(bench.compare)),
         "writer's longest stall at a creation": ("ms", tebibyte(bench.stall)),
         "resident memory": ("MiB", tebibyte(bench.resident)),
+        **many.rows(bench),
     }
     # fmt: on

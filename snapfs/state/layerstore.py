@@ -137,6 +137,8 @@ class LayerDirectory:
 
         One that has not changed gives the same object as before.
         """
+        if not self._outside:
+            return tuple(records)
         placed = {}
         for each in records:
             known, answer = self._placed.get(each.id, (None, each))

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
 STATE_THREADS = 4
+SYNC_THREADS = 16  # at the end; each has two descriptors at once
 LIST_KEPT = 64 << 10  # bytes of the list that no new snapshot takes: to rename and delete
 SPARE_DESCRIPTORS = 4  # a tree is removed with three at once
 
@@ -388,19 +389,54 @@ class Store:
         OSError if something could not be made durable; then it is not marked
         clean, but let go of all the same.
         """
+        left, failure = await self._sync_layers(layers)
         await trio.to_thread.run_sync(
-            self._close, list(layers), list(bitmaps), clean, limiter=self._state_limiter
-        )
+            self._close, list(layers), left, failure, list(bitmaps), clean,
+            limiter=self._state_limiter,
+        )  # fmt: skip
         if unused and self._made:
             await trio.to_thread.run_sync(
                 statefiles.remove_tree, self.directory, limiter=self._state_limiter
             )
 
-    def _close(self, layers: list[Layer], bitmaps: list[DirtyBitmap], clean: bool) -> None:
+    async def _sync_layers(self, layers: Sequence[Layer]) -> tuple[list[Layer], Exception | None]:
+        """Make the files of layers durable, of several at once.
+
+        Each file makes the disk empty its cache, changed or not; at one moment it does so
+        once for all.  Returns the layers for which there were no descriptors, and a failure.
+        """
+        left: list[Layer] = []
+        failures: list[Exception] = []
+        limiter = trio.CapacityLimiter(SYNC_THREADS)
+
+        async def sync(some: Sequence[Layer]) -> None:
+            try:
+                await trio.to_thread.run_sync(self._layers.sync, some, limiter=limiter)
+            except (OSError, StateError) as error:
+                if isinstance(error, OSError) and error.errno in descriptors.EXHAUSTED:
+                    left.extend(some)
+                else:
+                    failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(SYNC_THREADS):
+                nursery.start_soon(sync, layers[number::SYNC_THREADS])
+        return left, failures[0] if failures else None
+
+    def _close(
+        self,
+        layers: list[Layer],
+        unsynced: list[Layer],
+        failure: Exception | None,
+        bitmaps: list[DirtyBitmap],
+        clean: bool,
+    ) -> None:
         try:
             if not self._read_only:
                 os.fsync(self.image.fd)  # with its times, which the stamp has
-            self._spare.serve(self._layers.sync, layers)
+            self._spare.serve(self._layers.sync, unsynced)
+            if failure is not None:
+                raise failure
             self._spare.serve(self.bitmaps.sync, bitmaps)
             if clean:
                 self._manifest = evolve(

@@ -203,3 +203,27 @@ async def test_lines_of_the_list_are_made_once(image):
     shorter = manifest.with_lists(manifest.layers[:1], ())
     assert shorter == Manifest.loads(shorter.dumps(lines), "here")
     assert [1] == list(lines)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+async def test_a_file_that_cannot_be_synced_keeps_the_end_from_being_clean(
+    image, monkeypatch, count
+):
+    await session(image, *(create(str(number)) for number in range(count)))
+    files = await opened(image)
+    synced, real = [], statefiles.sync_file
+
+    def sync_file(parent: int, name: str) -> None:
+        synced.append(name)
+        if len(synced) == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(parent, name)
+
+    monkeypatch.setattr(statefiles, "sync_file", sync_file)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        await files.close(files.layers, [])
+    monkeypatch.undo()
+    assert not Manifest.loads((state_of(image) / "manifest.json").read_bytes(), "here").clean
+    again = await opened(image)  # all is let go of
+    await again.close(again.layers, [])
+    assert Manifest.loads((state_of(image) / "manifest.json").read_bytes(), "here").clean
