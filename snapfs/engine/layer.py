@@ -29,7 +29,11 @@ Policy = Literal["break-snapshot", "break-guest-write"]
 
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 
-_LOSSES = struct.Struct("<qqq232s")  # clusters lost, errno, since_ns, reason in UTF-8
+# Clusters lost, errno, since_ns, reason in UTF-8.  The rest means something only if the first
+# is not 0: it is stored before, once, and the first by one store of 8 bytes.  So a record that
+# was being changed when the daemon died is the one before or the one after.
+_LOSSES = struct.Struct("=qqq232s")
+_LOST = struct.Struct("=q")
 LOSSES_BYTES = _LOSSES.size
 
 
@@ -195,10 +199,12 @@ class Layer:
         self.lost += clusters
         if self.state == "ok":
             self.degrade("incomplete", reason, number)
-        _LOSSES.pack_into(
-            self.losses, 0, self.lost, self.errno or 0, self.since_ns or 0,
-            (self.reason or "").encode()[:232],
-        )  # fmt: skip
+        words = memoryview(self.losses)[: _LOST.size].cast("q")
+        if not words[0]:
+            text = (self.reason or "").encode()[:232]
+            details = _LOSSES.pack(0, self.errno or 0, self.since_ns or 0, text)
+            self.losses[_LOST.size :] = details[_LOST.size :]
+        words[0] = self.lost
 
     def withdraw(self, first: int, stop: int) -> bitarray:
         """Clear access to [first, stop); readers get AccessDenied from now on.
