@@ -28,7 +28,7 @@ from ..engine.copier import Settings
 from ..engine.engine import Engine
 from ..fuse import requestfilter
 from ..fuse.outsider import Outsider
-from ..state.activity import BEAT_SECONDS, SYNC_SECONDS
+from ..state.activity import SYNC_SECONDS, WATCH_SECONDS
 from ..state.store import CONTROL_SOCKET, Store
 from ..storage.descriptors import raise_limit
 from . import signals
@@ -167,6 +167,7 @@ class Daemon:
             read_only=options.read_only,
             durability=options.durability,  # type: ignore[arg-type]
             temp_dir=options.temp_dir,
+            any_fs=options.any_fs,
             limiter=trio.CapacityLimiter(IO_THREADS),
         )
         for notice in store.notices:
@@ -263,7 +264,7 @@ class Daemon:
             uids = frozenset({os.geteuid(), tree.owner()})
             server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
             async with trio.open_nursery() as serving:
-                serving.start_soon(_beat, store)
+                await serving.start(_watch_witness, store)
                 serving.start_soon(_beat_durably, store)
                 await serving.start(self._outsider.run)
                 await serving.start(server.serve)
@@ -345,10 +346,14 @@ def _holders(where: str) -> list[str]:
         return []
 
 
-async def _beat(store: Store) -> None:
+async def _watch_witness(
+    store: Store, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    await store.keep_witness()
+    task_status.started()
     while True:
-        await trio.sleep(BEAT_SECONDS)
-        store.beat()
+        await trio.sleep(WATCH_SECONDS)
+        await store.keep_witness()
 
 
 async def _beat_durably(store: Store) -> None:

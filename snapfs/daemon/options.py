@@ -87,6 +87,7 @@ class MountOptions:
     read_only: bool = False
     writeback_cache: bool = False
     no_fastpath: bool = False
+    any_fs: bool = False
     fuse: set[str] = field(factory=set)  # for libfuse
 
 
@@ -143,7 +144,12 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "umask": ("umask", _number("umask", 8)),
     "log-level": ("log_level", _choice("log-level", LOG_LEVELS)),
 }
-FLAGS = {"ro": "read_only", "writeback_cache": "writeback_cache", "no_fastpath": "no_fastpath"}
+FLAGS = {
+    "ro": "read_only",
+    "writeback_cache": "writeback_cache",
+    "no_fastpath": "no_fastpath",
+    "any_fs": "any_fs",
+}
 
 
 def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:

@@ -27,6 +27,7 @@ else:
 __all__ = [
     "FallocateHandler",
     "LseekHandler",
+    "activity_words",
     "attached",
     "configure",
     "copies_fd",
@@ -157,6 +158,11 @@ def reply_error(request: int, errno: int) -> None:
 def reply_offset(request: int, offset: int) -> None:
     """Answer the lseek `request` with an offset in bytes.  Raises as `reply_error`."""
     _requestfilter.reply_offset(request, offset)
+
+
+def activity_words() -> dict[str, int]:
+    """The index of each word of the record of activity, by name, as native code has it."""
+    return _requestfilter.activity_words()
 
 
 def direct_read() -> bool:

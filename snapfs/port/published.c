@@ -4,6 +4,7 @@
 #endif
 #include "published.h"
 
+#include <stddef.h>
 #include <sys/stat.h>
 
 struct state state;
@@ -87,11 +88,20 @@ static bool load_done_file(PyObject *published)
     return true;
 }
 
-/* activity.py's record, in the mapped page. */
+/* The record of activity, in the mapped page; what it means is at the head of activity.py. */
 struct activity {
-    char magic[8];
-    int64_t under_way, least, most, mtime, ctime, alive;
+    int64_t magic, session, under_way, size, mtime, ctime, alive, failed;
 };
+
+/* For a test, which compares it with activitywords.py. */
+PyObject *published_activity_words(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+#define WORD(member) #member, (int)(offsetof(struct activity, member) / sizeof(int64_t))
+    return Py_BuildValue("{sisisisisisisisi}", WORD(magic), WORD(session), WORD(under_way),
+                         WORD(size), WORD(mtime), WORD(ctime), WORD(alive), WORD(failed));
+#undef WORD
+}
 
 bool published_load(PyObject *published)
 {
@@ -143,16 +153,14 @@ void published_unload(void)
 
 /* ---- the record of activity: as Activity.started() and finished() ----------------------- */
 
-/* Stores in this order, for a process that is killed between two of them. */
+/* Stores of 8 bytes in this order, for a process that is killed between two of them. */
 #define STORE(member, value) __atomic_store_n(&(member), (value), __ATOMIC_RELEASE)
 
-/* The bounds of the size are what they were; a record of Python's, with more under way, stays
- * Python's. */
+/* A record of Python's, with something under way, stays Python's. */
 void published_note_write(void)
 {
     struct activity *record = state.activity.buf;
 
-    STORE(record->alive, nanoseconds(CLOCK_REALTIME));
     if (!record->under_way) {
         STORE(record->under_way, 1);
         recorded = true;
@@ -171,10 +179,8 @@ void published_rest(void)
     recorded = false;
     if (fstat(state.image, &status))
         return; /* it stays under way until Python's next record */
-    STORE(record->least, status.st_size);
-    STORE(record->most, status.st_size);
+    STORE(record->size, status.st_size);
     STORE(record->mtime, status.st_mtim.tv_sec * SECOND + status.st_mtim.tv_nsec);
     STORE(record->ctime, status.st_ctim.tv_sec * SECOND + status.st_ctim.tv_nsec);
-    STORE(record->alive, nanoseconds(CLOCK_REALTIME));
     STORE(record->under_way, 0);
 }

@@ -86,6 +86,9 @@ INTERNAL void published_note_write(void);
 /* The record of activity is to say that nothing is under way, if that is so. */
 INTERNAL void published_rest(void);
 
+/* activity_words() -> dict: the index of each word of the record, by name. */
+INTERNAL PyObject *published_activity_words(PyObject *module, PyObject *unused);
+
 /* ---- bits: cluster c is bit c & 7 of byte c >> 3 ---------------------------------------- */
 
 static inline bool bit(const Py_buffer *bits, uint64_t index)

@@ -4,6 +4,7 @@
 #endif
 #include "fastpath.h"
 #include "handover.h"
+#include "published.h"
 #include "requestfilter.h"
 #include "waiting.h"
 
@@ -193,6 +194,8 @@ static PyMethodDef methods[] = {
     {"handle_closed", fastpath_handle_closed, METH_O, PyDoc_STR("handle_closed(number)")},
     {"try_requests", fastpath_try, METH_VARARGS,
      PyDoc_STR("try_requests(device, requests, patient) -> list")},
+    {"activity_words", published_activity_words, METH_NOARGS,
+     PyDoc_STR("activity_words() -> dict: where each word of the record of activity is")},
     {"fastpath_statistics", fastpath_statistics, METH_NOARGS,
      PyDoc_STR("fastpath_statistics() -> dict")},
     {"statistics", statistics, METH_NOARGS, PyDoc_STR("statistics() -> dict")},

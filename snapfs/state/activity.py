@@ -1,36 +1,65 @@
-"""What survives of the writes in flight when the daemon dies.
+"""The record of activity: what survives of the writes in flight when the daemon dies.
 
-A mapped page holds how many changes of the image are under way, and how the
-image looked after the newest one.  With it the next mount can tell our own
-last write from one that somebody made behind our back.
+One mapped page in the state directory.  With it the next mount tells our own last
+write from one that somebody made behind our back.  Its words have 64 bits each, in the
+machine's byte order.  Each is changed by one store, in an order in which every prefix is
+a truth, so that a kill between any two leaves a record that can be judged:
 
-When nothing was under way the image must look exactly as recorded.  When
-something was, its times and size may be newer; but a change of ours sets the
-times when it begins, so they cannot be later than the last sign of life by
-more than `GRACE`.  The daemon gives one when a change begins, and every half
-second while one is under way.  Somebody else's write within that grace after
-a crash in mid-write is the one thing that is not noticed.
+     0  magic      "snapfs2\\n"
+     8  session    the mount that the rest is of; 0: of none.  Stored last by `begin`
+    16  under_way  changes of the image that have begun and not ended; C stores 1 for its own
+    24  size       the image when nothing was under way last: stored while `under_way` is
+    32  mtime      not 0, which is stored last
+    40  ctime
+    48  alive      when a sign of life was given last; durable with durability=power only
+    56  failed     errno of a write-back that failed, found after the daemon's death; 0: none
+
+`published.c` has the same layout; a test compares them.  There is one writer at a time:
+the daemon's trio thread, which the native path is part of, or, when all of the daemon
+is dead, the witness (witness.py).  Whoever holds the image for it later must be one, too.
+
+What can be known when the image's lock is free, so that no thread of the dead daemon
+can still be in a write:
+
+    session is not the manifest's  that mount had not begun: the image looks as the
+                                   manifest says, or somebody else wrote it
+    under_way is 0                 the image looks as recorded, or somebody else wrote it
+    under_way is not 0             the witness could not note the end.  The image looks as
+                                   recorded, or nobody can tell who wrote it: a write that
+                                   hung (fsfreeze, storage) sets the times when it goes on.
+                                   No grace of some seconds makes up for that
+
+"Looks": size, mtime, and ctime, too, unless the file was moved or copied.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import struct
 import time
 
 from attrs import evolve
 
 from ..errors import StateError
 from ..storage.mapping import Mapping, map_file
-from .manifest import ImageStamp
+from .activitywords import (
+    ALIVE,
+    CTIME,
+    FAILED,
+    FILE_BYTES,
+    MAGIC,
+    MAGIC_VALUE,
+    MTIME,
+    SESSION,
+    SIZE,
+    UNDER_WAY,
+    note_image,
+    words_of,
+)
+from .manifest import ImageStamp, moment
 from .statefiles import open_file
 
-_LAYOUT = struct.Struct("<8sqqqqqq")
-_MAGIC = b"snapfs1\n"
-FILE_BYTES = 4096
-BEAT_SECONDS = 0.5
-GRACE_NS = 2_000_000_000
+WATCH_SECONDS = 0.5  # between two looks at the witness
 SYNC_SECONDS = 20  # between two durable signs of life, with durability=power
 POWER_GRACE_NS = 60_000_000_000
 
@@ -44,11 +73,9 @@ class Activity:
 
     def __init__(self, mapping: Mapping | mmap.mmap, fd: int) -> None:
         self._mapping = mapping
+        self._words = words_of(mapping)
         self._fd = fd  # of the image; the store's
         self._under_way = 0
-        self._size = 0
-        self._least = 0  # size of the image when all is done: between these two
-        self._most = 0
 
     @classmethod
     def open(cls, directory: int, image_fd: int) -> Activity:
@@ -66,86 +93,123 @@ class Activity:
     def page(self) -> Mapping | mmap.mmap:
         """The mapped record, for whoever writes to the image beside us.
 
-        A change inside the image's size that begins while nothing is under way may
-        count itself as one, and must record as we do at its end, both between two
-        calls of ours; when something is under way a sign of life will do.
+        A change that begins while nothing is under way may count itself as one, and
+        must record as we do at its end, both between two calls of ours; when something
+        is under way it has nothing to do.
         """
         return self._mapping
 
-    def begin(self) -> None:
-        """Start recording: nothing is under way."""
-        self._record()
+    # Writing
 
-    def change_since(self, known: ImageStamp, image: ImageStamp) -> str | None:
-        """How the image differs from what the dead daemon left, None if it does not.
+    def prepare(self) -> None:
+        """Make it a record, of no mount, if it is none: nothing was to be judged by it."""
+        if not self._holds_record():
+            self._words[SESSION] = 0
+            self._words[SIZE] = self._words[FAILED] = 0
+            self._words[MAGIC] = MAGIC_VALUE
 
-        `known`: its stamp when that daemon started.  Raises StateError if there
-        is no record.
+    def begin(self, session: int) -> None:
+        """Start recording for that mount: nothing is under way, and nothing failed.
+
+        To be called after `prepare`.  The manifest must have its verdict, and `session`:
+        this destroys what it was found by.
         """
-        magic, under_way, least, most, mtime, ctime, alive = _LAYOUT.unpack_from(self._mapping)
-        if magic != _MAGIC or least < 0:
-            raise StateError("activity in the state directory holds no record")
-        if not under_way:
-            return image.change_since(evolve(known, size=least, mtime_ns=mtime, ctime_ns=ctime))
-        if not least <= image.size <= most:
-            return f"it has {image.size} bytes and had {least} to {most}"
-        newest = image.mtime_ns
-        if image.is_where(known):
-            newest = max(newest, image.ctime_ns)
-        if newest > alive + GRACE_NS:
-            return "it was modified after the daemon had died"
-        return None
+        words = self._words
+        words[SESSION] = 0
+        words[UNDER_WAY] = 1
+        words[FAILED] = 0
+        words[ALIVE] = time.time_ns()
+        note_image(self._words, self._fd)
+        words[SESSION] = session
 
-    def change_since_boot(self, known: ImageStamp, image: ImageStamp) -> str | None:
-        """`change_since` after a power cut, when only a durable sign of life is left.
-
-        Our own writes ended before this boot, and within `POWER_GRACE_NS` of
-        the sign.  What somebody else wrote before that is not noticed.
-        """
-        magic, _, _, _, _, _, alive = _LAYOUT.unpack_from(self._mapping)
-        if magic != _MAGIC:
-            raise StateError("activity in the state directory holds no record")
-        newest = image.mtime_ns
-        if image.is_where(known):
-            newest = max(newest, image.ctime_ns)
-        booted = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        if newest >= min(booted, alive + POWER_GRACE_NS):
-            return "it was modified after the power cut"
-        return None
-
-    def started(self, size: int) -> None:
-        """A change begins after which the image may have `size` bytes."""
-        if not self._under_way:
-            self._least = self._most = self._size
+    def started(self) -> None:
+        """A change begins."""
         self._under_way += 1
-        self._least = min(self._least, size)
-        self._most = max(self._most, size)
-        self._write(0, 0)
+        self._words[UNDER_WAY] = self._under_way
 
     def finished(self) -> None:
         """A change has ended."""
         self._under_way -= 1
-        if not self._under_way:
-            self._record()
-
-    def beat(self, always: bool = False) -> None:
-        """Give a sign of life while changes are under way, or `always`."""
         if self._under_way:
-            self._write(0, 0)
-        elif always:
-            self._record()
+            self._words[UNDER_WAY] = self._under_way
+        else:
+            note_image(self._words, self._fd)
 
-    def _record(self) -> None:
-        status = os.fstat(self._fd)
-        self._size = self._least = self._most = status.st_size
-        self._write(status.st_mtime_ns, status.st_ctime_ns)
+    def end(self) -> None:
+        """Nothing is under way any more, though it was never said."""
+        self._under_way = 0
+        self._words[UNDER_WAY] = 1
+        note_image(self._words, self._fd)
 
-    def _write(self, mtime: int, ctime: int) -> None:
-        _LAYOUT.pack_into(
-            self._mapping, 0, _MAGIC, self._under_way, self._least, self._most, mtime, ctime,
-            time.time_ns(),
-        )  # fmt: skip
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self._words[ALIVE] = time.time_ns()
+
+    def fail(self, number: int) -> None:
+        """Note the errno of a write-back that failed, which the kernel tells but once."""
+        self._words[FAILED] = number
+
+    # Judging
+
+    def failed(self) -> int:
+        """errno of a write-back that was found to have failed after the daemon's death; 0: none.
+
+        Raises StateError if there is no record.
+        """
+        self._is_of(0)
+        return self._words[FAILED]
+
+    def change_since(self, session: int, known: ImageStamp, image: ImageStamp) -> str | None:
+        """How the image differs from what the dead daemon left, None if it does not.
+
+        `session` and `known` are what the manifest says of its mount.  Raises
+        StateError if there is no record.
+        """
+        if not self._is_of(session):
+            return image.change_since(known)
+        words = self._words
+        left = evolve(known, size=words[SIZE], mtime_ns=words[MTIME], ctime_ns=words[CTIME])
+        change = image.change_since(left)
+        if change is not None and words[UNDER_WAY]:
+            return (
+                f"{change}; writes were under way when the daemon died, and its witness did not "
+                "live to note their end, so nobody can tell whether it was them or somebody else"
+            )
+        return change
+
+    def change_since_sync(
+        self, session: int, known: ImageStamp, image: ImageStamp, *, rebooted: bool
+    ) -> str | None:
+        """`change_since` when what was held is gone, and a durable sign of life is left.
+
+        What was written before the sign is ours.  `rebooted`: so is what was
+        written after it, within `POWER_GRACE_NS` and before this boot: what somebody
+        else wrote in between is not noticed.
+        """
+        newest = image.newest(known)
+        if self._is_of(session):
+            limit = self._words[ALIVE]
+            if rebooted:
+                booted = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+                limit = max(limit, min(booted, limit + POWER_GRACE_NS))
+        else:
+            limit = max(known.mtime_ns, known.ctime_ns)
+        if newest > limit:
+            return (
+                f"it was written at {moment(newest)}, and the last that is known of the "
+                f"daemon is that it lived at {moment(self._words[ALIVE])}"
+            )
+        return None
+
+    def _is_of(self, session: int) -> bool:
+        if not self._holds_record():
+            raise StateError("activity in the state directory holds no record")
+        return self._words[SESSION] == session
+
+    def _holds_record(self) -> bool:
+        return self._words[MAGIC] == MAGIC_VALUE and self._words[SIZE] >= 0
 
     def close(self) -> None:
         """Unmap the file."""
+        self._words.release()
         self._mapping.close()

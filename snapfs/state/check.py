@@ -26,11 +26,12 @@ from ..engine.geometry import Geometry
 from ..errors import InUse, NotFound, StateError, UsageError
 from ..storage.locks import lock_exclusively
 from . import dirtyfiles, statefiles
-from .activity import FILE_BYTES, Activity
+from .activity import Activity
+from .activitywords import FILE_BYTES
 from .findings import Grade, Report, Unusable, printable, read_all
 from .layercheck import LayerInspector
 from .manifest import MAX_BYTES, ImageStamp, Manifest
-from .recovery import distrust
+from .recovery import distrust, holders
 from .store import CONTROL_SOCKET
 
 KNOWN = {
@@ -96,6 +97,7 @@ class _Checker(LayerInspector):
     def _lock(self) -> int:
         """Lock the directory as a mount does, so that none begins meanwhile."""
         mounted = InUse(f"{self.directory} is mounted; run snapfs umount first")
+        statefiles.wait_for_witness(self.directory)
         try:
             fd = self.open(self.fd, "lock", "lock")
         except FileNotFoundError:
@@ -179,12 +181,12 @@ class _Checker(LayerInspector):
         self.report.clean = known.clean
         self.report.snapshots = sum(record.name is not None for record in known.layers)
         self.report.bitmaps = len(known.bitmaps)
-        stamp = self._stamp(known, image)
+        stamp, now = self._image(known, image)
         activity = self._activity(known)
         reason, wrong, judged = None, False, False
         if stamp is not None and activity is not None:
             try:
-                reason, wrong = distrust(known, stamp, activity)
+                reason, wrong = distrust(known, stamp, activity, now)
                 judged = True
             except StateError:
                 self.found(
@@ -204,8 +206,13 @@ class _Checker(LayerInspector):
 
     # The image
 
-    def _stamp(self, known: Manifest, image: str | None) -> ImageStamp | None:
-        """What the image looks like now; O_PATH, so that nothing is opened for a look."""
+    def _image(
+        self, known: Manifest, image: str | None
+    ) -> tuple[ImageStamp | None, dict[str, str]]:
+        """What the image looks like now, and what holds it and the rest (`holders`).
+
+        O_PATH, so that nothing is opened for a look.
+        """
         beside = self.directory.removesuffix(".snapfs")
         if image is None and beside != self.directory and os.path.isfile(beside):
             image = os.path.realpath(beside)
@@ -218,14 +225,28 @@ class _Checker(LayerInspector):
                 why = error.strerror if isinstance(error, OSError) else "not a path"
                 text = f"the image {path} is not there ({why}); name it instead of the directory"
                 self.found(Grade.DAMAGE, "manifest.json", text)
-            return None
+            return None, {}
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 self.found(Grade.DAMAGE, "manifest.json", f"the image {path} is not a file")
-                return None
-            return ImageStamp.of(path, fd)
+                return None, {}
+            return ImageStamp.of(path, fd), self._holders(known, fd)
         finally:
             os.close(fd)
+
+    def _holders(self, known: Manifest, image: int) -> dict[str, str]:
+        temps = {}
+        try:
+            for record in known.layers:
+                if record.temp_dir is not None and record.temp_dir not in temps:
+                    try:
+                        temps[record.temp_dir] = os.open(record.temp_dir, os.O_PATH | os.O_CLOEXEC)
+                    except OSError:
+                        pass  # which is reported with the layer
+            return holders(image, self.fd, temps)
+        finally:
+            for fd in temps.values():
+                os.close(fd)
 
     def _activity(self, known: Manifest) -> Activity | None:
         where = "activity"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import cattrs
 from attrs import evolve, field, frozen
-from attrs.validators import ge, matches_re
+from attrs.validators import ge, lt, matches_re
 
 from ..engine.dirty import BitmapRecord
 from ..engine.geometry import Geometry
@@ -23,10 +24,21 @@ from .tempdirs import valid_path
 
 Durability = Literal["process", "power"]
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)  # 2: until it was unmounted in order, it does not say what held it
 MAX_NUMBER = 1 << 62  # below it sizes, times and their sums fit into 64 bits
 MAX_ERRNO = 4095  # MAX_ERRNO of Linux
 MAX_BYTES = 16 << 20  # a manifest of this size has some 50,000 snapshots
+
+
+def moment(time_ns: int) -> str:
+    """A time in words, to the nanosecond: a change of ctime may be a small one."""
+    seconds, rest = divmod(time_ns, 10**9)
+    try:
+        text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return f"{time_ns} ns since 1970"
+    return f"{text}.{rest:09} UTC"
 
 
 @frozen
@@ -63,14 +75,28 @@ class ImageStamp:
         if self.size != old.size:
             return f"it has {self.size} bytes and had {old.size}"
         if self.mtime_ns != old.mtime_ns:
-            return "it was modified"
+            return (
+                f"it was modified at {moment(self.mtime_ns)}, and before at {moment(old.mtime_ns)}"
+            )
         if self.is_where(old) and self.ctime_ns != old.ctime_ns:
-            return "it was modified, or its owner or mode was changed"
+            return (
+                f"its ctime is {moment(self.ctime_ns)} and was {moment(old.ctime_ns)}, while size "
+                "and mtime are the same: either its mode, owner, links or attributes were set "
+                "(chmod, chown, ln, setfattr, chattr, touch -a), or it was written and its mtime "
+                "set back (rsync -t, touch -r), and nothing tells which"
+            )
         return None
 
+    def newest(self, old: ImageStamp) -> int:
+        """When the image may have been written last; `old`: where it was."""
+        return max(self.mtime_ns, self.ctime_ns) if self.is_where(old) else self.mtime_ns
+
     def is_where(self, old: ImageStamp) -> bool:
-        """Is it the same file under the same name, neither moved nor copied?"""
-        return (self.path, self.device, self.inode) == (old.path, old.device, old.inode)
+        """Is it the same file under the same name, neither moved nor copied?
+
+        Not by its device: that of btrfs is another one after each mount.
+        """
+        return (self.path, self.inode) == (old.path, old.inode)
 
 
 Encoded = dict[int, tuple[LayerRecord, str]]  # layers and their lines, by id
@@ -84,6 +110,10 @@ class Manifest:
     Layers and bitmaps share one sequence of ids.  `id` names the temp images that
     are elsewhere, while the state directory is at `home` (tempdirs.py), which is
     "" for neither yet.  `temp_dir`: where new ones go, None: into the state directory.
+
+    `image` and what follows are of the moment when the mount began (or ended, if
+    `clean`): `session` tells its record of activity from that of another mount (0: there
+    is none), `held_by` what file systems hold what it left (recovery.py).
     """
 
     version: int
@@ -98,6 +128,8 @@ class Manifest:
     id: str = field(default="", validator=matches_re("([0-9a-f]{32})?"))
     home: str = ""
     temp_dir: str | None = None
+    session: int = field(default=0, validator=[ge(0), lt(MAX_NUMBER)])
+    held_by: dict[str, str] = field(factory=dict)  # identity_of each, by place
 
     def dumps(self, known: Encoded | None = None) -> bytes:
         """The manifest as it is stored, a layer a line.
@@ -132,8 +164,10 @@ class Manifest:
         version = value.get("version")
         if not isinstance(version, int):
             raise StateError(f"{where} has no version")
-        if version != VERSION:
-            raise StateError(f"{where} has version {version!r}; this snapfs reads {VERSION}")
+        if version not in READABLE:
+            raise StateError(
+                f"{where} has version {version!r}; this snapfs reads {READABLE[0]} to {VERSION}"
+            )
         try:
             manifest = _converter.structure(value, cls)
             manifest._check()
@@ -141,7 +175,7 @@ class Manifest:
             raise StateError(f"{where} is damaged: it is nested too deeply") from None
         except (cattrs.BaseValidationError, InvalidName, ValueError, TypeError) as error:
             raise StateError(f"{where} is damaged: {'; '.join(reasons(error))}") from None
-        return manifest
+        return evolve(manifest, version=VERSION)
 
     def _check(self) -> None:
         Geometry(self.image.size, self.cluster_size)

@@ -22,15 +22,34 @@ that returned is there), and what the next mount does:
                         of those that they replaced
     write, bits set     dirty bits, image not written    keeps them: some too many
     close, before save  clean=false, same boot           as after a death
+    opening, before save the list as it was, and the     judges again, by the same
+                         record of its session
+    opening, lost saved  snapshots that are lost, with   takes both from them
+                         bits and temp data
+    opening, after save  the verdict, and a session      the image must look as in the
+                         that the record is not of       list: nothing was written since
 
-After an unclean reboot (another boot id) nothing mapped is trusted unless it
-was made durable step by step (durability=power, durability.py): snapshots are
-lost.  So are those that need the image when somebody else wrote it.  Dirty
-bitmaps are inconsistent in both cases.
+What is lost by the verdict of a mount is saved before anything that it was judged by
+changes, bits included.  What the next mount will judge by is in the list, too, which
+is replaced in one step and durable before the record of activity is begun anew.  So
+a mount that dies at any moment leaves either all of the evidence, or its verdict.
+
+What was only held is gone after a reboot (another boot id), and when a file system
+that holds image, state or temp images is another one than it was, though there was
+no reboot: unmounted, or gone, and back (filesystems.py).  Where that cannot be known
+it counts as gone.  Then nothing mapped is trusted unless it was made durable step
+by step (durability=power, durability.py): snapshots are lost.  They are all lost,
+too, if write-back has failed since the daemon died, which the file systems are asked;
+those that need the image are if somebody else wrote it, or if nobody can know
+(activity.py).  Dirty bitmaps are inconsistent in all these cases.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from attrs import define, field
@@ -38,10 +57,11 @@ from attrs import define, field
 from ..engine.geometry import Geometry
 from ..engine.layer import Layer
 from ..engine.layers import LayerStack
+from ..storage import filesystems
 from ..storage.image import FileImage
 from .activity import Activity
 from .layerstore import LayerDirectory
-from .manifest import ImageStamp, Manifest
+from .manifest import MAX_NUMBER, ImageStamp, Manifest
 
 
 def boot_id() -> str:
@@ -49,22 +69,96 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def distrust(known: Manifest, stamp: ImageStamp, activity: Activity) -> tuple[str | None, bool]:
+def new_session() -> int:
+    """A number for a mount that no other has had."""
+    return secrets.randbelow(MAX_NUMBER - 1) + 1
+
+
+def holders(image: int, state: int, temps: Mapping[str, int]) -> dict[str, str]:
+    """What file systems hold these, by place; for `Manifest.held_by`.  Blocks.
+
+    Image and state are descriptors, `temps` those of the directories outside of the
+    state directory.  "" for what cannot be identified, or judged at all.
+    """
+    found = {"image": image, "state": state, **{f"temp {path}": fd for path, fd in temps.items()}}
+    return {
+        place: filesystems.identity_of(fd)
+        if place.startswith("temp ") or filesystems.kind_of(fd) in filesystems.KNOWN
+        else ""
+        for place, fd in found.items()
+    }
+
+
+def gone(known: Manifest, now: Mapping[str, str]) -> str | None:
+    """Why what an unclean mount only held is not there any more; None: it is."""
+    if known.boot_id != boot_id():
+        return "the machine went down without unmounting"
+    if not known.held_by:
+        return "an older version of snapfs left it without unmounting"
+    places = {"image": "the image", "state": "the state directory"}
+    places |= {f"temp {layer.temp_dir}": "a temp image" for layer in known.layers if layer.temp_dir}
+    for place, what in places.items():
+        identity = known.held_by.get(place)
+        if not identity or not now.get(place):
+            return (
+                f"the daemon died, and whether the file system of {what} still has all that "
+                "it was given cannot be known for one of its kind"
+            )
+        if identity != now[place]:
+            return (
+                f"the daemon died, and the file system of {what} is not the one that it had "
+                "then: it was mounted anew, or the file was moved to another"
+            )
+    return None
+
+
+def ask_for_errors(
+    known: Manifest, now: Mapping[str, str], descriptors: Iterable[int], activity: Activity
+) -> None:
+    """Find out whether write-back has failed since an unclean mount, and note it.  Blocks.
+
+    That a file system tells once, so it is noted at once, for whoever must judge again.
+    """
+    if known.clean or not (known.layers or known.bitmaps) or gone(known, now) is not None:
+        return
+    asked = set()
+    for fd in descriptors:
+        device = os.fstat(fd).st_dev
+        if device not in asked:
+            asked.add(device)
+            error = filesystems.ask_for_errors(fd)
+            if error is not None:
+                activity.fail(error.errno or errno.EIO)
+
+
+def distrust(
+    known: Manifest, stamp: ImageStamp, activity: Activity, now: Mapping[str, str]
+) -> tuple[str | None, bool]:
     """Why what is mapped does not tell of the image as it is, if so; and is it all wrong?
 
-    `stamp`: of the image now.  Raises StateError if `activity` is needed and no record.
+    `stamp`: of the image now; `now`: its `holders`.  Raises StateError if `activity` is
+    needed and no record.
     """
     if not known.layers and not known.bitmaps:
         return None, False
-    rebooted = not known.clean and known.boot_id != boot_id()
-    if rebooted and known.durability != "power":
-        return "the machine went down without unmounting", True
     if known.clean:
         change = stamp.change_since(known.image)
-    elif rebooted:
-        change = activity.change_since_boot(known.image, stamp)
-    else:
-        change = activity.change_since(known.image, stamp)
+        return change and f"the image was changed while it was not mounted: {change}", False
+    lost = gone(known, now)
+    if lost is not None:
+        places = (known.held_by.get("image"), known.held_by.get("state"))
+        if known.durability != "power" or not all(places):
+            return lost, True
+        rebooted = known.boot_id != boot_id()
+        change = activity.change_since_sync(known.session, known.image, stamp, rebooted=rebooted)
+        return change and f"{lost}, and the image may have been changed since: {change}", False
+    failed = activity.failed()
+    if failed:
+        return (
+            "the daemon died, and a file system that holds image, state or temp images could "
+            f"not store all that it was given: {os.strerror(failed)}"
+        ), True
+    change = activity.change_since(known.session, known.image, stamp)
     return change and f"the image was changed while it was not mounted: {change}", False
 
 
@@ -84,9 +178,17 @@ class Recovered:
 
 
 def recover(
-    known: Manifest, stamp: ImageStamp, files: LayerDirectory, activity: Activity
+    known: Manifest,
+    stamp: ImageStamp,
+    files: LayerDirectory,
+    activity: Activity,
+    now: Mapping[str, str],
+    save: Callable[[list[Layer]], None],
 ) -> Recovered:
-    """Load the layers of a manifest.  `stamp`: of the image now.  Blocks.
+    """Load the layers of a manifest.  `stamp`: of the image now; `now`: its holders.  Blocks.
+
+    `save` makes what is lost durable, and changes nothing of what it was judged by: access
+    and done bits are a part of that, so they change only afterwards.
 
     Raises StateError and OSError; `files` then closes what was opened.
     """
@@ -96,11 +198,13 @@ def recover(
         if layer is not None:
             found.layers.append(layer)
     stack = LayerStack(found.layers, Geometry(stamp.size, known.cluster_size).clusters)
-    found.distrust, wrong = distrust(known, stamp, activity)
+    found.distrust, wrong = distrust(known, stamp, activity, now)
     if found.distrust is not None:
         _mark_lost(found, stack, found.distrust, wrong)
+        if found.notices:
+            save(found.layers)
     for layer in found.layers:
-        if not layer.live:
+        if not layer.live or layer.state == "lost":
             layer.withdraw(0, layer.geometry.clusters)
     stack.settle(0, stack.clusters)
     for layer in list(found.layers):
@@ -117,11 +221,10 @@ def _mark_lost(found: Recovered, stack: LayerStack, reason: str, wrong: bool) ->
     """The snapshots that need the image are lost, or all if what is mapped is `wrong`."""
     need_image = {layer.id for layer, _ in stack.needing(0, stack.clusters)}
     for layer in found.layers:
-        if layer.live and (wrong or layer.id in need_image):
-            layer.withdraw(0, layer.geometry.clusters)
-            if layer.state != "lost":
-                layer.degrade("lost", reason)
-                found.notices.append(f"snapshot {layer.name!r} is lost: {reason}")
+        needs_it = wrong or layer.id in need_image
+        if layer.live and needs_it and layer.state != "lost":
+            layer.degrade("lost", reason)
+            found.notices.append(f"snapshot {layer.name!r} is lost: {reason}")
 
 
 def _punch_undone(found: Recovered, layer: Layer) -> None:

@@ -10,13 +10,20 @@ import errno
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
 from ..engine.bitmap import buffer_size
 from ..errors import StateError
 from ..storage.linux import exchange
+from ..storage.locks import is_locked
 from ..storage.mapping import Mapping, map_file, set_nocow
 from ..storage.smallfiles import write_synced
+
+# Bytes of the file "lock", locked while mounted: the first by the daemon and its witness,
+# who outlives it for an instant, the second by the daemon only.
+MOUNTED_BYTE, DAEMON_BYTE = 0, 1
+WITNESS_SECONDS = 30  # for a witness to note what it must, storage that is slow included
 
 RESERVE_BYTES = 256 << 10  # for when the file system is full
 MANIFEST_RESERVE_BYTES = 64 << 10  # the part of it for the manifest
@@ -71,6 +78,30 @@ def _check_owner(fd: int, name: str) -> None:
         raise StateError(f"{name} belongs to user {status.st_uid}; chown it or use -o state=")
     if status.st_mode & 0o022:
         raise StateError(f"{name} can be written by others; chmod go-w it")
+
+
+def wait_for_witness(path: str | os.PathLike[str]) -> None:
+    """Return when no daemon and no witness has the directory, or a daemon has; or after a while.
+
+    In the instant after a daemon's death its witness has the locks (witness.py).
+    """
+    try:
+        fd = os.open(
+            os.path.join(path, "lock"),
+            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+        )
+    except OSError:
+        return  # whoever needs it finds out
+    try:
+        end = time.monotonic() + WITNESS_SECONDS
+        while (
+            is_locked(fd, MOUNTED_BYTE)
+            and not is_locked(fd, DAEMON_BYTE)
+            and time.monotonic() < end
+        ):
+            time.sleep(0.005)
+    finally:
+        os.close(fd)
 
 
 def make_file(parent: int, name: str, size: int) -> int:

@@ -34,6 +34,7 @@ from ..engine.layer import Layer, LayerParts, LayerRecord
 from ..errors import InUse, LimitReached, MountError, StateError, UsageError
 from ..storage import descriptors
 from ..storage.descriptors import Reserve
+from ..storage.filesystems import check_kind
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_exclusively, open_image
 from . import recovery, statefiles, tempdirs
@@ -42,6 +43,7 @@ from .dirtyfiles import DirtyFiles
 from .layerstore import LayerDirectory
 from .manifest import MAX_BYTES, VERSION, Durability, Encoded, ImageStamp, Manifest
 from .tempdirs import TempDirs
+from .witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,21 @@ def overcommitted(path: str, fd: int) -> str | None:
         f"{missing} bytes of {path} are unallocated and only {free} are free on its file system: "
         "writes may fail for want of space"
     )
+
+
+def _check_state_kind(directory: Path) -> None:
+    """Raise UsageError if the state directory, there or yet to be made, is on another kind."""
+    try:
+        fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        try:
+            fd = os.open(directory.parent, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return  # it cannot be made
+    try:
+        check_kind(fd, f"the state directory {directory}")
+    finally:
+        os.close(fd)
 
 
 class Store:
@@ -100,6 +117,9 @@ class Store:
         self._gone: list[int] = []  # layers whose files go once a list without them is saved
         self._activity_fd = -1
         self._spare = Reserve(SPARE_DESCRIPTORS)  # to delete, and to end in order, without others
+        self._daemon_fd = -1  # of "lock", too, but an open file that the witness has not
+        self._witness: Witness | None = None
+        self._witness_failed = False  # to be started; logged
         self._opened_layers = self._opened_bitmaps = False
 
     @classmethod
@@ -112,17 +132,19 @@ class Store:
         read_only: bool = False,
         durability: Durability = "process",
         temp_dir: str | None = None,
+        any_fs: bool = False,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         """Lock the image and its state directory, made if need be, and recover.
 
         `cluster_size` None: as before, else the default.  `temp_dir`: see
-        `tempdirs.choose`.  Raises UsageError,
+        `tempdirs.choose`.  `any_fs`: on file systems of any kind, see `check_kind`.
+        Raises UsageError,
         InUse, MountError, StateError and OSError; then nothing is held or left behind.
         """
         return await trio.to_thread.run_sync(
             cls._open, image_path, state_dir, cluster_size, read_only, durability, temp_dir,
-            limiter, limiter=limiter,
+            any_fs, limiter, limiter=limiter,
         )  # fmt: skip
 
     @classmethod
@@ -134,14 +156,19 @@ class Store:
         read_only: bool,
         durability: Durability,
         temp_dir: str | None,
+        any_fs: bool,
         limiter: trio.CapacityLimiter,
     ) -> Store:
         path = os.path.realpath(image_path)
+        directory = Path(state_dir).absolute() if state_dir else Path(f"{path}.snapfs")
+        statefiles.wait_for_witness(directory)
         image_fd = open_image(path, read_only=read_only)
         image = FileImage(image_fd, limiter=limiter)
-        directory = Path(state_dir).absolute() if state_dir else Path(f"{path}.snapfs")
         made = False
         try:
+            if not any_fs:
+                check_kind(image_fd, f"the image {path}")
+                _check_state_kind(directory)
             try:
                 directory.mkdir(mode=0o700)
                 made = True
@@ -176,6 +203,8 @@ class Store:
         self._lock_fd = statefiles.open_file(self._fd, "lock", os.O_RDWR | os.O_CREAT)
         if not lock_exclusively(self._lock_fd):
             raise InUse(f"the state directory {self.directory} is in use by another snapfs")
+        self._daemon_fd = statefiles.open_file(self._fd, "lock")
+        lock_exclusively(self._daemon_fd, statefiles.DAEMON_BYTE)
         self._layers = LayerDirectory.open(
             self._fd, self.directory, self._state_limiter, self._temp_threads
         )
@@ -208,7 +237,16 @@ class Store:
         warning = None if self._read_only else overcommitted(path, image_fd)
         if warning is not None:
             self.notices.append(warning)
-        self._recover(known, stamp)
+        now = recovery.holders(image_fd, self._fd, self._layers.temps.opened())
+        recovery.ask_for_errors(
+            known, now, (image_fd, self._fd, *self._layers.temps.opened().values()), self._activity
+        )
+        self._recover(known, stamp, now)
+        self._activity_fd = statefiles.open_file(self._fd, "activity")
+        self._activity.prepare()
+        if self._power:
+            os.fdatasync(self._activity_fd)
+            self.bitmaps.sync(self.dirty)  # with what makes them inconsistent now
         self._manifest = evolve(
             known,
             image=stamp,
@@ -216,13 +254,14 @@ class Store:
             clean=False,
             durability="power" if self._power else "process",
             layers=self._layers.placed([layer.record() for layer in self.layers]),
+            session=recovery.new_session(),
+            held_by=now,
         )
-        self._activity.begin()
-        if self._power:
-            self._activity_fd = statefiles.open_file(self._fd, "activity")
-            os.fdatasync(self._activity_fd)
         # The rest is for the control socket: XFS makes no file without blocks to spare.
         self._write_manifest(statefiles.MANIFEST_RESERVE_BYTES)
+        self._activity.begin(self._manifest.session)
+        if self._power:
+            os.fdatasync(self._activity_fd)
         if self._made and self._power:
             statefiles.sync_entry(self.directory)
         for layer_id in self._gone:
@@ -251,15 +290,24 @@ class Store:
         self._layers.temps = temps
         if new is not None:
             temps.open(new)
+        for layer in known.layers:
+            if layer.temp_dir is not None:
+                temps.open(layer.temp_dir)
         self.notices += self._layers.remove_unlisted(known.layers, (known.temp_dir, new))
         return evolve(known, id=temp_id, home=home, temp_dir=new)
 
-    def _recover(self, known: Manifest, stamp: ImageStamp) -> None:
+    def _recover(self, known: Manifest, stamp: ImageStamp, now: dict[str, str]) -> None:
         """Load what the manifest lists and bring it to a state between transitions."""
         self._layers.harden = self._power or known.durability == "power"
         if self._power and known.layers:
             os.fdatasync(self.image.fd)
-        found = recovery.recover(known, stamp, self._layers, self._activity)
+
+        def save(layers: list[Layer]) -> None:
+            records = self._layers.placed([layer.record() for layer in layers])
+            verdict = evolve(known, layers=records)
+            statefiles.replace_file(self._fd, "manifest.json", verdict.dumps())
+
+        found = recovery.recover(known, stamp, self._layers, self._activity, now, save)
         self.layers, self._gone = found.layers, found.gone
         clusters = Geometry(stamp.size, known.cluster_size).clusters
         self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, found.distrust)
@@ -346,7 +394,7 @@ class Store:
         return self._layers.default_reserve()
 
     def write_started(self, size: int) -> None:
-        self._activity.started(size)
+        self._activity.started()
 
     def write_finished(self) -> None:
         self._activity.finished()
@@ -356,14 +404,34 @@ class Store:
         """The record of changes under way; see `Activity.page`."""
         return self._activity.page
 
-    def beat(self) -> None:
-        """Sign of life, to be given every `activity.BEAT_SECONDS`."""
-        self._activity.beat()
+    async def keep_witness(self) -> None:
+        """Start the witness (witness.py), if it does not live; logged if that is impossible.
+
+        To be called before the first write, and every `activity.WATCH_SECONDS`.
+        """
+        if self._read_only or (self._witness is not None and self._witness.lives()):
+            return
+        try:
+            await trio.to_thread.run_sync(self._appoint_witness, limiter=self._state_limiter)
+            self._witness_failed = False
+        except OSError as error:
+            if not self._witness_failed:
+                log.warning("no witness of the daemon's end can be started: %s", error.strerror)
+            self._witness_failed = True
+
+    def _appoint_witness(self) -> None:
+        former, self._witness = self._witness, None
+        if former is not None:
+            log.warning("the witness of the daemon's end was killed; it is started anew")
+            former.dismiss()
+        self._witness = Witness.appoint(
+            self.image.fd, self._lock_fd, self._activity_fd, self._manifest.session
+        )
 
     async def beat_durably(self) -> None:
         """With durability=power: a durable one, every `activity.SYNC_SECONDS`; logged if not."""
         if self._power:
-            self._activity.beat(always=True)
+            self._activity.beat()
             try:
                 await trio.to_thread.run_sync(
                     os.fdatasync, self._activity_fd, limiter=self._state_limiter
@@ -447,6 +515,8 @@ class Store:
                     bitmaps=tuple(BitmapRecord(each.id, each.name) for each in bitmaps),
                 )
                 self._write_manifest()
+            else:
+                self._activity.end()
         finally:
             for layer in layers:
                 layer.temp.close()
@@ -455,10 +525,12 @@ class Store:
 
     def _release(self) -> None:
         self._spare.close()
+        if self._witness is not None:
+            self._witness.dismiss()  # before the locks are let go of
         if self._opened_layers:
             self._layers.close()
         if self._opened_bitmaps:
             self.bitmaps.close()
-        for fd in (self._activity_fd, self._lock_fd, self._fd):
+        for fd in (self._activity_fd, self._daemon_fd, self._lock_fd, self._fd):
             if fd >= 0:
                 os.close(fd)

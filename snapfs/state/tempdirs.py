@@ -88,6 +88,10 @@ class TempDirs:
             self._fds[path] = open_directory(path)
         return self._fds[path]
 
+    def opened(self) -> dict[str, int]:
+        """The descriptors of the directories that were opened."""
+        return dict(self._fds)
+
     def name(self, layer_id: int) -> str:
         """The file name of a temp image."""
         return f"{self.id}-{layer_id}.temp"

@@ -40,7 +40,8 @@ def _set(fd: int, kind: int, offset: int) -> None:
     fcntl.fcntl(fd, F_OFD_SETLK, _FLOCK.pack(kind, 0, offset, 1, 0))
 
 
-def _held_by_another(fd: int, offset: int) -> bool:
+def is_locked(fd: int, offset: int) -> bool:
+    """Does another open file have a lock on that byte?"""
     answer = fcntl.fcntl(fd, F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, offset, 1, 0))
     kind: int = _FLOCK.unpack(answer)[0]
     return kind != fcntl.F_UNLCK
@@ -62,15 +63,15 @@ def lock_image(fd: int, *, writable: bool) -> bool:
     for permission in unshared:
         _set(fd, fcntl.F_RDLCK, UNSHARED_BASE + permission)
     return not (
-        any(_held_by_another(fd, UNSHARED_BASE + permission) for permission in used)
-        or any(_held_by_another(fd, USED_BASE + permission) for permission in unshared)
+        any(is_locked(fd, UNSHARED_BASE + permission) for permission in used)
+        or any(is_locked(fd, USED_BASE + permission) for permission in unshared)
     )
 
 
-def lock_exclusively(fd: int) -> bool:
-    """Lock the first byte of a writable file; False if another descriptor has it."""
+def lock_exclusively(fd: int, offset: int = 0) -> bool:
+    """Lock a byte of a writable file; False if another descriptor has it."""
     try:
-        _set(fd, fcntl.F_WRLCK, 0)
+        _set(fd, fcntl.F_WRLCK, offset)
     except (BlockingIOError, PermissionError):
         return False
     return True

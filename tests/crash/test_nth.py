@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,18 @@ import trio
 from snapfs.engine.copier import Settings
 from snapfs.engine.engine import Engine
 from snapfs.errors import AccessDenied, SnapfsError
-from snapfs.state import activity, dirtyfiles, layerfiles, layerstore, statefiles, store, tempdirs
+from snapfs.state import (
+    activity,
+    dirtyfiles,
+    layerfiles,
+    layerstore,
+    recovery,
+    statefiles,
+    store,
+    tempdirs,
+)
 from snapfs.state.store import Store
-from snapfs.storage import image, locks
+from snapfs.storage import image, locks, mapping
 
 CLUSTER = 4096
 SIZE = 5 * CLUSTER + 77
@@ -33,8 +43,12 @@ FIRST = FIRST[:SIZE]
 SECOND = b"x" * CLUSTER + FIRST[CLUSTER:]  # the moment of b
 NOW = b"x" * 100 + b"y" * 2 * CLUSTER + SECOND[2 * CLUSTER + 100 :]
 SMALLER = 3 * CLUSTER + 5
+A_DAY_AGO = time.time_ns() - 86_400 * 10**9
 LIMITER = trio.CapacityLimiter(4)
-MODULES = (activity, dirtyfiles, image, layerfiles, layerstore, locks, statefiles, store, tempdirs)
+MODULES = (
+    activity, dirtyfiles, image, layerfiles, layerstore, locks, mapping, statefiles, store,
+    tempdirs,
+)  # fmt: skip
 CALLS = {
     "open", "mkdir", "unlink", "rename", "ftruncate", "fsync", "fdatasync", "posix_fallocate",
     "write", "pwrite", "pwritev", "pread", "preadv", "lseek", "listdir", "stat", "fstat",
@@ -53,7 +67,7 @@ class Calls:
                 # fstat(2) of the open image, after every write, has nothing that could fail.
                 left_out = {"fstat"} if module in (activity, image) else set()
                 monkeypatch.setattr(module, "os", Wrapped(os, self._wrapped, CALLS - left_out))
-        monkeypatch.setattr(statefiles, "mmap", Wrapped(statefiles.mmap, self._wrapped, {"mmap"}))
+        monkeypatch.setattr(mapping, "Mapping", self._wrapped(mapping.Mapping))
         rmtree = Wrapped(shutil, self._wrapped, {"rmtree"})
         monkeypatch.setattr(statefiles, "shutil", rmtree)
         monkeypatch.setattr(locks, "fcntl", Wrapped(locks.fcntl, self._wrapped, {"fcntl"}))
@@ -339,3 +353,69 @@ async def test_the_daemon_dies_before_the_nth_call(shm, monkeypatch, step, durab
     allowed = [BEFORE] if step in (open_store, close_store) else [BEFORE, STEPS[step]]
     for where in crashes:
         await settled(Bench(where, durability, False), step, *allowed)
+
+
+# Two recoveries in a row
+
+
+def changed(disk: Path) -> None:
+    before = disk.stat().st_mtime_ns
+    while disk.stat().st_mtime_ns == before:  # a copy, whose times were set, has coarse ones
+        with open(disk, "r+b") as file:
+            os.pwrite(file.fileno(), b"behind our back", 4 * CLUSTER)
+
+
+def untouched(disk: Path) -> None:
+    pass
+
+
+def rebooted(disk: Path) -> None:
+    os.utime(disk, ns=(A_DAY_AGO, A_DAY_AGO))
+
+
+async def verdict(bench: Bench) -> dict[str, bool]:
+    """Which snapshots and bitmaps can be used, whose content must be right then."""
+    async with Opened(await bench.open()) as engine:
+        if all(layer.state == "ok" for layer in engine.snapshots):
+            await verify(engine, None)
+        found = {str(layer.name): layer.state == "ok" for layer in engine.snapshots}
+        for bitmap in engine.tracker.bitmaps:
+            found[f"bitmap {bitmap.name}"] = bitmap.parts is not None
+        return found
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+@pytest.mark.parametrize("event", [untouched, changed, rebooted], ids=lambda event: event.__name__)
+async def test_a_recovery_that_dies_takes_no_evidence_with_it(shm, monkeypatch, event, durability):
+    """The daemon dies, something happens, and the next one dies before each of its calls."""
+    bench = Bench(shm / "live", durability, False)
+    bench.disk.parent.mkdir()
+    await bench.make()
+    async with Opened(await bench.open()) as engine:
+        await engine.tracker.add("d")
+        await engine.write(0, NOW[:CLUSTER])
+        shutil.copytree(bench.disk.parent, shm / "left")
+    left = Bench(shm / "left", durability, False)
+    event(left.disk)
+    if event is rebooted:
+        monkeypatch.setattr(recovery, "boot_id", lambda: "another boot")
+    crashes: list[Path] = []
+
+    def copy() -> None:
+        crashes.append(shm / f"crash{len(crashes)}")
+        shutil.copytree(left.disk.parent, crashes[-1])
+
+    calls = Calls(monkeypatch)
+    calls.hook = copy
+    calls.armed = True
+    opened = await left.open()
+    copy()
+    calls.armed = False
+    async with Opened(opened):
+        pass
+    usable = event is untouched or (event is rebooted and durability == "power")
+    expected = dict.fromkeys(("a", "b", "bitmap d"), usable)
+    assert 20 < len(crashes)
+    for where in crashes:
+        assert expected == await verdict(Bench(where, durability, False)), where
+    assert expected == await verdict(left)

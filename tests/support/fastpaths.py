@@ -21,7 +21,7 @@ from snapfs.engine.layer import Layer
 from snapfs.fuse import requestfilter
 from snapfs.fuse.fastpath import FIRST_SNAPSHOT, FastPath
 from snapfs.fuse.pagecache import PageCache
-from snapfs.state.activity import _LAYOUT
+from snapfs.state.activitywords import UNDER_WAY, words_of
 from snapfs.state.manifest import Durability
 from snapfs.state.store import Store
 from snapfs.storage.image import Buffer
@@ -192,10 +192,11 @@ class Rig:
         self.handed.append((unique, offset, error))
 
     def activity(self) -> tuple[int, ...]:
-        """under_way, least, most, mtime, ctime of the record."""
-        return tuple(_LAYOUT.unpack_from(self.store.activity_page)[1:6])
+        """under_way, size, mtime, ctime of the record."""
+        with words_of(self.store.activity_page) as words:
+            return tuple(words[UNDER_WAY : UNDER_WAY + 4])
 
     def settled_activity(self) -> tuple[int, ...]:
         """What the record must be when nothing is under way."""
         status = os.fstat(self.store.image.fd)
-        return 0, status.st_size, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return 0, status.st_size, status.st_mtime_ns, status.st_ctime_ns

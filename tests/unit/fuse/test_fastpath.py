@@ -21,6 +21,7 @@ import trio.testing
 from snapfs.engine.reqlist import entered
 from snapfs.fuse import requestfilter
 from snapfs.fuse.fastpath import FIRST_SNAPSHOT
+from snapfs.state import activitywords
 from tests.support.fakes import check_bitmaps
 from tests.support.fastpaths import (
     ACTIVE,
@@ -631,6 +632,14 @@ async def test_a_write_beside_one_of_pythons_leaves_the_record_to_it(image):
         assert 1 == rig.activity()[0]
         rig.store.write_finished()
         assert rig.settled_activity() == rig.activity()
+
+
+def test_native_code_and_python_agree_on_the_words_of_the_record():
+    expected = {
+        name: getattr(activitywords, name.upper())
+        for name in ("magic", "session", "under_way", "size", "mtime", "ctime", "alive", "failed")
+    }
+    assert expected == requestfilter.activity_words()
 
 
 async def test_dirty_bits_are_set_before_the_write_and_need_room(image, monkeypatch):

@@ -599,7 +599,7 @@ def test_no_manifest_is_a_traceback_or_a_way_out(template, mutations):
     data=st.binary(max_size=64),
     clean=st.booleans(),
 )
-@example(name="activity", size=None, offset=16, data=b"\xff" * 8, clean=False)
+@example(name="activity", size=None, offset=24, data=b"\xff" * 8, clean=False)
 def test_no_file_is_a_traceback_or_a_way_out(template, name, size, offset, data, clean):
     def damage(state: Path) -> None:
         damage_manifest(clean=clean)(state)

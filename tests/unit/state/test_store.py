@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -343,7 +344,7 @@ async def test_a_manifest_with_a_bad_bitmap_is_refused(image, old, new):
 
 
 def deeply_nested(state: Path) -> None:
-    text = '{"version": 2, "image": ' + "[" * 20_000 + "]" * 20_000 + "}"
+    text = '{"version": 3, "image": ' + "[" * 20_000 + "]" * 20_000 + "}"
     (state / "manifest.json").write_text(text)
 
 
@@ -362,7 +363,7 @@ def hard_link(state: Path) -> None:
 def no_record(state: Path) -> None:
     damage_manifest(clean=False)(state)
     with open(state / "activity", "r+b") as file:
-        file.seek(16)
+        file.seek(24)
         file.write(b"\xff" * 8)  # the size is -1
 
 
@@ -524,3 +525,63 @@ async def test_a_layer_is_removed_while_its_loss_is_made_durable(image, monkeypa
         removed.set()
     assert b"x" == image.read_bytes()[:1]
     await store.close(engine.layers, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: os.chmod(path, 0o600), "its ctime is .* and was .*chmod.* nothing tells"),
+        (lambda path: os.link(path, path.with_name("other")), "links"),
+        (lambda path: os.truncate(path, 5), "it has 5 bytes and had"),
+        (lambda path: os.utime(path, (7, 7)), "modified at 1970-01-01 00:00:07.*, and before at"),
+    ],
+    ids=["mode", "link", "size", "times"],
+)
+async def test_what_was_seen_of_an_image_that_was_not_mounted_is_said(image, change, words):
+    await session(image, create("s"), add("b"))
+    change(image)
+    store = await session(image)
+    (layer,) = store.layers
+    assert "lost" == layer.state
+    assert re.search(words, str(layer.reason)), layer.reason
+    assert any(re.search(words, notice) for notice in store.notices if "bitmap" in notice)
+
+
+async def test_what_an_older_version_left_is_read_if_it_was_unmounted(image):
+    """Version 2 did not say what held it, so it must have been stored."""
+    await session(image, create("s"))
+    path = state_of(image) / "manifest.json"
+    value = json.loads(path.read_text())
+    for name in ("session", "held_by"):
+        del value[name]
+    path.write_text(json.dumps(value | {"version": 2}))
+    (state_of(image) / "activity").write_bytes(b"snapfs1\n".ljust(4096, b"\0"))
+    await session(image, expect("s", OLD))
+    path.write_text(json.dumps(value | {"version": 2, "clean": False}))
+    store = await session(image)
+    assert "older version" in str(store.layers[0].reason)
+
+
+async def test_write_back_that_failed_after_the_death_is_kept_in_mind(image, monkeypatch):
+    """The file system tells it once; the mount that it told may die before it has saved."""
+    await session(image, create("s"))
+    path = state_of(image) / "manifest.json"
+    store = await opened(image)
+    unclean = path.read_text()
+    await store.close(store.layers, [])
+    path.write_text(unclean)
+    errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+    monkeypatch.setattr(
+        "snapfs.storage.filesystems.ask_for_errors", lambda fd: errors.pop() if errors else None
+    )
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(statefiles, "replace_file", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            await opened(image)
+    assert [] == errors
+    store = await session(image)
+    assert "could not store all that it was given: No space" in str(store.layers[0].reason)

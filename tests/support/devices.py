@@ -1,0 +1,66 @@
+"""File systems that go away and come back: on loop devices, shut down, frozen."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.mounted import run
+
+FS_IOC_SHUTDOWN = 0x8004587D  # linux/fs.h
+NOLOGFLUSH = 2  # FS_SHUTDOWN_FLAGS_NOLOGFLUSH: nothing more is stored, not even the journal
+
+
+class Device:
+    """A file system on a loop device, which is mounted on `where`."""
+
+    def __init__(self, file: Path, where: Path, kind: str = "ext4") -> None:
+        self.where = where
+        self._loop = run("losetup", "--find", "--show", file).stdout.strip()
+        where.mkdir(exist_ok=True)
+        run(f"mkfs.{kind}", "-q", self._loop)
+        self.mount()
+
+    def mount(self) -> None:
+        run("mount", self._loop, self.where)
+
+    def unmount(self) -> None:
+        run("umount", self.where)
+
+    def shut_down(self) -> None:
+        """What is not stored is gone, and all calls fail from now on."""
+        fd = os.open(self.where, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, FS_IOC_SHUTDOWN, struct.pack("I", NOLOGFLUSH))
+        finally:
+            os.close(fd)
+
+    def freeze(self) -> None:
+        run("fsfreeze", "-f", self.where)
+
+    def thaw(self) -> None:
+        run("fsfreeze", "-u", self.where)
+
+    def end(self) -> None:
+        """Unmount it, if it is mounted, and let go of the device."""
+        run("fsfreeze", "-u", self.where, check=False)
+        while run("umount", self.where, check=False).returncode == 0:
+            pass
+        run("losetup", "--detach", self._loop)
+
+
+@contextmanager
+def device(where: Path, kind: str = "ext4", mib: int = 400) -> Iterator[Device]:
+    """A new one during the block, in a file beside it."""
+    file = where.with_name(f"{where.name}.device")
+    with open(file, "wb") as new:
+        new.truncate(mib << 20)
+    made = Device(file, where, kind)
+    try:
+        yield made
+    finally:
+        made.end()
