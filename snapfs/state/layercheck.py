@@ -176,7 +176,7 @@ class LayerInspector(Inspector):
     def _temp_outside(self, path: str, record: LayerRecord, known: Manifest) -> int:
         """The temp image of a layer in a directory of the option temp-dir, open to read."""
         try:
-            outside = tempdirs.open_directory(path)
+            outside = tempdirs.open_private(path)
         except StateError as error:
             self.found(Grade.DAMAGE, f"snapshots/{record.id}", str(error))
             raise Unusable from None

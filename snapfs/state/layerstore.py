@@ -261,7 +261,8 @@ class LayerDirectory:
     @property
     def temp_directory(self) -> str:
         """Where new temp images go."""
-        return self.temps.new or str(self._where)
+        new = self.temps.new
+        return str(self._where) if new is None else os.path.dirname(new)
 
     def _room(self) -> os.statvfs_result:
         new = self.temps.new

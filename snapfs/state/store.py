@@ -11,13 +11,14 @@
         snapshots/ID/losses     mapped record of what could not be kept
         snapshots/ID/temp       temp image
         bitmaps/ID              mapped dirty bitmap (dirtyfiles.py)
-    TEMP_DIR/ID-LAYER.temp      with temp-dir= (tempdirs.py): the temp image instead
+    TEMP_DIR/snapfs-*/ID-LAYER.temp  with temp-dir= (tempdirs.py): the temp image instead
 
 What the next mount makes of it after the daemon died is in `recovery.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -288,11 +289,11 @@ class Store:
         new = tempdirs.choose(wanted, str(self.directory), known.temp_dir, used)
         temps = TempDirs(temp_id, new, former)
         self._layers.temps = temps
-        if new is not None:
-            temps.open(new)
+        temps.enter()
         for layer in known.layers:
             if layer.temp_dir is not None:
-                temps.open(layer.temp_dir)
+                with contextlib.suppress(FileNotFoundError):  # `find` will say of what
+                    temps.open(layer.temp_dir)
         self.notices += self._layers.remove_unlisted(known.layers, (known.temp_dir, new))
         return evolve(known, id=temp_id, home=home, temp_dir=new)
 

@@ -22,17 +22,18 @@ SIZE = 1 << 30
 @define(eq=False)
 class File:
     inode: int
+    is_directory: bool = False
     data: bytearray = field(factory=bytearray)
     blocks: set[int] = field(factory=set)
 
 
 class MemoryFS(pyfuse3.Operations):
-    """One directory of files; they take the blocks that were written."""
+    """Files, which take the blocks that were written, and directories."""
 
     def __init__(self) -> None:
         super().__init__()
         self._files: dict[int, File] = {}
-        self._names: dict[bytes, File] = {}
+        self._names: dict[tuple[int, bytes], File] = {}  # by directory and name
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -40,7 +41,7 @@ class MemoryFS(pyfuse3.Operations):
         entry.entry_timeout = entry.attr_timeout = 0
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
         entry.st_blksize = BLOCK
-        if inode == pyfuse3.ROOT_INODE:
+        if inode == pyfuse3.ROOT_INODE or self._files[inode].is_directory:
             entry.st_mode = stat.S_IFDIR | 0o700
             return entry
         entry.st_mode = stat.S_IFREG | 0o600
@@ -60,14 +61,27 @@ class MemoryFS(pyfuse3.Operations):
         return self._attributes(inode)
 
     async def lookup(self, parent_inode, name, ctx):
-        if name not in self._names:
+        if (parent_inode, name) not in self._names:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return self._attributes(self._names[name].inode)
+        return self._attributes(self._names[parent_inode, name].inode)
+
+    def _make(self, parent: int, name: bytes, *, is_directory: bool = False) -> int:
+        file = File(max([1, *self._files]) + 1, is_directory)
+        self._files[file.inode] = self._names[parent, name] = file
+        return file.inode
 
     async def create(self, parent_inode, name, mode, flags, ctx):
-        file = File(max([1, *self._files]) + 1)
-        self._files[file.inode] = self._names[name] = file
-        return pyfuse3.FileInfo(fh=file.inode), self._attributes(file.inode)
+        inode = self._make(parent_inode, name)
+        return pyfuse3.FileInfo(fh=inode), self._attributes(inode)
+
+    async def mkdir(self, parent_inode, name, mode, ctx):
+        return self._attributes(self._make(parent_inode, name, is_directory=True))
+
+    async def rmdir(self, parent_inode, name, ctx):
+        inode = self._names[parent_inode, name].inode
+        if any(parent == inode for parent, _ in self._names):
+            raise pyfuse3.FUSEError(errno.ENOTEMPTY)
+        del self._names[parent_inode, name]
 
     async def open(self, inode, flags, ctx):
         return pyfuse3.FileInfo(fh=inode)
@@ -83,15 +97,17 @@ class MemoryFS(pyfuse3.Operations):
         return len(buf)
 
     async def unlink(self, parent_inode, name, ctx):
-        del self._names[name]
+        del self._names[parent_inode, name]
 
     async def opendir(self, inode, ctx):
         return inode
 
     async def readdir(self, fh, start_id, token):
-        for name, file in self._names.items():
-            if file.inode > start_id and not pyfuse3.readdir_reply(
-                token, name, self._attributes(file.inode), file.inode
+        for (parent, name), file in self._names.items():
+            if (
+                parent == fh
+                and file.inode > start_id
+                and not pyfuse3.readdir_reply(token, name, self._attributes(file.inode), file.inode)
             ):
                 return
 

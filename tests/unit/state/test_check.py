@@ -634,7 +634,7 @@ async def test_temp_images_in_another_directory_are_looked_at_too(tmp_path):
     before = tree(tmp_path)
     assert 0 == check(str(image)).exit_code
     assert before == tree(tmp_path)
-    (temp,) = elsewhere.iterdir()
+    (temp,) = elsewhere.glob("snapfs-*/*.temp")
     with open(temp, "r+b") as file:  # a copy that was not finished
         file.seek(2 * CLUSTER)
         file.write(b"y")
@@ -642,6 +642,8 @@ async def test_temp_images_in_another_directory_are_looked_at_too(tmp_path):
     report = check(str(image), repair=True)
     assert ([("leftover", "snapshots/1/temp")], content) == (seen(report), temp.read_bytes())
     temp.rename(elsewhere / "gone")
+    assert 4 == check(str(image)).exit_code
+    temp.parent.rmdir()
     assert 4 == check(str(image)).exit_code
     shutil.rmtree(elsewhere)
     report = check(str(image))

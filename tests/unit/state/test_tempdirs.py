@@ -57,6 +57,12 @@ async def session(image: Path, temp_dir: Path | None, *steps, durability="proces
     return store
 
 
+def private(temps: Path) -> Path:
+    """The one directory of ours in it."""
+    [found] = temps.iterdir()
+    return found
+
+
 def names(image: Path, *numbers: int) -> list[str]:
     manifest = json.loads((state_of(image) / "manifest.json").read_text())
     return [f"{manifest['id']}-{number}.temp" for number in numbers]
@@ -68,8 +74,9 @@ async def test_temp_images_are_where_the_option_says(image, temps, durability):
         image, temps, create("s"), write(0, b"x" * CLUSTER), durability=durability
     )
     assert str(temps) == store.temp_directory
-    assert names(image, 1) == os.listdir(temps)
-    status = (temps / names(image, 1)[0]).stat()
+    assert names(image, 1) == os.listdir(private(temps))
+    assert 0o40700 == private(temps).stat().st_mode
+    status = (private(temps) / names(image, 1)[0]).stat()
     assert (0o100600, CLUSTER) == (status.st_mode, status.st_blocks * 512)
     assert not (state_of(image) / "snapshots/1/temp").exists()
     await session(image, None, expect("s", OLD), durability=durability)  # it is remembered
@@ -82,7 +89,8 @@ async def test_another_directory_is_for_new_snapshots(image, temps, tmp_path):
     other.mkdir(mode=0o755)
     await session(image, temps, create("a"), write(0, b"x"))
     await session(image, other, create("b"), write(CLUSTER, b"y"))
-    assert (names(image, 1), names(image, 2)) == (os.listdir(temps), os.listdir(other))
+    assert names(image, 1) == os.listdir(private(temps))
+    assert names(image, 2) == os.listdir(private(other))
     store = await session(image, state_of(image), create("c"), expect("a", OLD))
     assert str(state_of(image) / "snapshots") == store.temp_directory
     assert (state_of(image) / "snapshots/3/temp").exists()
@@ -104,20 +112,21 @@ async def test_a_missing_directory_or_file_is_named_with_the_remedy(image, temps
     with pytest.raises(StateError, match=f"{temps} .*does not exist; mount the file system"):
         await session(image, None)
     temps.mkdir(mode=0o755)  # the mountpoint alone
-    with pytest.raises(StateError, match=f"{temps}/.*of snapshot 's' is gone.*mount that first"):
+    words = f"{temps}/snapfs-.*of snapshot 's' is gone.*mount that first"
+    with pytest.raises(StateError, match=words):
         await session(image, None)
     temps.rmdir()
     away.rename(temps)
     await session(image, None, expect("s", OLD))
 
 
-async def test_a_nameless_layer_that_is_needed_must_have_its_temp_image_too(image, temps):
+async def test_a_nameless_layer_that_is_needed_must_have_its_temp_image_too(image, temps, tmp_path):
     await session(image, temps, create("a"), create("b"), write(0, b"x"), delete("b"))
-    temp = temps / names(image, 2)[0]
-    temp.rename(temps / "away")
+    temp = private(temps) / names(image, 2)[0]
+    temp.rename(tmp_path / "away")
     with pytest.raises(StateError, match="of a deleted snapshot is gone"):
         await session(image, None)
-    (temps / "away").rename(temp)
+    (tmp_path / "away").rename(temp)
     await session(image, None, expect("a", OLD))
 
 
@@ -132,26 +141,26 @@ async def test_only_our_own_leftovers_are_removed(image, temps):
         "precious",
     ]
     for name in (*others, f"{mine}-7.temp"):
-        (temps / name).write_bytes(b"x")
+        (private(temps) / name).write_bytes(b"x")
     store = await session(image, None, expect("s", OLD))
     assert [f"removed what was left in {temps} of snapshot number 7"] == store.notices
-    assert {*others, *names(image, 1)} == set(os.listdir(temps))
+    assert {*others, *names(image, 1)} == set(os.listdir(private(temps)))
 
 
 async def test_what_is_there_already_is_neither_taken_nor_removed(image, temps):
     async def obstruct(engine) -> None:
-        (temps / names(image, 1)[0]).symlink_to("/etc/hostname")
+        (private(temps) / names(image, 1)[0]).symlink_to("/etc/hostname")
         with pytest.raises(FileExistsError):
             await engine.create_snapshot("s")
 
     await session(image, temps, obstruct)
-    assert 1 == len(os.listdir(temps))
+    assert 1 == len(os.listdir(private(temps)))
     assert [] == os.listdir(state_of(image) / "snapshots")
 
 
 async def test_a_link_in_place_of_a_temp_image_is_refused(image, temps):
     await session(image, temps, create("s"))
-    temp = temps / names(image, 1)[0]
+    temp = private(temps) / names(image, 1)[0]
     temp.unlink()
     temp.symlink_to("/etc/hostname")
     with pytest.raises(StateError, match="symbolic link"):
@@ -203,6 +212,35 @@ async def test_a_directory_that_others_can_write_must_be_sticky(image, temps):
         await session(image, temps)
     temps.chmod(0o1777)
     await session(image, temps, create("s"), write(0, b"x"), expect("s", OLD))
+
+
+async def test_in_a_directory_of_everybody_others_can_do_nothing(image, temps, tmp_path):
+    """Whoever sees our names can make such files and directories, but not where we look."""
+    temps.chmod(0o1777)
+    await session(image, temps, create("s"), write(0, b"x"))
+    (temps / names(image, 2)[0]).mkdir()
+    await session(image, None, expect("s", OLD), create("t"), delete("s"), delete("t"))
+    former = json.loads((state_of(image) / "manifest.json").read_text())["temp_dir"]
+    Path(former).symlink_to(tmp_path)  # it was removed: by now it can be anything
+    await session(image, temps, create("s"), write(0, b"y"), expect("s", b"x" + OLD[1:]))
+    assert Path(former).is_symlink()
+
+
+@pytest.mark.parametrize("damage", ["mode", "link", "owner"])
+async def test_a_directory_that_is_not_ours_alone_is_refused(image, temps, tmp_path, damage):
+    await session(image, temps, create("s"), write(0, b"x"))
+    found = private(temps)
+    if damage == "mode":
+        found.chmod(0o750)
+    elif damage == "link":
+        found.rename(tmp_path / "away")
+        found.symlink_to(tmp_path / "away")
+    elif os.geteuid():
+        pytest.skip("needs root to give a directory away")
+    else:
+        os.chown(found, 12345, -1)
+    with pytest.raises(StateError, match=str(found)):
+        await session(image, None)
 
 
 @pytest.mark.skipif("os.geteuid()", reason="needs root to give a directory away")
