@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 from ..client.wire import Client, RemoteError
@@ -63,11 +62,9 @@ def add_to(verbs: Verbs) -> None:
 
 def create(arguments: argparse.Namespace) -> int:
     """snapfs create MOUNTPOINT [NAME] [--bitmap B | --extents FILE]."""
-    name = arguments.name
-    if name is None:
-        name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    named = {"unnamed": True} if arguments.name is None else {"name": arguments.name}
     with Client(arguments.mountpoint) as client:
-        snapshot = client.call("create", name=name, **selection(client, arguments))
+        snapshot = client.call("create", **named, **selection(client, arguments))
     if arguments.json:
         dump("create", {"snapshot": snapshot})
     else:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from .. import errors
+from ..engine.dirty import Selection
 from ..engine.engine import Engine
+from ..engine.layer import Layer
 from ..engine.snapshotreader import marked
 from .bitmapcommands import BitmapCommands, flag, optional
 from .control import number, text
@@ -60,12 +64,27 @@ class Commands:
         return {**self._bitmaps.table(), **{name: getattr(self, name) for name in names}}
 
     async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Create a snapshot."""
-        name = text(request, "name")
+        """Create a snapshot; with `unnamed` under a name that tells the time."""
+        unnamed = flag(request, "unnamed")
+        name = "" if unnamed else text(request, "name")
         selection = self._bitmaps.selection(request)
-        layer = await self._engine.create_snapshot(name, selection=selection)
+        if unnamed:
+            layer = await self._create_unnamed(selection)
+        else:
+            layer = await self._engine.create_snapshot(name, selection=selection)
         self._bitmaps.unstage(request)
         return describe_snapshot(layer)
+
+    async def _create_unnamed(self, selection: Selection) -> Layer:
+        """Several of one second get numbers: the first that is free, whoever creates meanwhile."""
+        moment = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+        for number_ in itertools.count(1):
+            name = moment if number_ == 1 else f"{moment}-{number_}"
+            try:
+                return await self._engine.create_snapshot(name, selection=selection)
+            except errors.SnapshotExists:
+                continue
+        raise AssertionError
 
     async def delete(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Delete a snapshot; with `dry_run` only look whether it is there."""

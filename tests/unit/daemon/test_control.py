@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from snapfs.daemon import commands as commands_module
 from snapfs.daemon import control
 from snapfs.daemon.commands import Commands
 from snapfs.daemon.control import MAX_LINE, ControlServer
@@ -217,3 +218,35 @@ async def test_a_command_without_a_descriptor_says_what_helps(tmp_path, monkeypa
 
 async def refuse(*_arguments: object, **_keywords: object) -> None:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+class _StandingClock(commands_module.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 11, 30, 12, 0, 0, tzinfo=tz)
+
+
+async def test_unnamed_snapshots_of_one_second_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands_module, "datetime", _StandingClock)
+    path = str(tmp_path / "socket")
+    request = b'{"version": 1, "command": "create", "unnamed": true}'
+    found: list[str] = []
+
+    async def create() -> None:
+        answers = await converse(path, [request])
+        found.append(answers[0]["result"]["name"])
+
+    async with serving(path):
+        async with trio.open_nursery() as creators:
+            for _ in range(5):
+                creators.start_soon(create)
+    moment = "2026-11-30T12-00-00Z"
+    assert [moment, *(f"{moment}-{number}" for number in range(2, 6))] == sorted(found)
+
+
+async def test_without_a_name_nothing_is_created_unless_that_is_meant(tmp_path):
+    path = str(tmp_path / "socket")
+    async with serving(path) as bench:
+        [answer] = await converse(path, [b'{"version": 1, "command": "create"}'])
+        assert not answer["ok"]
+        assert not bench.engine.layers
