@@ -120,6 +120,12 @@ class LimitReached(SnapfsError):
     """Too few file descriptors are left for that; the message has the numbers and the remedy."""
 
 
+class StillInUse(SnapfsError):
+    """A mount is gone, but others have its file system mounted as well: its daemon goes on."""
+
+    exit_code = ExitCode.PARTIAL
+
+
 class StateError(SnapfsError):
     """The state directory cannot be used as it is; the message says why."""
 

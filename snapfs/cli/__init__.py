@@ -5,6 +5,7 @@ One module for each family of commands; parser.py puts them together.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     standardfiles.occupy()
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files are bytes
     if program == "mount.snapfs":
         return mounthelpers.mount(arguments)
     if program in ("umount.snapfs", "umount.fuse.snapfs"):

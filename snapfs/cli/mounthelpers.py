@@ -69,11 +69,12 @@ def umount(arguments: Sequence[str]) -> int:
     """umount.fuse.snapfs DIR [-flnrv] [-N ns] [-t type]; returns when the daemon is gone."""
     parser = _HelperParser(prog="umount.fuse.snapfs", description="Unmount a snapfs.")
     parser.add_argument("dir")
-    for letter in "fnrv":
+    parser.add_argument("-f", action="store_true", help="also if the daemon does not answer")
+    for letter in "nrv":
         parser.add_argument(f"-{letter}", action="store_true", help="ignored")
     parser.add_argument("-l", action="store_true", help="unmount lazily")
     parser.add_argument("-N", metavar="NAMESPACE", help="ignored: umount(8) has entered it")
     parser.add_argument("-t", metavar="TYPE", help="ignored")
     parsed = parser.parse_args(arguments)
-    status = guarded(lambda: unmount(parsed.dir, lazy=parsed.l))
+    status = guarded(lambda: unmount(parsed.dir, lazy=parsed.l, force=parsed.f))
     return MOUNT_FAILURE if status else ExitCode.OK

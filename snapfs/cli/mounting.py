@@ -23,6 +23,8 @@ def add_to(verbs: Verbs) -> None:
 
     verb = verbs.add_parser("umount", help="unmount; returns when all is flushed")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("-l", "--lazy", action="store_true", help="unmount now, wait for nobody")
+    verb.add_argument("-f", "--force", action="store_true", help="also if it does not answer")
     verb.set_defaults(run=umount)
 
 
@@ -51,9 +53,9 @@ def mount_in_background(
     """
     options = parse_options(texts, sloppy=sloppy)
     if dry_run:
-        from ..daemon.daemon import Config, check  # noqa: PLC0415
+        from ..daemon.daemon import dry_run as check  # noqa: PLC0415
 
-        check(Config(image, mountpoint, options))
+        check(image, mountpoint, options)
         return ExitCode.OK
     from ..daemon import starting  # noqa: PLC0415
 
@@ -64,12 +66,12 @@ def mount_in_background(
 
 def umount(arguments: argparse.Namespace) -> int:
     """snapfs umount MOUNTPOINT."""
-    return unmount(arguments.mountpoint)
+    return unmount(arguments.mountpoint, lazy=arguments.lazy, force=arguments.force)
 
 
-def unmount(mountpoint: str, *, lazy: bool = False) -> int:
+def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> int:
     """Unmount, and return when the daemon has flushed and exited, unless it is `lazy`."""
     from ..client import ending  # noqa: PLC0415
 
-    ending.end(mountpoint, lazy=lazy)
+    ending.end(mountpoint, lazy=lazy, force=force)
     return ExitCode.OK

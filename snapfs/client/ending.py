@@ -5,55 +5,133 @@ from __future__ import annotations
 import errno
 import os
 import select
+import time
+from pathlib import Path
 
-from ..errors import MountError, NotMounted
-from . import mountinfo, unmounting
+from ..errors import MountError, NotMounted, NotPermitted, StillInUse
+from . import holders, mountinfo, unmounting
+from .mountinfo import Mount
 from .wire import Client
 
 END_SECONDS = 90  # the daemon gives up by itself before
+ASK_SECONDS = 5  # for an answer of the daemon
+BRIEF_SECONDS = 2  # that a use may last of which nobody can be named
+STILL_SECONDS = 5  # after which we look again why the daemon goes on
 
 
-def end(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount, and return when the daemon has flushed and exited.  Blocks.
+def end(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
+    """Unmount, and return when the daemon has flushed and exited, unless it is `lazy`.  Blocks.
 
-    The mount of a dead daemon is cleaned away.  Raises NotMounted, MountError.
+    The mount of a dead daemon is cleaned away.  `force`: whoever waits for the daemon gets an
+    error first, if the daemon does not answer.  Raises NotMounted, MountError if it stays, and
+    StillInUse if others have the file system mounted as well, so that the daemon goes on.
     """
     mount = mountinfo.find_snapfs(mountpoint)
-    where = mount.mountpoint
-    process = _daemon_of(where)
+    if lazy:
+        _unmount(mount, lazy=True)
+        return
+    daemon = Daemon.find(mount)
     try:
-        _unmount(where, lazy)
-        if process is not None and not lazy:
-            _wait_end(process)
+        if force and not (daemon is not None and daemon.answers()):
+            unmounting.abort(mount)
+        others = holders.others(mount)
+        _unmount(mount)
+        if daemon is not None:
+            daemon.wait_end(mount, others)
     finally:
-        if process is not None:
-            os.close(process)
+        if daemon is not None:
+            daemon.close()
 
 
-def _daemon_of(mountpoint: str) -> int | None:
-    """A pidfd of the daemon, None if it is dead."""
-    try:
-        with Client(mountpoint) as client:
-            pid = client.call("status")["mount"]["pid"]
-        return os.pidfd_open(pid)
-    except (NotMounted, ProcessLookupError):
-        return None
+class Daemon:
+    """The daemon of a mount, and the connection to it."""
+
+    def __init__(self, client: Client) -> None:
+        """Raises OSError if it is dead by now."""
+        self._client = client
+        self._process = os.pidfd_open(client.pid)
+
+    @classmethod
+    def find(cls, mount: Mount) -> Daemon | None:
+        """None if it is dead, or cannot be found: then what is unmounted may yet be written."""
+        try:
+            client = Client(mount)
+        except (NotMounted, NotPermitted):
+            return None
+        try:
+            return cls(client)
+        except OSError:  # dead, or of a process namespace that we do not see
+            client.close()
+            return None
+
+    def answers(self) -> bool:
+        """Does it answer within ASK_SECONDS?"""
+        return self._client.answers(ASK_SECONDS)
+
+    def wait_end(self, mount: Mount, before: list[str]) -> None:
+        """Return when it has ended, after the unmount.
+
+        `before`: others who had the file system then.  Raises StillInUse as soon as it is known
+        that some have it still, so that the daemon goes on.
+        """
+        # Its device number may already be another's: so those that were there before.
+        others = [each for each in holders.others(mount) if each in before] if before else []
+        if not others or not self.answers():
+            others = self._wait(mount)
+        if others:
+            raise StillInUse(
+                f"{mount.mountpoint} is unmounted, but the daemon goes on and {mount.source} is "
+                f"not to be touched yet, since its file system is in use by {', '.join(others)}"
+            )
+
+    def _wait(self, mount: Mount) -> list[str]:
+        end = time.monotonic() + END_SECONDS
+        while not self._ended(STILL_SECONDS):
+            if self._stopped():
+                raise MountError(
+                    f"the daemon of {mount.mountpoint} (process {self._client.pid}) is stopped; it "
+                    f"ends when it may go on: kill -CONT {self._client.pid}"
+                )
+            if self.answers():  # which it does no more once the last mount is gone
+                return holders.others(mount) or ["somebody who cannot be seen from here"]
+            if time.monotonic() > end:
+                raise MountError(
+                    "the daemon has not finished writing; it goes on in the background"
+                )
+        return []
+
+    def _ended(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._process, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def _stopped(self) -> bool:
+        try:
+            stat = Path(f"/proc/{self._client.pid}/stat").read_bytes()
+        except OSError:
+            return False
+        return stat.rpartition(b")")[2].split()[0] in (b"T", b"t")
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._process)
+        self._client.close()
 
 
-def _unmount(where: str, lazy: bool) -> None:
-    try:
-        unmounting.unmount(where, lazy=lazy)
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            unmounting.unmount(where, lazy=True)
-        elif error.errno == errno.EBUSY:
-            raise MountError(f"{where} is in use; see who with: fuser -vm {where}") from None
-        else:
-            raise MountError(f"{where} cannot be unmounted: {error.strerror}") from None
-
-
-def _wait_end(process: int) -> None:
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    if not poll.poll(END_SECONDS * 1000):
-        raise MountError("the daemon has not finished writing; it goes on in the background")
+def _unmount(mount: Mount, *, lazy: bool = False) -> None:
+    where = mount.mountpoint
+    end = time.monotonic() + BRIEF_SECONDS
+    while True:
+        try:
+            unmounting.unmount(mount, lazy=lazy)
+            return
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return  # somebody else was faster
+            if error.errno != errno.EBUSY:
+                raise MountError(f"{where} cannot be unmounted: {error.strerror}") from None
+        users = holders.users(mount)
+        if users or time.monotonic() > end:
+            names = ", ".join(users) or "somebody who cannot be seen from here"
+            raise MountError(f"{where} is in use by {names}")
+        time.sleep(BRIEF_SECONDS / 100)  # a look, or a call that has just been aborted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,53 +13,145 @@ from attrs import frozen
 from ..errors import NotMounted
 
 BLOCKS = Path("/sys/dev/block")
+PROC = Path("/proc")
 FS_TYPE = "fuse.snapfs"
+
+AT_FDCWD = -100  # linux/fcntl.h
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_NO_AUTOMOUNT = 0x800
+AT_EMPTY_PATH = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
+STATX_ATTR_MOUNT_ROOT = 0x2000  # linux/stat.h
+STATX_BYTES = 256
 
 
 @frozen
 class Mount:
-    """One mount as this process sees it.  `device`: "major:minor"."""
+    """One mount as this process sees it.
+
+    `device`: "major:minor" of the file system, the same for all its mounts.  `root`: the part
+    of it that is mounted.  `user`, `group`: who mounted it, if it is a FUSE file system.
+    """
 
     id: int
+    parent: int
+    device: str
+    root: str
     mountpoint: str
     fs_type: str
     source: str
-    device: str
+    user: int | None = None
+    group: int = 0
 
 
-def _unescape(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
 
 
-def mounts() -> list[Mount]:
-    """All mounts, the newest last."""
+def mounts(process: int | str = "self") -> list[Mount]:
+    """All mounts that a process sees, the newest last.  Raises OSError."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, (fs_type, source, *_) = left.split(" "), right.split(" ")
+    for line in (PROC / str(process) / "mountinfo").read_bytes().split(b"\n"):
+        if not line:
+            continue
+        left, _, right = line.partition(b" - ")
+        fields, (fs_type, source, options) = left.split(b" "), right.split(b" ", 2)
+        who = re.search(rb"(?:^|,)user_id=([0-9]+),group_id=([0-9]+)(?:,|$)", options)
         found.append(
-            Mount(int(fields[0]), _unescape(fields[4]), fs_type, _unescape(source), fields[2])
+            Mount(
+                int(fields[0]),
+                int(fields[1]),
+                fields[2].decode(),
+                _unescape(fields[3]),
+                _unescape(fields[4]),
+                fs_type.decode(),
+                _unescape(source),
+                int(who[1]) if who else None,
+                int(who[2]) if who else 0,
+            )
         )
     return found
 
 
+@frozen
+class Place:
+    """What statx(2) says of a file without asking its file system.
+
+    `device`: "major:minor".  `is_root`: of the mount with that id.
+    """
+
+    mount_id: int
+    device: str
+    is_root: bool
+
+
+def look(path: str | int, *, follow: bool = True) -> Place:
+    """Which mount a file lies in.  Raises OSError.
+
+    A path, or a descriptor.  Neither a dead mount, nor one whose daemon does not answer, nor one
+    of another user matters at the last component, and no automount is triggered by it.
+    """
+    import ctypes  # noqa: PLC0415 - for most commands not needed to start
+
+    call = ctypes.CDLL(None, use_errno=True).statx
+    call.argtypes = (
+        ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p
+    )  # fmt: skip
+    flags = AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC | (0 if follow else AT_SYMLINK_NOFOLLOW)
+    found = ctypes.create_string_buffer(STATX_BYTES)
+    if isinstance(path, int):
+        failed = call(path, b"", flags | AT_EMPTY_PATH, 0, found)
+    else:
+        failed = call(AT_FDCWD, os.fsencode(path), flags, 0, found)
+    if failed:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    (attributes,) = struct.unpack_from("Q", found, 8)
+    major, minor, mount_id = struct.unpack_from("IIQ", found, 136)
+    return Place(mount_id, f"{major}:{minor}", bool(attributes & STATX_ATTR_MOUNT_ROOT))
+
+
 def find(path: str) -> Mount | None:
-    """The mount whose mountpoint is `path`, the topmost one; does not look into it."""
-    # The last component is not followed: it may be a dead mount.
-    parent, name = os.path.split(os.path.abspath(path))
-    wanted = os.path.join(os.path.realpath(parent), name)
-    for mount in reversed(mounts()):
-        if mount.mountpoint == wanted:
-            return mount
+    """The mount whose mountpoint is `path`, the topmost one; asks nobody that serves it."""
+    try:
+        place = look(path)
+    except PermissionError:  # we cannot go there, but may know
+        where = os.path.abspath(path)
+        return next((each for each in reversed(mounts()) if each.mountpoint == where), None)
+    except OSError:
+        return None
+    if not place.is_root:
+        return None
+    return next((each for each in mounts() if each.id == place.mount_id), None)
+
+
+def still(mount: Mount) -> Mount | None:
+    """A mount as it is now: elsewhere, if a directory above it was renamed; None if it is gone."""
+    for each in mounts():
+        if (each.id, each.device) == (mount.id, mount.device):
+            return each
+    return None
+
+
+def cover(mount: Mount) -> Mount | None:
+    """What is mounted right over a mount, and hides it."""
+    for each in mounts():
+        if (each.parent, each.mountpoint) == (mount.id, mount.mountpoint):
+            return each
     return None
 
 
 def find_snapfs(path: str) -> Mount:
     """The snapfs mount at `path`; raises NotMounted."""
-    for candidate in (path, os.path.realpath(path)):
-        mount = find(candidate)
-        if mount is not None and mount.fs_type == FS_TYPE:
-            return mount
+    mount = find(path)
+    if mount is not None and mount.fs_type == FS_TYPE:
+        return mount
+    if mount is not None:
+        for each in mounts():
+            if (each.fs_type, each.mountpoint) == (FS_TYPE, mount.mountpoint):
+                raise NotMounted(
+                    f"{mount.source} is mounted over the snapfs on {path}; unmount that first"
+                )
     raise NotMounted(f"no snapfs is mounted on {path}")
 
 
@@ -119,7 +212,7 @@ def _backing_files(block: Path) -> Iterator[str]:
     for candidate in (block, block.parent):  # a partition is below its disk
         backing = candidate / "loop" / "backing_file"
         if backing.exists():
-            yield backing.read_text(errors="surrogateescape").rstrip("\n")
+            yield os.fsdecode(backing.read_bytes().removesuffix(b"\n"))
             return
     for below in sorted(block.glob("slaves/*")):
         yield from _backing_files(Path(os.path.realpath(below)))

@@ -1,6 +1,6 @@
-"""Taking a mount away: in order, after its daemon has died, or while others are using it.
+"""Taking a mount away: that mount, wherever it is by now, and never what is mounted over it.
 
-For daemons and commands, so without trio.
+For daemons and commands, so without trio.  Everything blocks.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ import subprocess
 from pathlib import Path
 
 from . import mountinfo
+from .mountinfo import Mount
 
 log = logging.getLogger(__name__)
 
 MNT_FORCE = 1  # sys/mount.h
 MNT_DETACH = 2
+MNT_EXPIRE = 4
+UMOUNT_NOFOLLOW = 8
+
+ATTEMPTS = 100  # each fails only if somebody looked at the mount at the same time
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 
 def umount2(path: str, flags: int = 0) -> None:
-    """umount2(2).  Blocks; raises OSError."""
+    """umount2(2).  Raises OSError."""
     if _libc.umount2(os.fsencode(path), flags):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
 
 
 def clear_stale(where: str) -> None:
-    """Unmount a snapfs whose daemon is dead.  Blocks."""
+    """Unmount a snapfs whose daemon is dead."""
     mount = mountinfo.find(where)
     if mount is None or mount.fs_type != mountinfo.FS_TYPE:
         return
@@ -39,64 +44,82 @@ def clear_stale(where: str) -> None:
         os.stat(where)
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            unmount(where, lazy=True)
+            unmount(mount, lazy=True)
 
 
-def unmount(where: str, *, lazy: bool = False) -> None:
-    """Unmount, by fusermount3 for an ordinary user.  Blocks.  Raises OSError, EBUSY if in use."""
-    if not os.geteuid():
-        umount2(where, MNT_DETACH if lazy else 0)
-        return
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", where]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        busy = "busy" in done.stderr.lower()
-        raise OSError(errno.EBUSY if busy else errno.EPERM, done.stderr.strip())
+def unmount(mount: Mount, *, lazy: bool = False) -> None:
+    """Unmount, by fusermount3 for an ordinary user.
 
-
-def holders(where: str) -> list[str]:
-    """Who has files of a mount open, as far as /proc tells.  Blocks.
-
-    Looks at no file of the mount: it may be our own.
+    Raises OSError: EBUSY if it is in use, or if something else is mounted over it, ENOENT if
+    it is gone.
     """
-    mount = mountinfo.find(where)
-    marker = f"mnt_id:\t{mount.id}\n" if mount is not None else "none"
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
+    now = _uncovered(mount)
+    if os.geteuid():
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", now.mountpoint]
+        done = subprocess.run(command, capture_output=True, errors="replace", check=False)
+        if done.returncode:
+            busy = "busy" in done.stderr.lower()
+            raise OSError(errno.EBUSY if busy else errno.EPERM, done.stderr.strip())
+        return
+    try:
+        _if_idle(now)
+    except OSError as error:
+        if not lazy or error.errno != errno.EBUSY:
+            raise
+        umount2(_uncovered(mount).mountpoint, MNT_DETACH | UMOUNT_NOFOLLOW)
+
+
+def _uncovered(mount: Mount) -> Mount:
+    now = mountinfo.still(mount)
+    if now is None:
+        raise OSError(errno.ENOENT, "the mount is gone", mount.mountpoint)
+    over = mountinfo.cover(now)
+    if over is not None:
+        raise OSError(errno.EBUSY, f"{over.source} is mounted over it", now.mountpoint)
+    if mountinfo.look(now.mountpoint, follow=False).mount_id != now.id:
+        raise OSError(errno.EBUSY, "another file system is mounted over its path", now.mountpoint)
+    return now
+
+
+def _if_idle(mount: Mount) -> None:
+    """Unmount what nobody uses; not what was mounted over it since we looked.
+
+    umount2(2) takes what is topmost, by a descriptor's link in /proc, too, and a descriptor would
+    be a use.  But with MNT_EXPIRE it only marks a mount at first, and unmounts at the second
+    call one that was marked, and not used since: what was mounted over it between our look and
+    that is not.
+    """
+    for _ in range(ATTEMPTS):
         try:
-            inside = any(
-                _is_under(os.readlink(process / link), where) for link in ("cwd", "root")
-            ) or any(marker in info.read_text() for info in process.glob("fdinfo/*"))
-            if inside:
-                name = (process / "comm").read_text().strip()
-                found.append(f"{name} (process {process.name})")
-        except OSError:
-            continue
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            if _is_under(backing.read_text().strip(), where):
-                found.append(f"the loop device /dev/{backing.parts[3]}")
-        except OSError:
-            continue
-    return found
+            umount2(mount.mountpoint, MNT_EXPIRE | UMOUNT_NOFOLLOW)
+            return
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+        # A look at the mount itself would take the mark away.
+        if mountinfo.still(mount) != mount or mountinfo.cover(mount) is not None:
+            raise OSError(errno.EBUSY, "another file system is mounted over it", mount.mountpoint)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), mount.mountpoint)
 
 
-def _is_under(path: str, where: str) -> bool:
-    return os.path.commonpath((os.path.join("/", path), where)) == where
-
-
-def abort(device: int | None, where: str) -> None:
-    """Let everything that still waits for a mount of ours fail (fuse.rst, fusectl).
+def abort(mount: Mount) -> None:
+    """Let everything that still waits for a mount fail (fuse.rst, fusectl); it stays mounted.
 
     Closing /dev/fuse does that too, but not while a thread of ours is in it.
     """
+    minor = mount.device.partition(":")[2]
     try:
-        if device is not None:
-            Path(f"/sys/fs/fuse/connections/{os.minor(device)}/abort").write_text("1")
-            return
+        Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
+        return
     except OSError:
-        pass  # fusectl is not mounted
+        pass  # fusectl is not mounted, or the user may not
     try:
-        umount2(where, MNT_FORCE)
+        now = _uncovered(mount)
+        fd = os.open(now.mountpoint, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            umount2(now.mountpoint, MNT_FORCE | UMOUNT_NOFOLLOW)
+        finally:
+            os.close(fd)
     except OSError as error:
-        log.info("cannot abort the requests that are left: %s", error.strerror)
+        if error.errno != errno.EBUSY:  # which it always is, by our descriptor
+            log.info("cannot abort the requests that are left: %s", error.strerror)

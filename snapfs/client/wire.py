@@ -1,19 +1,36 @@
-"""The client side of the control socket; blocking, and quick to import."""
+"""The client side of the control socket; blocking, and quick to import.
+
+A daemon listens at two places: on a socket in its state directory, and on one without a file
+(unix(7), abstract) that is named after the device number of the mount.  By the latter it is
+found without a look at the mount, which may be another user's, or not answer.  Anybody may have
+taken such a name, so who listens there must be the user who mounted, or root; and as a daemon that
+is stopped may have it from a former mount with that number, the newest of several counts.  It is
+not found from another network namespace: then an extended attribute of the mount tells the state
+directory.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import select
+import signal
 import socket
+import struct
 from typing import Any
 
 from .. import errors
 from . import mountinfo
+from .mountinfo import Mount
 
 VERSION = 1
 MAX_LINE = 64 << 10  # bytes of a request; an answer may be longer
 BUFFER = 1 << 20  # bytes of an answer that are read at once
 SOCKET_NAME = "control.sock"
+ADDRESSES = 8  # of one device number
+ASK_SECONDS = 5.0  # for the state directory
+PATH_MAX = 4097
 XATTR_STATE = "user.snapfs.state"
 
 
@@ -25,53 +42,163 @@ class RemoteError(errors.SnapfsError):
         self.exit_status = code
 
 
+def _peer(connected: socket.socket) -> tuple[int, int]:
+    """Process and user who listen, as they were when they began to."""
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid, uid, _ = struct.unpack("iII", credentials)
+    return pid, uid
+
+
+def _address(device: str, number: int) -> str:
+    return f"\0snapfs-{device}-{number}"
+
+
+def _connect_to(address: str, user: int | None) -> socket.socket | None:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        made.connect(address)
+        if _peer(made)[1] in (0, user):
+            made.setblocking(True)
+            return made
+    except OSError:
+        pass
+    made.close()
+    return None
+
+
+def _connect_directly(mount: Mount) -> socket.socket | None:
+    """A connection to the daemon, None if it cannot be had.  Waits for nobody."""
+    for number in reversed(range(ADDRESSES)):
+        made = _connect_to(_address(mount.device, number), mount.user)
+        if made is not None:
+            return made
+    return None
+
+
+def free_addresses(mount: Mount) -> list[str]:
+    """Where a new daemon may listen: beyond those that would be taken for it."""
+    numbers = range(ADDRESSES)
+    for number in reversed(numbers):
+        made = _connect_to(_address(mount.device, number), mount.user)
+        if made is not None:
+            made.close()
+            numbers = range(number + 1, ADDRESSES)
+            break
+    return [_address(mount.device, number) for number in numbers]
+
+
+def daemon_of(mount: Mount) -> int | None:
+    """The process that serves a mount, if it can be found without asking it."""
+    found = _connect_directly(mount)
+    if found is None:
+        return None
+    with found:
+        return _peer(found)[0] or None
+
+
+def _ask_mount(mount: Mount) -> bytes | int:
+    """The state directory of a mount, or an errno; ETIMEDOUT if the daemon does not answer.
+
+    By a child, which can be killed while it waits, and becomes the user whom alone the kernel
+    lets in, root or not.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            if mount.user is not None and not os.geteuid():
+                os.setresgid(mount.group, mount.group, mount.group)
+                os.setresuid(mount.user, mount.user, mount.user)
+            answer = b"=" + os.getxattr(mount.mountpoint, XATTR_STATE)
+        except OSError as error:
+            answer = str(error.errno).encode()
+        finally:
+            os.write(writer, answer)
+            os._exit(0)
+    os.close(writer)
+    try:
+        ready, _, _ = select.select([reader], [], [], ASK_SECONDS)
+        answer = os.read(reader, PATH_MAX) if ready else b""
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+    if not answer:
+        return errno.ETIMEDOUT  # the child may even be past killing: init will see to it
+    os.waitpid(child, 0)
+    return answer[1:] if answer.startswith(b"=") else int(answer)
+
+
 class Client:
     """A connection to the daemon of one mount.  A context manager."""
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str | Mount) -> None:
         """Connect; raises NotMounted if nothing is mounted there or nobody answers."""
-        self.mount = mountinfo.find_snapfs(mountpoint)
+        if isinstance(mountpoint, str):
+            mountpoint = mountinfo.find_snapfs(mountpoint)
+        self.mount = mountpoint
+        self._socket = _connect_directly(self.mount) or self._connect_by_state()
+        self.pid = _peer(self._socket)[0]
+        self._answers = self._socket.makefile("rb", BUFFER)
+
+    def _connect_by_state(self) -> socket.socket:
         state = self._state_directory()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                self._socket.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
+                made.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
             finally:
                 os.close(directory)
         except PermissionError:
-            self._socket.close()
+            made.close()
             raise errors.NotPermitted(
                 f"only the owner of the mount on {self.mount.mountpoint} may control it"
             ) from None
         except OSError as error:
-            self._socket.close()
+            made.close()
             raise errors.NotMounted(
                 f"the daemon of {self.mount.mountpoint} does not answer: {error.strerror}"
             ) from None
-        self._answers = self._socket.makefile("rb", BUFFER)
+        return made
 
     def _state_directory(self) -> bytes:
         where = self.mount.mountpoint
-        try:
-            return os.getxattr(where, XATTR_STATE)
-        except PermissionError:
+        found = _ask_mount(self.mount)
+        if isinstance(found, bytes):
+            return found
+        if found == errno.EACCES:
             raise errors.NotPermitted(
                 f"{where} belongs to another user; its owner can mount it with -o allow_other "
                 "(for which root sets user_allow_other in /etc/fuse.conf)"
-            ) from None
-        except OSError as error:
-            raise errors.NotMounted(
-                f"the daemon of {where} is gone ({error.strerror}); "
-                f"mount the image again, or unmount it: snapfs umount {where}"
-            ) from None
+            )
+        if found == errno.ETIMEDOUT:
+            raise errors.NotMounted(f"the daemon of {where} does not answer")
+        raise errors.NotMounted(
+            f"the daemon of {where} is gone ({os.strerror(found)}); "
+            f"mount the image again, or unmount it: snapfs umount {where}"
+        )
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection."""
         self._answers.close()
         self._socket.close()
+
+    def answers(self, seconds: float) -> bool:
+        """Does the daemon answer in that time?  If not, the connection is of no use any more."""
+        self._socket.settimeout(seconds)
+        try:
+            self.call("events", after=1 << 62)
+            return True
+        except errors.NotMounted:
+            return False
+        finally:
+            self._socket.settimeout(None)
 
     def call(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return its result; raises RemoteError, or NotMounted if cut off."""

@@ -4,9 +4,10 @@
     {"ok": true, "result": {...}}
     {"ok": false, "error": {"kind": "SnapshotExists", "message": ..., "exit_code": 1}}
 
-The socket lies in the state directory, mode 0600; the peer's user is checked
-as well.  Everything that comes in is bounded: length of a line, clients at
-once, time to send a line, and the type of each value.
+The socket lies in the state directory, mode 0600; another, without a file, is for those who do
+not know that directory (client/wire.py).  The peer's user is checked on both.  Everything that
+comes in is bounded: length of a line, clients at once, time to send a line, and the type of each
+value.
 
 A client takes a descriptor.  When there is none left those set aside serve, and the
 last of them tells the client why it is refused: nobody waits for ever, and the
@@ -21,7 +22,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -75,8 +76,18 @@ def number(request: Mapping[str, Any], key: str, default: int) -> int:
 class ControlServer:
     """Answers requests with `commands`, for the users in `uids` and root."""
 
-    def __init__(self, path: str, commands: Mapping[str, Command], uids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        path: str,
+        commands: Mapping[str, Command],
+        uids: frozenset[int],
+        *,
+        also: Sequence[str] = (),
+    ) -> None:
+        """`also`: addresses without a file, to listen at the first that is free as well."""
         self._path = path
+        self._also = also
+        self._refused: set[int] = set()  # users whom the log has
         self._commands = commands
         self._uids = uids | {0}
         self._clients = 0  # task-atomic
@@ -87,15 +98,32 @@ class ControlServer:
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             await _bind(listener, self._path)
             listener.listen(MAX_CLIENTS)
-            task_status.started()
             try:
                 async with trio.open_nursery() as nursery:
-                    while True:
-                        client, error = await self._accept(listener)
-                        nursery.start_soon(self._client, client, error)
+                    nursery.start_soon(self._listen, listener, nursery)
+                    if self._also:
+                        await nursery.start(self._serve_also, nursery)
+                    task_status.started()
             finally:
                 self._spare.close()
                 _unlink(self._path)
+
+    async def _serve_also(
+        self, nursery: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            if not await _bind_first(listener, self._also):
+                log.warning("all names by which root finds us are taken: %r", self._also)
+                task_status.started()
+                return
+            listener.listen(MAX_CLIENTS)
+            task_status.started()
+            await self._listen(listener, nursery)
+
+    async def _listen(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        while True:
+            client, error = await self._accept(listener)
+            nursery.start_soon(self._client, client, error)
 
     async def _accept(
         self, listener: trio.socket.SocketType
@@ -122,7 +150,9 @@ class ControlServer:
         self._clients += 1
         try:
             if uid not in self._uids:
-                log.warning("user %d may not use the control socket", uid)
+                if uid not in self._refused and len(self._refused) < MAX_CLIENTS:
+                    self._refused.add(uid)
+                    log.warning("user %d may not use the control socket", uid)
                 refused = errors.NotPermitted("only the owner of the mount may control it")
                 await _send(stream, failure(refused))
             elif scarce is not None:
@@ -175,6 +205,16 @@ class ControlServer:
 async def _send(stream: trio.SocketStream, answer: Mapping[str, Any]) -> None:
     with trio.fail_after(IDLE_SECONDS):
         await stream.send_all(json.dumps(answer).encode() + b"\n")
+
+
+async def _bind_first(listener: trio.socket.SocketType, addresses: Sequence[str]) -> bool:
+    for address in addresses:
+        try:
+            await listener.bind(address)
+            return True
+        except OSError:
+            continue
+    return False
 
 
 async def _bind(listener: trio.socket.SocketType, path: str) -> None:

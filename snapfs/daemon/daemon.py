@@ -22,11 +22,14 @@ import trio
 from attrs import field, frozen
 
 from .. import errors
-from ..client import mountinfo
-from ..client.unmounting import abort, clear_stale, holders, unmount
+from ..client import holders, mountinfo
+from ..client.mountinfo import Mount
+from ..client.unmounting import abort, unmount
+from ..client.wire import free_addresses
 from ..engine.copier import Settings
 from ..engine.engine import Engine
 from ..fuse import requestfilter
+from ..fuse.mounting import Mountpoint
 from ..fuse.outsider import Outsider
 from ..state.activity import SYNC_SECONDS, WATCH_SECONDS
 from ..state.store import CONTROL_SOCKET, Store
@@ -49,10 +52,6 @@ def _real_path(path: str) -> str:
     return os.path.realpath(path)
 
 
-def _absolute_path(path: str) -> str:
-    return os.path.abspath(path)
-
-
 @frozen
 class Config:
     """What to mount where.
@@ -62,17 +61,8 @@ class Config:
     """
 
     image: str = field(converter=_real_path)
-    mountpoint: str = field(converter=_absolute_path)
+    where: Mountpoint
     options: MountOptions
-    root: str = field(init=False)  # the mountpoint with links resolved
-
-    def __attrs_post_init__(self) -> None:
-        # The last component is not followed: it may be a dead mount.
-        parent, name = os.path.split(self.mountpoint)
-        where = os.path.join(os.path.realpath(parent), name)
-        if os.path.islink(where):
-            where = os.path.realpath(where)
-        object.__setattr__(self, "root", where)
 
     @property
     def state(self) -> str:
@@ -83,18 +73,17 @@ class Config:
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is touched.  Blocks.
 
-    Raises UsageError, MountError and NotPermitted that name the remedy.  A
-    mount whose daemon is dead is cleaned away.
+    Raises UsageError, MountError and NotPermitted that name the remedy.  Anything but another
+    snapfs may be mounted on the mountpoint: an automount, or the volume of a container.
     """
-    where = config.root
-    clear_stale(where)
-    if not os.path.exists(where):
-        raise errors.UsageError(f"the mountpoint {where} does not exist; create the directory")
-    if not os.path.isdir(where):
-        raise errors.UsageError(f"the mountpoint {where} is not a directory")
-    mount = mountinfo.find(where)
+    where = config.where.path
+    mount = config.where.busy()
     if mount is not None:
         raise errors.MountError(f"{where} is busy: {mount.source} is mounted there")
+    if os.path.commonpath((config.state, where)) == where:  # no further look at it
+        raise errors.UsageError(
+            f"the state directory {config.state} is under the mountpoint {where}"
+        )
     state = os.path.realpath(config.state)
     for path, what in ((config.image, "image"), (state, "state directory")):
         if os.path.commonpath((path, where)) == where:
@@ -111,11 +100,18 @@ def check(config: Config) -> None:
         raise errors.NotPermitted(
             "you may not open /dev/fuse; root can allow it: chmod 666 /dev/fuse"
         )
-    others = config.options.fuse & {"allow_other", "allow_root"}
+    others = [word for word in ("allow_other", "allow_root") if word in config.options.fuse]
     if others and os.geteuid() and not _user_allow_other():
-        raise errors.NotPermitted(
-            f"{others.pop()} needs the line user_allow_other in /etc/fuse.conf"
-        )
+        raise errors.NotPermitted(f"{others[0]} needs the line user_allow_other in /etc/fuse.conf")
+
+
+def dry_run(image: str, mountpoint: str, options: MountOptions) -> None:
+    """`check` for who does not mount."""
+    where = Mountpoint.open(mountpoint)
+    try:
+        check(Config(image, where, options))
+    finally:
+        where.close()
 
 
 def check_temp_dir(path: str, where: str) -> None:
@@ -176,7 +172,7 @@ class Daemon:
         in_order = False
         try:
             for path in store.temp_directories:  # an earlier mount may have chosen them
-                await trio.to_thread.run_sync(check_temp_dir, path, self._config.root)
+                await trio.to_thread.run_sync(check_temp_dir, path, self._config.where.path)
             settings = await trio.to_thread.run_sync(self._settings, store)
             async with trio.open_nursery() as nursery:
                 engine = Engine(
@@ -231,7 +227,7 @@ class Daemon:
         from ..fuse.tree import Ownership, Tree  # noqa: PLC0415
 
         options = self._config.options
-        where = self._config.root
+        where = self._config.where
         cache = PageCache(self._outsider)
         fast_path = FastPath(engine, cache, store.activity_page, nursery)
         ownership = Ownership(options.uid, options.gid, options.umask)
@@ -245,15 +241,14 @@ class Daemon:
             nursery,
             writeback_cache=options.writeback_cache,
         )
-        fuse = {"fsname=" + self._config.image.replace(",", "\\,")}
-        fuse |= {"subtype=snapfs", "default_permissions"} | options.fuse
-        session = Session(fs, where, fuse)
+        source = self._config.image if options.fsname is None else options.fsname
+        session = Session(fs, where, source, ["default_permissions", *options.fuse])
         clean = False
         try:
             commands = Commands(
                 engine,
                 self._config.image,
-                self._config.root,
+                where.path,
                 options.durability,
                 fast_path.collect,
                 store.temp_directory,
@@ -262,60 +257,69 @@ class Daemon:
             if not options.no_fastpath and not fast_path.start():
                 log.warning("the fast path is off: this machine's byte order is not served")
             uids = frozenset({os.geteuid(), tree.owner()})
-            server = ControlServer(str(store.directory / CONTROL_SOCKET), commands.table(), uids)
+            server = ControlServer(
+                str(store.directory / CONTROL_SOCKET),
+                commands.table(),
+                uids,
+                also=free_addresses(session.mount),
+            )
             async with trio.open_nursery() as serving:
                 await serving.start(_watch_witness, store)
                 serving.start_soon(_beat_durably, store)
                 await serving.start(self._outsider.run)
                 await serving.start(server.serve)
-                await serving.start(self._watch_signals, engine, cache, where, session.terminate)
-                serving.start_soon(self._announce, cache)
+                await serving.start(self._watch_signals, engine, session)
+                serving.start_soon(self._announce, cache, session.mount)
                 await session.run()
                 serving.cancel_scope.cancel()
             clean = not self._stopping
         finally:
             _end_soon()
             fast_path.stop()
+            if not self._served:
+                try:
+                    unmount(session.mount, lazy=True)  # nobody has been told that it is there
+                except OSError as error:
+                    log.info("cannot unmount %s: %s", where.path, error.strerror)
             if not clean:
-                abort(cache.device, where)
-            session.close(unmount=clean)
+                abort(session.mount)
+            session.close()
 
-    async def _announce(self, cache: Any) -> None:
-        await cache.learn_device()
+    async def _announce(self, cache: Any, mount: Mount) -> None:
+        await cache.begin(mount)
         self._served = True
-        log.info("%s is mounted on %s", self._config.image, self._config.mountpoint)
+        log.info("%s is mounted on %s", self._config.image, mount.mountpoint)
         self._ready()
         notify("READY=1\nSTATUS=serving " + self._config.image)
 
     async def _watch_signals(
         self,
         engine: Engine,
-        cache: Any,
-        where: str,
-        terminate: Callable[[], None],
+        session: Any,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """On a signal to end unmount; if the mount is in use, end it in order all the same."""
+        mount = session.mount
         with trio.open_signal_receiver(*signals.ending()) as received:
             task_status.started()
             async for number_ in received:
-                log.info("%s: unmounting %s", signal.Signals(number_).name, where)
+                log.info("%s: unmounting %s", signal.Signals(number_).name, mount.mountpoint)
                 _end_soon()
+                others = await trio.to_thread.run_sync(_named, holders.others, mount)
                 try:
-                    if os.geteuid():
-                        await trio.to_thread.run_sync(unmount, where)
-                    else:
-                        await self._outsider.call("unmount")
-                    return  # the session ends by itself
+                    await self._outsider.call("unmount")
+                    if not others:
+                        return  # the session ends by itself
                 except OSError as error:
-                    log.warning("cannot unmount %s: %s", where, error.strerror)
-                names = await trio.to_thread.run_sync(_holders, where)
-                log.warning("%s is in use by %s", where, ", ".join(names) or "an unknown process")
+                    log.warning("cannot unmount %s: %s", mount.mountpoint, error.strerror)
+                    others = await trio.to_thread.run_sync(_named, holders.users, mount) + others
+                names = ", ".join(others) or "an unknown process"
+                log.warning("%s is in use by %s", mount.mountpoint, names)
                 if engine.barrier is not None and not engine.read_only:
                     with trio.move_on_after(BARRIER_SECONDS):
                         await engine.barrier()
                 self._stopping = True
-                terminate()
+                session.terminate()
                 return
 
 
@@ -338,10 +342,10 @@ def _bounded_timeout(timeout: float) -> float:
     return shortest / 2
 
 
-def _holders(where: str) -> list[str]:
-    """`holders`, where it does not matter much."""
+def _named(who: Callable[[Mount], list[str]], mount: Mount) -> list[str]:
+    """What a function of `holders` says, where it does not matter much."""
     try:
-        return holders(where)
+        return who(mount)
     except OSError:  # no descriptor left, for one
         return []
 
@@ -376,15 +380,19 @@ def _give_up(*_signal: object) -> None:
     os._exit(1)
 
 
-def serve(config: Config, ready: Callable[[], None]) -> None:
-    """Run a daemon in this process until its end; raises as `Daemon.run`."""
+def serve(config: Config, ready: Callable[[], None], outsider: Outsider | None = None) -> None:
+    """Run a daemon in this process until its end; raises as `Daemon.run`.
+
+    `outsider`: of the process group of whoever mounts, if we have left that.
+    """
     requestfilter.load()
     os.umask(0o077)
     raise_limit()
     set_io_flusher()
     spare_from_oom()
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL
-    outsider = Outsider.start(config.root)
+    if outsider is None:
+        outsider = Outsider.start(config.where)
     try:
         trio.run(Daemon(config, outsider, ready).run)
     except BaseExceptionGroup as group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from attrs import define, field
@@ -25,30 +25,48 @@ IGNORED = frozenset(
         "defaults",
         "rw",
         "atime",
+        "diratime",
         "relatime",
+        "norelatime",
+        "nostrictatime",
+        "nolazytime",
         "dev",
         "suid",
         "exec",
         "async",
+        "loud",
+        "symfollow",
         "subtype",
     }
 )
+# What the kernel does with the mount: as flags, and as words for FUSE.
 PASSED_ON = frozenset(
     {
         "allow_other",
         "allow_root",
         "default_permissions",
-        "fsname",
-        "max_read",
         "nodev",
         "nosuid",
         "noexec",
         "noatime",
-        "norelatime",
+        "nodiratime",
+        "strictatime",
+        "lazytime",
         "sync",
+        "dirsync",
+        "nosymfollow",
+        "silent",
     }
 )
+REFUSED = {
+    "auto_unmount": "auto_unmount is refused: a dead daemon must not leave an empty directory "
+    "behind, which rsync --delete would take for the backup's source",
+    "remount": "a snapfs cannot be mounted anew with other options: unmount it and mount it "
+    "again; for flags of the kernel such as noexec: mount -i -o remount,bind,noexec MOUNTPOINT",
+}
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+MIN_READ = 4096  # below a page the kernel could read nothing
 
 _UNITS = ("", "K", "M", "G", "T", "P", "E")
 
@@ -84,11 +102,13 @@ class MountOptions:
     gid: int | None = None
     umask: int = 0
     log_level: str = "info"
+    max_read: int | None = None
     read_only: bool = False
     writeback_cache: bool = False
     no_fastpath: bool = False
     any_fs: bool = False
-    fuse: set[str] = field(factory=set)  # for libfuse
+    fsname: str | None = None  # None: the image
+    fuse: list[str] = field(factory=list)  # of PASSED_ON, and max_read=
 
 
 def _choice(name: str, choices: Iterable[str]) -> Callable[[str], str]:
@@ -119,6 +139,13 @@ def _seconds(value: str) -> float:
     return float(value)
 
 
+def _max_read(value: str) -> int:
+    size = parse_size(value)
+    if not MIN_READ <= size < 1 << 32:
+        raise UsageError(f"max_read={value} is not a size from 4K to 4G")
+    return size
+
+
 def _cluster_size(value: str) -> int:
     size = parse_size(value)
     if size & (size - 1) or not 4096 <= size <= 4 << 20:
@@ -142,6 +169,8 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "uid": ("uid", _number("uid", 10)),
     "gid": ("gid", _number("gid", 10)),
     "umask": ("umask", _number("umask", 8)),
+    "fsname": ("fsname", str),
+    "max_read": ("max_read", _max_read),
     "log-level": ("log_level", _choice("log-level", LOG_LEVELS)),
 }
 FLAGS = {
@@ -155,19 +184,17 @@ FLAGS = {
 def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Options from the arguments of -o, each a comma-separated list.
 
+    A comma that belongs to a value has a backslash before it, and so has such a backslash.
     Raises UsageError, naming the nearest option for an unknown one, which
     `sloppy` (-s of mount(8)) passes over.
     """
     options = MountOptions()
-    for option in ",".join(texts).split(","):
+    for option in _split(texts):
         name, has_value, value = option.partition("=")
         if not option or name in IGNORED or name == "comment" or name.lower().startswith("x-"):
             continue
-        if name == "auto_unmount":
-            raise UsageError(
-                "auto_unmount is refused: a dead daemon must not leave an empty directory behind, "
-                "which rsync --delete would take for the backup's source"
-            )
+        if name in REFUSED:
+            raise UsageError(REFUSED[name])
         if name in OWN:
             attribute, convert = OWN[name]
             if not has_value or not value:
@@ -175,13 +202,22 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
             setattr(options, attribute, convert(value))
         elif name in FLAGS and not has_value:
             setattr(options, FLAGS[name], True)
-        elif name in PASSED_ON:
-            options.fuse.add(option)
+        elif name in PASSED_ON and not has_value:
+            if name not in options.fuse:
+                options.fuse.append(name)
         elif not sloppy:
             known = [*OWN, *FLAGS, *PASSED_ON, *IGNORED]
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"unknown mount option {name!r}{hint}")
     if options.read_only:
-        options.fuse.add("ro")
+        options.fuse.append("ro")
+    if options.max_read is not None:
+        options.fuse.append(f"max_read={options.max_read}")
     return options
+
+
+def _split(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for option in re.findall(r"(?:\\.|[^,])+", text, re.DOTALL):
+            yield re.sub(r"\\([\\,])", r"\1", option)

@@ -15,6 +15,6 @@ def notify(state: str) -> None:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.sendto(state.encode(), address)
+            sender.sendto(os.fsencode(state), address)
     except OSError:
         pass  # it goes on without

@@ -11,11 +11,16 @@ import os
 from collections.abc import Callable
 from io import RawIOBase
 from select import PIPE_BUF
+from typing import TYPE_CHECKING
 
 from ..errors import ExitCode, MountError, SnapfsError, UsageError
+from ..fuse.mounting import Mountpoint
 from . import signals, standardfiles
 from .logs import start_logging
 from .options import MountOptions
+
+if TYPE_CHECKING:
+    from ..fuse.outsider import Outsider
 
 
 class _Warnings(logging.Handler):
@@ -38,27 +43,33 @@ def in_background(image: str, mountpoint: str, options: MountOptions) -> list[st
 
     Raises SnapfsError with the daemon's reason if it could not start.
     """
+    # By us, whom systemd lets pass where it mounts on demand: see `Mountpoint.open`.
+    where = Mountpoint.open(mountpoint)
     reader, writer = os.pipe()
     # Twice, so that the daemon is no session leader and has no parent to wait for it.
     if os.fork():
+        where.close()
         os.close(writer)
         os.wait()
         return _wait_ready(reader)
     os.close(reader)
     signals.prepare(background=True)
-    os.setsid()
-    if os.fork():
-        os._exit(0)
     status = 1
     try:
-        status = _run_in_background(image, mountpoint, options, writer)
+        from ..fuse.outsider import Outsider  # noqa: PLC0415 - after the fork: it imports trio
+
+        outsider = Outsider.start(where)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        status = _run_in_background(image, where, options, writer, outsider)
     finally:
         os._exit(status)
 
 
 def _wait_ready(reader: int) -> list[str]:
     with os.fdopen(reader, "rb") as pipe:
-        kind, _, message = pipe.read().decode(errors="replace").partition("\n")
+        kind, _, message = os.fsdecode(pipe.read()).partition("\n")
     if kind == "ready":
         return message.splitlines()
     error = StartError(message or "the daemon ended before the mount was usable")
@@ -66,13 +77,16 @@ def _wait_ready(reader: int) -> list[str]:
     raise error
 
 
-def _run_in_background(image: str, mountpoint: str, options: MountOptions, writer: int) -> int:
+def _run_in_background(
+    image: str, where: Mountpoint, options: MountOptions, writer: int, outsider: Outsider
+) -> int:
     from ..storage.linux import close_all_but  # noqa: PLC0415
     from .daemon import Config, serve  # noqa: PLC0415 - after the fork: it imports trio
 
-    close_all_but(writer)  # a lock that a script holds while it mounts is not ours to keep
+    # A lock that a script holds while it mounts is not ours to keep.
+    close_all_but(writer, where.fd, where.parent, outsider.fileno())
     # Relative names mean what they meant to the caller.
-    config = Config(image, mountpoint, options)
+    config = Config(image, where, options)
     options.state = config.state
     if options.temp_dir is not None:
         options.temp_dir = os.path.realpath(options.temp_dir)
@@ -87,14 +101,14 @@ def _run_in_background(image: str, mountpoint: str, options: MountOptions, write
         standardfiles.discard(*standardfiles.STANDARD)
         os.chdir("/")
         # No more than a pipe takes at once: the one who reads may be stopped.
-        _tell_ready(waiting, "\n".join(["ready", *warnings.texts]).encode()[:PIPE_BUF])
+        _tell_ready(waiting, os.fsencode("\n".join(["ready", *warnings.texts]))[:PIPE_BUF])
 
     def tell(text: bytes) -> None:
         if not waiting.closed:  # else it was ready before, and the number is another file's
             waiting.write(text)
 
     try:
-        return _serve(lambda: serve(config, ready), tell)
+        return _serve(lambda: serve(config, ready, outsider), tell)
     finally:
         log.flush()
 
@@ -122,7 +136,7 @@ def _serve(serve: Callable[[], None], tell: Callable[[bytes], object]) -> int:
         status, message = ExitCode.ERROR, f"unexpected error: {error!r}"
     logging.getLogger("snapfs").error("%s", message)
     try:
-        tell(f"{int(status)}\n{message}".encode())
+        tell(os.fsencode(f"{int(status)}\n{message}"))
     except OSError:
         pass  # nobody waits any more
     return status
@@ -147,7 +161,7 @@ def in_foreground(
             _tell_ready(waiting, b"READY\n")
 
     try:
-        serve(Config(image, mountpoint, options), ready)
+        serve(Config(image, Mountpoint.open(mountpoint), options), ready)
     finally:
         if not log.drain():
             os._exit(ExitCode.ERROR)  # the interpreter would wait for the thread that writes

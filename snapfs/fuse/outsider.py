@@ -6,6 +6,10 @@ kill -9 at such a moment would hang the mount, and all who use it, for ever.
 So these calls are made by a child that is forked before /dev/fuse is opened.
 It ends when its socket does.
 
+It stays in the process group of whoever mounts, which the daemon leaves: systemd lets only its
+own group pass where it is mounting on demand.  And it comes to the mount from the directory that
+the mountpoint is in, so that renamed directories above are nothing to it.
+
 One JSON object a line: {"id", "call", "name"} and {"id", "errno", "value"}.
 """
 
@@ -24,12 +28,15 @@ from typing import Any, NoReturn
 import trio
 from attrs import define, field
 
-from ..client.unmounting import umount2
+from ..client import mountinfo
+from ..client.unmounting import unmount
 from ..storage.linux import close_all_but, write_back
+from .mounting import Mountpoint
 
 MAX_LINE = 65536
 IGNORED = (
-    signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+    signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1,
+    signal.SIGUSR2,
 )  # fmt: skip
 
 
@@ -45,8 +52,8 @@ class Outsider:
         self._sending: trio.Lock | None = None
 
     @classmethod
-    def start(cls, mountpoint: str) -> Outsider:
-        """Fork the child, which can make calls on that mountpoint."""
+    def start(cls, mountpoint: Mountpoint) -> Outsider:
+        """Fork the child, which can make calls on what will be mounted there."""
         parent, child = socket.socketpair()
         pid = os.fork()
         if not pid:
@@ -80,10 +87,10 @@ class Outsider:
     async def call(self, call: str, name: str = "") -> int:
         """Let the child make a call, and return its value.  Raises OSError.
 
-        device: st_dev of the mount.  sync: fsync(2) of a file.  open: a file,
-        for `finish` with the value as name: fsync and close it; or `close`.  unmount.
-        write_back: as open, and dirty pages of the file from an offset on are written
-        back; the name is OFFSET/NAME.
+        wait: return when the mount, given by id and device number, answers.  sync: fsync(2)
+        of a file.  open: a file, for `finish` with the value as name: fsync and close it; or
+        `close`.  unmount.  write_back: as open, and dirty pages of the file from an offset on
+        are written back; the name is OFFSET/NAME.
         """
         stream = self._stream  # None as soon as the child is gone, maybe while we wait
         if stream is None or self._sending is None:
@@ -105,6 +112,10 @@ class Outsider:
             raise OSError(question.answer["errno"], os.strerror(question.answer["errno"]))
         return int(question.answer["value"])
 
+    def fileno(self) -> int:
+        """The descriptor that leads to the child."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Let the child end."""
         self._socket.close()
@@ -119,15 +130,16 @@ class _Question:
 # The child
 
 
-def _live(connection: socket.socket, mountpoint: str) -> NoReturn:
+def _live(connection: socket.socket, mountpoint: Mountpoint) -> NoReturn:
     try:
         os.chdir("/")
         for number in IGNORED:
-            signal.signal(number, signal.SIG_IGN)  # it ends with the daemon
+            # It ends with the daemon, and may be in a terminal's foreground group.
+            signal.signal(number, signal.SIG_IGN)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        close_all_but(connection.fileno())
+        close_all_but(connection.fileno(), mountpoint.parent)
         calls = _Calls(mountpoint)
         with connection.makefile("rb") as lines:
             for line in lines:
@@ -156,18 +168,22 @@ def _answer(connection: socket.socket, calls: _Calls, request: dict[str, Any]) -
 class _Calls:
     """What the child can do.  Raises OSError."""
 
-    def __init__(self, mountpoint: str) -> None:
-        self._mountpoint = mountpoint
-        self._device: int | None = None
+    def __init__(self, mountpoint: Mountpoint) -> None:
+        self._name = mountpoint.name or "."
+        self._parent = mountpoint.parent
+        self._mount = (0, "")  # id and device number
 
-    def device(self, name: str) -> int:
-        self._device = os.stat(self._mountpoint).st_dev
-        return self._device
+    def wait(self, name: str) -> int:
+        number, _, device = name.partition(" ")
+        self._mount = (int(number), device)
+        os.stat(self._name, dir_fd=self._parent)
+        return 0
 
     def open(self, name: str) -> int:
-        path = os.path.join(self._mountpoint, name)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        if os.fstat(fd).st_dev != self._device:  # something else is mounted there
+        path = os.path.join(self._name, name)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._parent)
+        found = os.fstat(fd).st_dev
+        if f"{os.major(found)}:{os.minor(found)}" != self._mount[1]:  # mounted over it
             os.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return fd
@@ -199,5 +215,8 @@ class _Calls:
         return self.finish(str(self.open(name)))
 
     def unmount(self, name: str) -> int:
-        umount2(self._mountpoint)
-        return 0
+        for mount in mountinfo.mounts():
+            if (mount.id, mount.device) == self._mount:
+                unmount(mount)
+                return 0
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))

@@ -20,6 +20,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
+from ..client.mountinfo import Mount
 from ..storage.linux import kernel_version
 from . import requestfilter
 from .outsider import Outsider
@@ -56,22 +57,21 @@ class PageCache:
     def __init__(self, outsider: Outsider) -> None:
         self._outsider = outsider
         self._limiter = trio.CapacityLimiter(8)
-        self.device: int | None = None  # st_dev of the mount, once it is there
         self._quarantined: list[tuple[int, Edges]] = []  # inode, pages; task-atomic
 
-    async def learn_device(self) -> None:
-        """Remember which file system we are; to be called when the mount answers."""
-        self.device = await self._outsider.call("device")
-        self._read_ahead(self.device)
+    async def begin(self, mount: Mount) -> None:
+        """Return when the mount answers; to be called once it is served."""
+        await self._outsider.call("wait", f"{mount.id} {mount.device}")
+        self._read_ahead(mount.device)
 
     @staticmethod
-    def _read_ahead(device: int) -> None:
+    def _read_ahead(device: str) -> None:
         """Let the kernel read two requests ahead, if we may (only root may).
 
         Otherwise it asks for 128 KiB at a time, and a buffered copy of a snapshot takes
         half as long again.
         """
-        where = Path("/sys/class/bdi", f"{os.major(device)}:{os.minor(device)}", "read_ahead_kb")
+        where = Path("/sys/class/bdi", device, "read_ahead_kb")
         try:
             if int(where.read_text()) < READ_AHEAD_KIB:
                 where.write_text(str(READ_AHEAD_KIB))

@@ -75,7 +75,10 @@ def end_with_parent(number: int) -> Callable[[], None]:
     return prepare
 
 
-def close_all_but(fd: int) -> None:
-    """Close every descriptor but `fd`, standard input, output and error."""
-    os.closerange(3, fd)
-    os.closerange(fd + 1, 1 << 20)
+def close_all_but(*kept: int) -> None:
+    """Close every descriptor but those given, standard input, output and error."""
+    first = 3
+    for fd in sorted(each for each in kept if each >= 3):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 1 << 20)

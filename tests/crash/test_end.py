@@ -8,12 +8,11 @@ import select
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from snapfs.storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from tests.support.mounted import Mounted
+from tests.support.mounted import Mounted, helpers_of
 from tests.support.patched import Patched
 
 pytestmark = pytest.mark.mount
@@ -97,9 +96,8 @@ def test_a_killed_daemon_with_a_punch_under_way_hangs_nobody(held):
 
 def test_the_helper_ends_with_the_daemon_however_that_ends(mount):
     disk = mount(K64)
-    children = Path(f"/proc/{disk.pid}/task/{disk.pid}/children").read_text().split()
-    assert 1 == len(children)
-    helper = os.pidfd_open(int(children[0]))
+    [found] = helpers_of(disk.pid)
+    helper = os.pidfd_open(found)
     disk.kill()
     assert select.select([helper], [], [], 20)[0]
     os.close(helper)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounted import Mounted, run
+from tests.support.mounted import Mounted, helpers_of, run
 from tests.support.patched import Patched
 
 pytestmark = pytest.mark.mount
@@ -126,10 +126,10 @@ def test_it_is_a_difference(mount):
 
 def test_where_nobody_can_tell_all_is_data(mount):
     disk = mount(SIZE)
-    children = run("pgrep", "-P", str(disk.pid)).stdout.split()
+    helpers = helpers_of(disk.pid)
     with written(disk), opened(disk) as fd:
-        for child in children:
-            os.kill(int(child), signal.SIGKILL)
+        for helper in helpers:
+            os.kill(helper, signal.SIGKILL)
         assert MIB == os.lseek(fd, MIB, os.SEEK_DATA)
         assert SIZE == os.lseek(fd, MIB, os.SEEK_HOLE)
         with pytest.raises(OSError, match="No such device or address"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from attrs import define, field
+
+from snapfs.client import mountinfo
 
 MIB = 1 << 20
 K64 = 1 << 16
@@ -28,6 +31,7 @@ def run(
         [str(word) for word in command],
         capture_output=True,
         text=not binary,
+        errors=None if binary else "surrogateescape",
         timeout=100,
         check=False,
     )
@@ -105,6 +109,18 @@ class Mounted:
         return int(os.getxattr(self.snapshots / name, "user.snapfs.temp_bytes"))
 
 
+def helpers_of(daemon: int) -> list[int]:
+    """The processes that make calls on the daemon's own mount; no children of a daemon that is
+    in the background."""
+    command = Path(f"/proc/{daemon}/cmdline").read_bytes()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if process.name != str(daemon) and (process / "cmdline").read_bytes() == command:
+                found.append(int(process.name))
+    return found
+
+
 def mounts_below(path: Path) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line.split()[4] for line in lines if line.split()[4].startswith(str(path))]
+    found = [each.mountpoint for each in mountinfo.mounts()]
+    return [each for each in found if each.startswith(str(path))]

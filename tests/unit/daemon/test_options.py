@@ -26,7 +26,27 @@ def test_options_of_fstab_are_sorted_out():
         ["defaults,noauto,x-systemd.automount,ro,allow_other", "cluster-size=128K,umask=027"]
     )
     assert (True, 131072, 0o027) == (options.read_only, options.cluster_size, options.umask)
-    assert {"allow_other", "ro"} == options.fuse
+    assert ["allow_other", "ro"] == options.fuse
+
+
+def test_a_comma_in_a_value_has_a_backslash():
+    options = parse_options([r"state=/a\,b\\\,c\d,fsname=x,umask=7", "ro"])
+    assert (r"/a,b\,c\d", "x", 7) == (options.state, options.fsname, options.umask)
+
+
+def test_what_is_for_the_kernel_keeps_its_order():
+    options = parse_options(["noatime,max_read=64K,noexec,noatime,atime"])
+    assert ["noatime", "noexec", "max_read=65536"] == options.fuse
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("remount,ro", "unmount it and mount it again"), ("auto_unmount", "refused"),
+     ("max_read=1", "from 4K"), ("noatime=1", "unknown")],
+)  # fmt: skip
+def test_what_is_refused(text, words):
+    with pytest.raises(UsageError, match=words):
+        parse_options([text])
 
 
 def test_the_last_of_two_wins():

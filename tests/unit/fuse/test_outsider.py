@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from snapfs.client import mountinfo
+from snapfs.fuse.mounting import Mountpoint
 from snapfs.fuse.outsider import Outsider
 
 
@@ -17,7 +19,7 @@ from snapfs.fuse.outsider import Outsider
 def outsider(tmp_path) -> Iterator[Outsider]:
     os.mkfifo(tmp_path / "fifo")  # to open it waits for a writer
     (tmp_path / "file").touch()
-    made = Outsider.start(str(tmp_path))
+    made = Outsider.start(Mountpoint.open(str(tmp_path)))
     yield made
     made.close()
     os.waitpid(made.pid, 0)
@@ -31,7 +33,7 @@ async def refused(outsider: Outsider, call: str, name: str) -> None:
 
 async def test_calls_and_their_errors(outsider, tmp_path, nursery):
     await nursery.start(outsider.run)
-    assert os.stat(tmp_path).st_dev == await outsider.call("device")
+    assert 0 == await outsider.call("wait", f"0 {mountinfo.look(str(tmp_path)).device}")
     assert 0 == await outsider.call("sync", "file")
     with pytest.raises(FileNotFoundError):
         await outsider.call("open", "nothing")
@@ -82,7 +84,7 @@ async def test_writing_back_leaves_the_file_open_for_the_one_who_asks_to_close_i
     outsider, tmp_path, nursery
 ):
     await nursery.start(outsider.run)
-    await outsider.call("device")
+    await outsider.call("wait", f"0 {mountinfo.look(str(tmp_path)).device}")
     fd = await outsider.call("write_back", "4096/file")
     assert 0 == await outsider.call("close", str(fd))
     with pytest.raises(FileNotFoundError):
