@@ -16,8 +16,9 @@ from snapfs.errors import AccessDenied, SnapfsError
 from snapfs.fuse import requestfilter
 from snapfs.fuse.fastpath import FIRST_SNAPSHOT
 from snapfs.state.manifest import Durability
-from tests.support.fakes import CLUSTER, check_bitmaps
 from tests.support.fastpaths import ACTIVE, ACTIVE_HANDLE, Rig, read_request, write_request
+from tests.support.images import CLUSTER
+from tests.support.naive import check_bitmaps
 
 SIZE = 12 * CLUSTER + 100
 SLOW_COUNTERS = {"cbw_seconds"}

@@ -9,12 +9,16 @@ patched.py       Patched: the daemon with a part of it replaced, held where a te
 writing.py       somebody who writes until the daemon is killed
 dying.py         a program: snapfs, killed at its Nth step
 hanging.py       storage that hangs when it is told to: memoryfs.py in a process
+filtered.py      a program: a file system of one file behind the request filter
 memoryfs.py      a program: a FUSE file system in memory
-fakes.py         images and a store in memory, with faults and stalls, and the naive
-                 specification of the engine
+images.py        MemoryImage: an image in memory, with faults and stalls
+fakes.py         MemoryStore: a state directory in memory; Bench: an engine over it
+naive.py         the specification of the engine, written down naively
+world/           the engine beside plain bytes: steps, model and checks of its property test
 stores.py        sessions of the engine over a real state directory
 fastpaths.py     Rig: the fast path over real files, fed with requests without a kernel
 disk.py          Recorder: what a power cut at any moment may leave of a directory
+sanitized.py     a build of snapfs whose C is under address and undefined-behaviour checks
 watched.py       tests that run with watch.c in front of libc (crash/test_watched.py starts them)
 watch.c          to be preloaded: tells of every native write and sync
 hold.c           to be preloaded: each large write waits before it begins and when it is over

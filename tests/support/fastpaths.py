@@ -33,6 +33,11 @@ IO_IN = struct.Struct("<QQIIQII")  # fuse_read_in and fuse_write_in
 OUT_HEADER = struct.Struct("<IiQ")
 CLUSTER = 4096
 ACTIVE_HANDLE = 1
+SIZE = 16 * CLUSTER + 100
+OLD = bytes(range(1, 252)) * (SIZE // 251 + 1)
+OLD = OLD[:SIZE]
+NEW = b"\xee" * CLUSTER
+HELPED = 256 << 10  # so large that the helper carries it
 
 
 def read_request(
@@ -91,6 +96,7 @@ class Rig:
         cls, image: Path, *, on: bool = True, durability: Durability = "process", **settings: Any
     ) -> AsyncIterator[Rig]:
         """The image's engine, closed in order at the end."""
+        requestfilter.load()
         store = await Store.open(
             str(image), cluster_size=CLUSTER, durability=durability, limiter=trio.CapacityLimiter(4)
         )
@@ -200,3 +206,29 @@ class Rig:
         """What the record must be when nothing is under way."""
         status = os.fstat(self.store.image.fd)
         return 0, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def written(size: int) -> tuple[int, bytes]:
+    return 0, struct.pack("<II", size, 0)
+
+
+@contextlib.contextmanager
+def full(fd):
+    """What is written to the descriptor meanwhile fails with ENOSPC."""
+    good, other = os.dup(fd), os.open("/dev/full", os.O_RDWR)
+    os.dup2(other, fd)
+    try:
+        yield
+    finally:
+        os.dup2(good, fd)
+        os.close(good)
+        os.close(other)
+
+
+async def until_quiet(rig: Rig, handed: int) -> None:
+    def busy() -> bool:
+        return bool(rig.fast._copies) or any(layer.pins for layer in rig.engine.layers)
+
+    while len(rig.handed) < handed or busy():
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(0.001)  # a thread has to end

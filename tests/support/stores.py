@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import trio
 import trio.testing
@@ -113,3 +116,35 @@ async def make_many(image: Path, count: int) -> None:
         )  # fmt: skip
     await store.save([layer.record() for layer in layers], store.geometry)
     await store.close(layers, [])
+
+
+def tree(path: Path) -> dict[str, tuple[Any, ...]]:
+    """All that there is below a directory, but for access times."""
+    found = {}
+    for each in sorted([path, *path.rglob("*")]):
+        status = each.lstat()
+        content: Any = None
+        if stat.S_ISREG(status.st_mode):
+            content = each.read_bytes()
+        elif stat.S_ISLNK(status.st_mode):
+            content = os.readlink(each)
+        found[str(each.relative_to(path))] = (
+            status.st_mode, status.st_mtime_ns, status.st_ctime_ns, content,
+        )  # fmt: skip
+    return found
+
+
+def outside(found: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """What of a tree is not in the state directory."""
+    return {key: each for key, each in found.items() if ".snapfs" not in key}
+
+
+def stored(name: str, offset: int, data: bytes) -> Callable[[Path], None]:
+    def damage(state: Path) -> None:
+        fd = os.open(state / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.pwrite(fd, data, offset)
+        finally:
+            os.close(fd)
+
+    return damage

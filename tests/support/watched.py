@@ -25,8 +25,8 @@ from attrs import define, field
 from snapfs.engine.layer import Layer
 from snapfs.errors import AccessDenied
 from snapfs.fuse import requestfilter
-from tests.support.fakes import check_bitmaps
 from tests.support.fastpaths import ACTIVE, ACTIVE_HANDLE, CLUSTER, Rig, read_request, write_request
+from tests.support.naive import check_bitmaps
 
 CLUSTERS = 17
 SIZE = 16 * CLUSTER + 100

@@ -9,7 +9,8 @@ import pytest
 from snapfs.daemon.bitmapcommands import MAX_STAGED
 from snapfs.daemon.commands import Commands
 from snapfs.errors import BitmapNotFound, InvalidRange, SnapshotLost, UsageError
-from tests.support.fakes import CLUSTER, Bench
+from tests.support.fakes import Bench
+from tests.support.images import CLUSTER
 
 SIZE = 8 * CLUSTER
 

@@ -19,7 +19,8 @@ from snapfs.daemon import commands as commands_module
 from snapfs.daemon import control
 from snapfs.daemon.commands import Commands
 from snapfs.daemon.control import MAX_LINE, ControlServer
-from tests.support.fakes import CLUSTER, Bench, pattern
+from tests.support.fakes import Bench, pattern
+from tests.support.images import CLUSTER
 
 SIZE = 4 * CLUSTER
 WORDS = ("create", "delete", "rename", "list", "show", "status", "map", "runs", "limit", "x", "")

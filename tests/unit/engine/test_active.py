@@ -14,7 +14,9 @@ from snapfs.engine.bitmap import Bitmap
 from snapfs.engine.engine import Engine
 from snapfs.engine.geometry import Geometry
 from snapfs.errors import ImageTooLarge, StateError
-from tests.support.fakes import CLUSTER, Bench, MemoryImage, MemoryStore, check_quiet, os_error
+from tests.support.fakes import Bench, MemoryStore
+from tests.support.images import CLUSTER, MemoryImage, os_error
+from tests.support.naive import check_quiet
 
 CLUSTERS = 8
 SIZE = CLUSTERS * CLUSTER

@@ -10,7 +10,9 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from snapfs.errors import AccessDenied, SnapshotExists
-from tests.support.fakes import CLUSTER, Bench, Space, check_quiet, pattern
+from tests.support.fakes import Bench, pattern
+from tests.support.images import CLUSTER, Space
+from tests.support.naive import check_quiet
 
 SIZE = 8 * CLUSTER
 OLD = pattern(1, SIZE)

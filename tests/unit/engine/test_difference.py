@@ -6,7 +6,8 @@ import pytest
 
 from snapfs.engine.difference import differences, extents
 from snapfs.engine.dirty import Selection, clusters_of
-from tests.support.fakes import CLUSTER, Bench
+from tests.support.fakes import Bench
+from tests.support.images import CLUSTER
 
 SIZE = 8 * CLUSTER
 

@@ -21,7 +21,8 @@ from snapfs.errors import (
     ReadOnly,
     UsageError,
 )
-from tests.support.fakes import CLUSTER, Bench
+from tests.support.fakes import Bench
+from tests.support.images import CLUSTER
 
 SIZE = 8 * CLUSTER
 CONTENT = b"1" * SIZE

@@ -9,7 +9,8 @@ from snapfs.engine.bitmap import Bitmap
 from snapfs.engine.geometry import Geometry
 from snapfs.engine.layer import LOSSES_BYTES, Layer
 from snapfs.engine.layers import LayerStack
-from tests.support.fakes import CLUSTER, MemoryImage, naive_pending, naive_source, naive_wanted
+from tests.support.images import CLUSTER, MemoryImage
+from tests.support.naive import naive_pending, naive_source, naive_wanted
 
 MOST = 9
 bits = st.lists(st.booleans(), min_size=MOST, max_size=MOST)

@@ -7,7 +7,7 @@ import pytest
 from snapfs.engine.bitmap import Bitmap
 from snapfs.engine.geometry import Geometry
 from snapfs.engine.layer import LOSSES_BYTES, Layer, LayerParts, LayerRecord
-from tests.support.fakes import MemoryImage
+from tests.support.images import MemoryImage
 
 GEOMETRY = Geometry(3 * 4096, 4096)
 

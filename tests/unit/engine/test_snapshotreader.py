@@ -10,7 +10,8 @@ from snapfs.engine.bitmap import Bitmap
 from snapfs.engine.geometry import Geometry
 from snapfs.engine.snapshotreader import Extent, marked
 from snapfs.storage.image import FileImage
-from tests.support.fakes import CLUSTER, Bench
+from tests.support.fakes import Bench
+from tests.support.images import CLUSTER
 
 SIZE = 64 * CLUSTER
 

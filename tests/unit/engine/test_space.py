@@ -9,7 +9,9 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from snapfs.engine.space import CREDIT_SECONDS, TempSpace, Usage
-from tests.support.fakes import CLUSTER, Bench, Space, check_quiet, pattern
+from tests.support.fakes import Bench, pattern
+from tests.support.images import CLUSTER, Space
+from tests.support.naive import check_quiet
 
 OLD = pattern(1, 64 * CLUSTER)
 
