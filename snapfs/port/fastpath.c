@@ -401,6 +401,7 @@ PyObject *fastpath_try(PyObject *module, PyObject *args)
     verdicts = PyList_New(0);
     if (!verdicts || !fastpath_begin())
         return verdicts;
+    transfer_any_speed(true);
     for (Py_ssize_t i = 0; verdicts && i < PyList_GET_SIZE(requests); i++) {
         PyObject *request = PyList_GET_ITEM(requests, i), *verdict = NULL;
         void *buffer = buffer_new();
@@ -421,11 +422,12 @@ PyObject *fastpath_try(PyObject *module, PyObject *args)
         Py_XDECREF(verdict);
     }
     Py_BEGIN_ALLOW_THREADS
-    while (patient && poll(&more, 1, 0) == 0 && waiting_wait(device, SECOND))
+    while (patient && poll(&more, 1, 0) == 0 && waiting_wait(device, 300 * SECOND))
         ;
     waiting_settle(device, false);
     published_rest();
     Py_END_ALLOW_THREADS
+    transfer_any_speed(false);
     fastpath_end(device);
     return verdicts;
 }

@@ -50,6 +50,7 @@ static char *reply;              /* FASTPATH_MAX_READ bytes, or NULL until neede
 static bool no_pipes;            /* they could not be had */
 static bool write_nowait = true; /* until the file system says it cannot */
 static long long slow_until;     /* writes go to Python before this time; atomic */
+static bool any_speed;           /* not then either; atomic */
 
 bool transfer_prepare(void)
 {
@@ -68,6 +69,11 @@ void transfer_reset(void)
     write_nowait = true;
     no_pipes = false;
     __atomic_store_n(&slow_until, 0, __ATOMIC_RELAXED);
+}
+
+void transfer_any_speed(bool any)
+{
+    __atomic_store_n(&any_speed, any, __ATOMIC_RELAXED);
 }
 
 bool transfer_reply(int device, uint64_t unique, int error, const void *data, size_t length)
@@ -309,7 +315,8 @@ static ssize_t put(const void *data, size_t length, uint64_t offset)
 
 static bool is_slow(void)
 {
-    return nanoseconds(CLOCK_MONOTONIC) < __atomic_load_n(&slow_until, __ATOMIC_RELAXED);
+    return !__atomic_load_n(&any_speed, __ATOMIC_RELAXED) &&
+           nanoseconds(CLOCK_MONOTONIC) < __atomic_load_n(&slow_until, __ATOMIC_RELAXED);
 }
 
 /* Nothing is overwritten that the helper sends: it may be for a snapshot. */

@@ -39,6 +39,9 @@ INTERNAL bool transfer_prepare(void);
 /* Forget what was found about the image's file system and disk: it may be another one. */
 INTERNAL void transfer_reset(void);
 
+/* Whether no write counts as slow, for tests: what they see must not depend on the machine. */
+INTERNAL void transfer_any_speed(bool any);
+
 /* Send a reply: a header, and the data if there is any.  Whatever the kernel says to it, the
  * request has been answered: it was interrupted, or the mount is gone.  Returns whether it took
  * it. */
