@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from snapfs.storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from tests.support.mounted import Mounted, helpers_of
+from tests.support.mounted import PATIENCE, Mounted, helpers_of
 from tests.support.patched import Patched
 
 pytestmark = pytest.mark.mount
@@ -85,7 +85,7 @@ def test_a_killed_daemon_with_a_punch_under_way_hangs_nobody(held):
     daemon.wait_reached()
     daemon.process.kill()
     daemon.finish()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert results[0] != 0
     with contextlib.suppress(OSError):
@@ -99,7 +99,7 @@ def test_the_helper_ends_with_the_daemon_however_that_ends(mount):
     [found] = helpers_of(disk.pid)
     helper = os.pidfd_open(found)
     disk.kill()
-    assert select.select([helper], [], [], 20)[0]
+    assert select.select([helper], [], [], PATIENCE)[0]
     os.close(helper)
 
 
@@ -124,6 +124,6 @@ def test_kills_in_the_middle_of_creations_leave_no_hanging_mount(mount):
         disk.kill()
         ending.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "the mount hangs"
         disk.start()

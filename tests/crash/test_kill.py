@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounted import run
+from tests.support.mounted import PATIENCE, run
 from tests.support.writing import killed_while_writing
 
 pytestmark = pytest.mark.mount
@@ -154,7 +154,7 @@ def test_killed_under_the_load_of_fio(mount, tmp_path, durability):
             ["fio", "--name=x", f"--filename={disk.active}", "--rw=randwrite", "--bs=4k",
              "--iodepth=16", "--ioengine=libaio", "--direct=1", f"--size={SIZE}",
              f"--randseed={round_}", "--allow_file_create=0", f"--buffer_pattern={round_ + 1}",
-             "--time_based", "--runtime=60", f"--write_lat_log={log}", "--log_offset=1"],
+             "--time_based", f"--runtime={PATIENCE}", f"--write_lat_log={log}", "--log_offset=1"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         while fio.poll() is None and disk.json("status")["counters"]["writes"] < before + 100:

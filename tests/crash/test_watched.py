@@ -16,6 +16,8 @@ import pytest
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
 def test_native_copies_survive_a_power_cut_at_any_moment(tmp_path):
     compiler = shutil.which("gcc")
     if not compiler:
@@ -32,7 +34,7 @@ def test_native_copies_survive_a_power_cut_at_any_moment(tmp_path):
         env={**os.environ, "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=1500,
         check=False,
     )  # fmt: skip
     assert 0 == done.returncode, done.stdout + done.stderr

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from attrs import define, field
 
-from tests.support.filesystems import mounted_loop
+from tests.support.filesystems import make_ext4, mounted_loop
 from tests.support.mounted import DYING, SNAPFS, Mounted, run
+from tests.support.patched import Program, held_copy
 
 pytestmark = pytest.mark.mount
 
@@ -168,7 +169,7 @@ def test_a_mount_and_a_disk_in_it_are_no_place_for_backups(disk, tmp_path):
         done = run(*SNAPFS, *command, check=False)
         assert (2, True) == (done.returncode, "is in the mount" in done.stderr), done.stderr
     assert [] == names(it, "snapshots")
-    run("mkfs.ext4", "-q", it.mounted.active)
+    make_ext4(it.mounted.active)
     with mounted_loop(it.mounted.active, tmp_path / "fs") as where:
         done = run(*SNAPFS, "backup", "--init", where, check=False)
         assert (2, True) == (done.returncode, "on a disk that is in the mount" in done.stderr)
@@ -273,11 +274,11 @@ def test_a_snapshot_that_loses_clusters_adds_no_point(disk):
     it.backup()
     it.mounted.write(0, os.urandom(12 * MIB))
     it.mounted.snapfs("limit", it.mounted.mountpoint, "64K")
-    process = slow_backup(it)
-    wait_for_snapshot(it)
-    it.mounted.write(8 * MIB, b"x" * 2 * MIB)  # far ahead of the copy
-    output, complaint = process.communicate()
-    assert 4 == process.returncode, (output, complaint)
+    backup = held_backup(it)
+    it.mounted.write(8 * MIB, b"x" * 2 * MIB)  # ahead of the copy
+    backup.go()
+    status, complaint = backup.finish()
+    assert 4 == status, (backup.output, complaint)
     assert "lost clusters" in complaint
     assert 1 == len(it.manifest()["points"])
     it.mounted.snapfs("limit", it.mounted.mountpoint, "none")
@@ -297,21 +298,12 @@ def servers_of(directory: Path) -> list[str]:
     return [each for each in commands if "qemu-" in each and str(directory) in each]
 
 
-def slow_backup(it: Disk) -> subprocess.Popen[str]:
-    command = [*SNAPFS, "backup", it.mounted.mountpoint, it.directory, "--bwlimit", "4M"]
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return process
-
-
-def wait_for_snapshot(it: Disk) -> None:
-    """Until the snapshot of a backup is there and its copying has begun."""
-    while not (names(it, "snapshots") and list(it.directory.glob("*.partial"))):
-        pass
+def held_backup(it: Disk) -> Program:
+    """A backup that has copied some, and goes on when it is told."""
+    backup = Program(held_copy(4 * MIB), "backup", it.mounted.mountpoint, it.directory)
+    backup.wait_reached()
+    assert names(it, "snapshots")
+    return backup
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -319,12 +311,10 @@ def test_a_backup_ended_by_a_signal_leaves_every_change_to_the_next_one(disk, nu
     it = disk(os.urandom(16 * MIB))
     it.backup()
     it.mounted.write(0, os.urandom(8 * MIB))
-    process = slow_backup(it)
-    wait_for_snapshot(it)
+    backup = held_backup(it)
     it.mounted.write(12 * MIB, b"meanwhile" * 1000)
-    process.send_signal(number)
-    process.communicate()
-    assert process.returncode == (130 if number != signal.SIGKILL else -number)
+    backup.end(number)
+    assert (130 if number != signal.SIGKILL else -number) == backup.process.returncode
     if number != signal.SIGKILL:
         check_tidy(it)
     assert "incremental" == it.backup()["kind"]
@@ -337,15 +327,15 @@ def test_a_killed_daemon_leaves_every_change_to_the_next_one(disk, client_too):
     it = disk(os.urandom(16 * MIB))
     it.backup()
     it.mounted.write(0, os.urandom(8 * MIB))
-    process = slow_backup(it)
-    wait_for_snapshot(it)
+    backup = held_backup(it)
     it.mounted.write(12 * MIB, b"meanwhile" * 1000)
     it.mounted.kill()
     if client_too:
-        process.kill()
-    _, complaint = process.communicate()
-    if not client_too:
-        assert (5, True) == (process.returncode, "mount the image again" in complaint), complaint
+        backup.end(signal.SIGKILL)
+    else:
+        backup.go()
+        status, complaint = backup.finish()
+        assert (5, True) == (status, "mount the image again" in complaint), complaint
     it.mounted.start()
     assert "incremental" == it.backup()["kind"]
     check_tidy(it)
@@ -354,17 +344,17 @@ def test_a_killed_daemon_leaves_every_change_to_the_next_one(disk, client_too):
 
 def test_only_one_run_at_a_time(disk):
     it = disk(os.urandom(16 * MIB))
-    process = slow_backup(it)
-    wait_for_snapshot(it)
+    backup = held_backup(it)
     done = it.mounted.snapfs("backup", it.mounted.mountpoint, it.directory, check=False)
     assert 1 == done.returncode
     assert "another snapfs" in done.stderr
-    process.terminate()
-    process.communicate()
+    backup.go()
+    status, complaint = backup.finish()
+    assert 0 == status, complaint
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 def test_killed_at_every_step_the_next_run_has_every_change(disk):
     it = disk(os.urandom(MIB))
     it.backup()
@@ -394,7 +384,7 @@ def test_killed_at_every_step_the_next_run_has_every_change(disk):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 def test_prune_killed_at_every_step_leaves_every_kept_point_whole(disk, tmp_path):
     it = disk(os.urandom(2 * MIB))
     for number, size in enumerate((2 * MIB, MIB + 100, 3 * MIB)):

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from attrs import define
 
+from tests.support.filesystems import make_ext4
 from tests.support.mounted import SNAPFS, Mounted, run
 
-pytestmark = [pytest.mark.mount, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.mount, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 MIB = 1 << 20
 K64 = 1 << 16
@@ -93,7 +94,7 @@ def differing(old: bytes, new: bytes) -> int:
 def test_every_point_is_the_image_at_its_moment(mount, tmp_path):
     chance = random.Random(SEED)
     disk = mount(SIZE)
-    run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0", disk.active)
+    make_ext4(disk.active)
     directory, kept = tmp_path / "backup", tmp_path / "kept"
     kept.mkdir()
     (tmp_path / "fs").mkdir()

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from tests.support.calls import bitmap, errno_of, extents, mapped, punch
-from tests.support.mounted import K64, MIB, SNAPFS, run
+from tests.support.mounted import K64, MIB, PATIENCE, SNAPFS, run
 from tests.support.patterns import OVERWRITES, PATTERNS, SIZE, patterned
 
 pytestmark = pytest.mark.mount
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.mount
 
 def piped(text: str, *command) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*SNAPFS, *map(str, command)], input=text, capture_output=True, text=True, timeout=60,
+        [*SNAPFS, *map(str, command)], input=text, capture_output=True, text=True, timeout=PATIENCE,
         check=False,
     )  # fmt: skip
 

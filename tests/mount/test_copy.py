@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.support.calls import copy
-from tests.support.mounted import K64, MIB, SNAPFS, run
+from tests.support.mounted import K64, MIB, run
+from tests.support.patched import Program, held_copy
 from tests.support.patterns import pattern
 
 pytestmark = pytest.mark.mount
@@ -113,32 +113,20 @@ def test_a_zero_cluster_of_an_increment_hides_what_the_backing_file_has(mount, t
 
 
 def interrupted(disk, name: str, dest: Path, number: int, *options: str) -> None:
-    """A slow copy, ended by a signal when some of it is durable."""
-    process = subprocess.Popen(
-        [
-            *SNAPFS, "copy", str(disk.snapshots / name), str(dest),
-            "--bwlimit", "4M", "--json", *options,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    """A copy, ended by a signal when some of it is durable."""
+    copying = Program(held_copy(8 * MIB), "copy", disk.snapshots / name, dest, *options)
+    copying.wait_reached()
     journal = Path(f"{dest}.partial")
-    assert process.stdout is not None
-    for line in process.stdout:  # one a second
-        if json.loads(line)["bytes_done"] and json.loads(journal.read_text())["position"]:
-            break
-    process.send_signal(number)
-    process.communicate()
-    assert (130 if number != signal.SIGKILL else -number) == process.returncode
+    assert 8 * MIB == json.loads(journal.read_text())["position"]
+    copying.end(number)
+    assert (130 if number != signal.SIGKILL else -number) == copying.process.returncode
     assert journal.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("form", ["raw", "qcow2"])
 def test_an_interrupted_copy_with_discard_goes_on(mount, tmp_path, number, form):
-    content = os.urandom(48 * MIB)
+    content = os.urandom(24 * MIB)
     disk = mount(content)
     disk.create("s")
     dest = tmp_path / "copy"
@@ -147,8 +135,8 @@ def test_an_interrupted_copy_with_discard_goes_on(mount, tmp_path, number, form)
     done = copy(disk, "s", dest, "--discard", "--format", form, "--json")
     summary = json.loads(done.stdout.splitlines()[-1])
     assert "summary" == summary["message_type"]
-    assert 0 < summary["resumed_at"]
-    assert summary["copied_bytes"] == 48 * MIB - summary["resumed_at"]
+    assert 8 * MIB == summary["resumed_at"]
+    assert summary["copied_bytes"] == 24 * MIB - summary["resumed_at"]
     if form == "qcow2":
         run("qemu-img", "check", dest)
         run("qemu-img", "convert", "-O", "raw", dest, tmp_path / "raw")
@@ -157,9 +145,8 @@ def test_an_interrupted_copy_with_discard_goes_on(mount, tmp_path, number, form)
     assert not (tmp_path / "copy.partial").exists()
 
 
-@pytest.mark.slow
 def test_an_unfinished_copy_of_something_else_is_not_gone_on_with(mount, tmp_path):
-    disk = mount(os.urandom(48 * MIB))
+    disk = mount(os.urandom(24 * MIB))
     disk.create("s")
     dest = tmp_path / "copy"
     interrupted(disk, "s", dest, signal.SIGKILL)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from snapfs.backup import devices
 from tests.support.calls import copy
-from tests.support.filesystems import loop_device
+from tests.support.filesystems import loop_device, make_ext4
 from tests.support.mounted import DYING, K64, MIB, SNAPFS, run
+from tests.support.patched import Program, held_copy
 from tests.support.patterns import pattern
 
 pytestmark = pytest.mark.mount
@@ -43,31 +43,17 @@ def content_of(device: Path) -> bytes:
 
 def stopped(disk, name: str, device: Path, *options: str) -> None:
     """A copy that was killed when some of it was durable, and not yet whole."""
-    command = [
-        *SNAPFS, "copy", disk.snapshots / name, device, "--force", "--bwlimit", "2M", "--json",
-    ]  # fmt: skip
-    process = subprocess.Popen([str(word) for word in [*command, *options]], stdout=subprocess.PIPE)
-    while not position(device) > devices.HEAD_BYTES:
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    command = ["copy", disk.snapshots / name, device, "--force", *options]
+    copying = Program(held_copy(12 * MIB), *command)
+    copying.wait_reached()
+    assert position(device) > devices.HEAD_BYTES
+    copying.end(signal.SIGKILL)
     assert content_of(device).startswith(TITLE)
 
 
 def position(device: Path) -> int:
     mark = devices.read_mark(str(device))
     return 0 if mark is None else json.loads(mark[1])["position"]
-
-
-@pytest.fixture
-def often(monkeypatch, tmp_path):
-    """Checkpoints of copies after every MiB, not 128."""
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "from snapfs.backup import copying\ncopying.CHECKPOINT_BYTES = 1 << 20\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{hook}:{Path(__file__).parents[2]}")
 
 
 @pytest.mark.parametrize("size", [100, 130_000, 2 * MIB + 7, SIZE])
@@ -89,7 +75,7 @@ def test_a_device_that_is_mounted_or_too_small_is_refused(mount, tmp_path, devic
     disk.create("s")
     done = copy(disk, "s", device, "--force", check=False)
     assert (1, True) == (done.returncode, f"has {SIZE + MIB} bytes" in done.stderr)
-    run("mkfs.ext4", "-q", device)
+    make_ext4(device)
     (tmp_path / "fs").mkdir()
     run("mount", device, tmp_path / "fs")
     try:
@@ -100,10 +86,10 @@ def test_a_device_that_is_mounted_or_too_small_is_refused(mount, tmp_path, devic
 
 
 @pytest.mark.slow
-def test_an_unfinished_copy_is_no_disk_and_goes_on_after_a_reboot(mount, tmp_path, often):
+def test_an_unfinished_copy_is_no_disk_and_goes_on_after_a_reboot(mount, tmp_path):
     """The device comes back by another name, and nothing in /dev has survived."""
     disk = mount(SIZE)
-    run("mkfs.ext4", "-q", disk.active)
+    make_ext4(disk.active)
     disk.write(8 * MIB, os.urandom(8 * MIB))
     content = disk.active.read_bytes()
     disk.create("s")
@@ -128,7 +114,7 @@ def test_an_unfinished_copy_is_no_disk_and_goes_on_after_a_reboot(mount, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_increment_without_the_head_gets_it_back_in_the_end(mount, tmp_path, device, often):
+def test_an_increment_without_the_head_gets_it_back_in_the_end(mount, tmp_path, device):
     disk = mount(os.urandom(SIZE))
     disk.create("full")
     copy(disk, "full", device, "--force")
@@ -157,7 +143,7 @@ def test_heads_outlive_a_reboot(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_increment_whose_head_is_gone_takes_a_full_copy(mount, device, often):
+def test_an_increment_whose_head_is_gone_takes_a_full_copy(mount, device):
     disk = mount(os.urandom(SIZE))
     disk.create("full")
     copy(disk, "full", device, "--force")
@@ -183,7 +169,7 @@ def test_an_increment_whose_head_is_gone_takes_a_full_copy(mount, device, often)
 
 
 @pytest.mark.slow
-def test_a_torn_mark_is_still_one(mount, device, often):
+def test_a_torn_mark_is_still_one(mount, device):
     disk = mount(os.urandom(SIZE))
     disk.create("s")
     stopped(disk, "s", device)
@@ -239,7 +225,7 @@ def test_a_restore_that_finds_damage_leaves_no_disk(mount, tmp_path, device):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("whole", [True, False])
 def test_killed_at_every_step_the_device_is_old_marked_or_whole(mount, tmp_path, device, whole):
     """And the same command makes it whole, whatever the step was."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.calls import state_of
-from tests.support.filesystems import mounted_loop, tmpfs, use_file_system
+from tests.support.filesystems import make_ext4, mounted_loop, tmpfs, use_file_system
 from tests.support.mounted import K64, MIB, SNAPFS, run
-from tests.support.patched import SLOW, Patched
+from tests.support.patched import SLOW, UNHURRIED, Patched, hurry
 
 pytestmark = [
     pytest.mark.mount,
@@ -39,7 +39,7 @@ def small(mount, tmp_path: Path, content: int | bytes, size: str, *options: str)
 
 def test_a_full_temp_file_system_breaks_the_snapshot_and_no_guest_write(mount, tmp_path):
     with small(mount, tmp_path, 128 * MIB, "16M", "temp-reserve=0") as disk:
-        run("mkfs.ext4", "-q", disk.active)
+        make_ext4(disk.active)
         assert [] == use_file_system(disk, tmp_path)
         run("e2fsck", "-fn", disk.active)
         found = state_of(disk, "s")
@@ -60,7 +60,7 @@ def test_a_full_temp_file_system_breaks_guest_writes_and_no_snapshot(mount, tmp_
     options = ("temp-reserve=0", "on-cbw-error=break-guest-write")
     # Without a hole, so that it does not matter which blocks the guest chooses.
     with small(mount, tmp_path, os.urandom(128 * MIB), "16M", *options) as disk:
-        run("mkfs.ext4", "-q", "-E", "nodiscard", disk.active)
+        make_ext4(disk.active, "nodiscard")
         failures = use_file_system(disk, tmp_path)
         assert failures
         assert "ok" == state_of(disk, "s")["state"]
@@ -240,7 +240,7 @@ def test_an_io_error_of_the_temp_image(mount, policy):
 def test_temp_storage_that_hangs(mount, policy):
     moment = os.urandom(4 * MIB)
     options = ("cbw-timeout=1", f"on-cbw-error={policy}")
-    with patched(mount, moment, SLOW, *options) as (disk, daemon):
+    with patched(mount, moment, UNHURRIED + SLOW, *options) as (disk, daemon):
         snapshot = disk.create("s")
         disk.write(0, b"x" * K64)
         results: list[int] = []
@@ -253,6 +253,7 @@ def test_temp_storage_that_hangs(mount, policy):
             else:
                 results.append(0)
 
+        hurry(disk, True)
         writer = threading.Thread(target=write)
         writer.start()
         daemon.wait_reached()
@@ -269,6 +270,7 @@ def test_temp_storage_that_hangs(mount, policy):
             assert errno.ETIMEDOUT == state_of(disk, "s")["errno"]
             with pytest.raises(PermissionError):
                 disk.read("snapshots/s", 2 * MIB, 1)
+        hurry(disk, False)
         daemon.go()
         if policy == "break-guest-write":
             disk.write(2 * MIB, b"x" * K64)

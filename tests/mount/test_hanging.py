@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.hanging import Hanging, hanging
 from tests.support.mounted import Mounted
-from tests.support.patched import Patched
+from tests.support.patched import UNHURRIED, Patched, hurry
 
 pytestmark = [
     pytest.mark.mount,
@@ -21,7 +21,7 @@ pytestmark = [
 MIB = 1 << 20
 K64 = 1 << 16
 OLD = os.urandom(4 * MIB)
-PATCH = "import snapfs.daemon.daemon; snapfs.daemon.daemon.LAST_SECONDS = 2"
+PATCH = UNHURRIED + "import snapfs.daemon.daemon; snapfs.daemon.daemon.LAST_SECONDS = 2"
 
 
 @pytest.fixture
@@ -66,6 +66,17 @@ class Write(threading.Thread):
             self.error = error.errno
 
 
+def hang(disk: Mounted, storage: Hanging) -> None:
+    """From now on storage answers nothing, and timeouts count."""
+    storage.hang()
+    hurry(disk, True)
+
+
+def go_on(disk: Mounted, storage: Hanging) -> None:
+    hurry(disk, False)
+    storage.go_on()
+
+
 def use_the_rest(disk: Mounted) -> None:
     """What needs nothing of the temp storage; clusters 0 to 3 were copied."""
     for number in range(100):
@@ -82,11 +93,11 @@ def use_the_rest(disk: Mounted) -> None:
 
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
 def test_only_writes_that_need_a_copy_wait(daemon, storage, policy):
-    disk, process = daemon(f"on-cbw-error={policy}", "cbw-timeout=3")
+    disk, process = daemon(f"on-cbw-error={policy}", "cbw-timeout=2")
     disk.create("s")
     disk.write(0, b"x" * 4 * K64)
     assert 4 * K64 == disk.temp_bytes("s")
-    storage.hang()
+    hang(disk, storage)
     disk.write(0, b"y" * 4 * K64)  # needs no copy
     use_the_rest(disk)
     status = disk.json("status")
@@ -103,7 +114,7 @@ def test_only_writes_that_need_a_copy_wait(daemon, storage, policy):
     use_the_rest(disk)
     found = disk.json("show", "s", check=False)["snapshot"]
     assert ("incomplete" if lost else "ok") == found["state"]
-    storage.go_on()
+    go_on(disk, storage)
     disk.write(3 * MIB, b"z" * K64)
     assert OLD[: 4 * K64] == disk.read("snapshots/s", 0, 4 * K64)
     assert OLD[3 * MIB :] == disk.read("snapshots/s", 3 * MIB, MIB)
@@ -115,14 +126,14 @@ def test_an_unmount_does_not_wait_for_it_for_ever(daemon, storage):
     disk, process = daemon("cbw-timeout=1")
     disk.create("s")
     disk.write(0, b"x" * K64)
-    storage.hang()
+    hang(disk, storage)
     Write(disk, MIB).join()
     disk.json("status", check=False)
     disk.stop()
     status, log = process.finish()
     assert 1 == status
     assert "gave up waiting for the storage" in log
-    storage.go_on()
+    go_on(disk, storage)
     again = Patched(disk, PATCH)
     assert "incomplete" == disk.json("show", "s", check=False)["snapshot"]["state"]
     assert OLD[:K64] == disk.read("snapshots/s", 0, K64)
@@ -136,11 +147,11 @@ def test_a_deletion_does_not_wait_for_it_for_ever(daemon, storage):
     for name in "abc":
         disk.create(name)
         disk.write(0, name.encode() * K64)
-    storage.hang()
+    hang(disk, storage)
     for name in "abc":
         (disk.snapshots / name).unlink()
     assert [] == os.listdir(disk.snapshots)
-    storage.go_on()
+    go_on(disk, storage)
     disk.create("d")
     disk.write(0, b"d" * K64)
     assert b"c" * K64 == disk.read("snapshots/d", 0, K64)

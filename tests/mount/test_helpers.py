@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounted import SNAPFS, Mounted, mounts_below, run
+from tests.support.mounted import PATIENCE, SNAPFS, Mounted, mounts_below, run
 
 pytestmark = pytest.mark.mount
 
@@ -106,7 +106,7 @@ def test_another_users_mount_is_explained(disk):
 def manager(tmp_path, monkeypatch):
     """What systemd hears."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(30)
+        manager.settimeout(PATIENCE)
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         yield manager
@@ -125,7 +125,7 @@ def test_the_daemon_tells_systemd(mount, manager):
         assert int(score) < 0
     daemon.terminate()
     assert b"STOPPING=1" == manager.recv(4096)
-    assert 0 == daemon.wait(timeout=60)
+    assert 0 == daemon.wait(timeout=PATIENCE)
 
 
 # The command, which dies as soon as it has forked, and a daemon that begins when it is dead.
@@ -194,7 +194,7 @@ def test_the_daemon_serves_though_nobody_hears_that_it_is_ready(mount, manager):
         os.close(writer)
         assert manager.recv(4096).startswith(b"READY=1\n")
         disk.stop()
-        assert "nobody waits for the mount" in daemon.communicate(timeout=60)[1]
+        assert "nobody waits for the mount" in daemon.communicate(timeout=PATIENCE)[1]
     assert 0 == daemon.returncode
 
 

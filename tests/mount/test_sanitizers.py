@@ -15,6 +15,7 @@ SEMANTICS = "mount/test_semantics.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize(
     "tests",
     [
@@ -54,7 +55,7 @@ def test_the_fast_path_under_sanitizers(built, tmp_path, tests):
         },
         capture_output=True,
         text=True,
-        timeout=115,
+        timeout=1500,
         check=False,
     )  # fmt: skip
     reports = "".join(path.read_text() for path in tmp_path.glob("report*"))

@@ -12,7 +12,7 @@ import pytest
 
 from snapfs.storage.linux import FALLOC_FL_ZERO_RANGE, fallocate
 from tests.support.calls import errno_of, punch
-from tests.support.mounted import K64, MIB, SNAPFS, run
+from tests.support.mounted import K64, MIB, PATIENCE, SNAPFS, run
 from tests.support.patterns import OVERWRITES, patterned
 
 pytestmark = pytest.mark.mount
@@ -91,7 +91,7 @@ def test_a_mapping_of_a_discarded_range_faults(mount):
     )
     assert "mapped\n" == child.stdout.readline()
     punch(snapshot, 0, K64)
-    out, _ = child.communicate("\n", timeout=30)
+    out, _ = child.communicate("\n", timeout=PATIENCE)
     assert ("", -7) == (out, child.returncode)  # SIGBUS
 
 

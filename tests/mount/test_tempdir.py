@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from tests.support.calls import state_of
-from tests.support.filesystems import mounted_loop, tmpfs, use_file_system
+from tests.support.filesystems import make_ext4, mounted_loop, tmpfs, use_file_system
 from tests.support.mounted import SNAPFS, Mounted, run
 from tests.support.patched import Patched
 
@@ -38,7 +38,7 @@ def test_a_full_temp_directory(mount, tmp_path, temps, policy):
     options = (f"temp-dir={temps}", "temp-reserve=0", f"on-cbw-error={policy}")
     # Without a hole, so that it does not matter which blocks the guest chooses.
     disk = mount(os.urandom(128 * MIB), *options)
-    run("mkfs.ext4", "-q", "-E", "nodiscard", disk.active)
+    make_ext4(disk.active, "nodiscard")
     failures = use_file_system(disk, tmp_path)
     status = disk.json("status", check=False)["temp"]
     assert (str(temps), 0) == (status["directory"], status["room_bytes"])

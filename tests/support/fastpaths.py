@@ -109,7 +109,7 @@ class Rig:
                 engine = Engine(
                     store.image, store.geometry, store, nursery,
                     layers=store.layers, bitmaps=store.dirty, next_id=store.next_id,
-                    settings=Settings(**settings),
+                    settings=Settings(**{"cbw_timeout": 0, **settings}),  # no disk is too slow
                 )  # fmt: skip
                 engine.space.clock = lambda: 0.0  # what is lent must not depend on our speed
                 await engine.space.look()

@@ -20,6 +20,22 @@ def tmpfs(where: Path, size: str) -> Iterator[Path]:
         run("umount", where)
 
 
+def make_ext4(file: Path, *options: str) -> None:
+    """An ext4 that writes nothing of its own accord when it is mounted."""
+    extended = ",".join(("lazy_itable_init=0", "lazy_journal_init=0", *options))
+    run("mkfs.ext4", "-q", "-E", extended, file)
+
+
+@contextlib.contextmanager
+def frozen(where: Path) -> Iterator[None]:
+    """Nothing changes in the file system meanwhile, and what did is on its device."""
+    run("fsfreeze", "-f", where)
+    try:
+        yield
+    finally:
+        run("fsfreeze", "-u", where)
+
+
 @contextlib.contextmanager
 def loop_device(file: Path) -> Iterator[Path]:
     device = Path(run("losetup", "--find", "--show", file).stdout.strip())

@@ -19,6 +19,7 @@ from typing import Any
 from snapfs.fuse import requestfilter
 
 MIB = 1 << 20
+PATIENCE = 400  # seconds, as in mounted.py, which its environment may lack
 SIZE = 4 * MIB
 INO = 2
 
@@ -236,7 +237,7 @@ class Mount:
         """Wait for the end; what it printed last, and its stderr."""
         assert self.process.stdout is not None
         stdout = self.process.stdout.read()  # communicate() misses what is in its buffer
-        stderr = self.process.communicate(timeout=20)[1]
+        stderr = self.process.communicate(timeout=PATIENCE)[1]
         assert self.process.returncode == 0, stderr
         return json.loads(stdout), stderr
 
@@ -255,7 +256,7 @@ class Mount:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
 

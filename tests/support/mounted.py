@@ -18,6 +18,7 @@ from snapfs.client import mountinfo
 
 MIB = 1 << 20
 K64 = 1 << 16
+PATIENCE = 400  # seconds: what takes longer hangs, on a machine however busy
 
 SNAPFS = [sys.executable, "-m", "snapfs"]
 DYING = [sys.executable, str(Path(__file__).with_name("dying.py"))]
@@ -32,7 +33,7 @@ def run(
         capture_output=True,
         text=not binary,
         errors=None if binary else "surrogateescape",
-        timeout=100,
+        timeout=PATIENCE,
         check=False,
     )
     assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stderr}"
@@ -69,8 +70,9 @@ class Mounted:
 
     @property
     def all_options(self) -> list[str]:
-        """With those of the whole run, such as no_fastpath."""
-        return [*self.options, *os.environ.get("SNAPFS_TEST_OPTIONS", "").split()]
+        """With those of the whole run, such as no_fastpath; no disk is too slow for a copy."""
+        whole = os.environ.get("SNAPFS_TEST_OPTIONS", "").split()
+        return [f"cbw-timeout={PATIENCE}", *self.options, *whole]
 
     def start(self) -> Mounted:
         options = [word for option in self.all_options for word in ("-o", option)]

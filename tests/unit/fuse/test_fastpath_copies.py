@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import trio
+from attrs import evolve
 
 from snapfs.engine.reqlist import entered
 from snapfs.fuse import requestfilter
@@ -181,6 +182,7 @@ async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch, d
             # others are served: what needs no copy here, what does by Python
             assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
             assert rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, NEW)) is None
+            rig.engine.copier._settings = evolve(rig.engine.settings, cbw_timeout=0)
             await rig.engine.write(5 * CLUSTER, NEW)
             monkeypatch.setattr(requestfilter, "ended_copies", ended)
             let_go()
@@ -212,7 +214,7 @@ async def test_a_cold_read_does_not_take_the_news_of_a_copy_that_python_waits_fo
                 assert [2] == rig.drain(request, patient=False)
                 cold = (2000 + number * 64) * CLUSTER
                 rig.drain(read_request(ACTIVE, ACTIVE_HANDLE, cold, 9, unique=200 + number))
-                assert select.select([requestfilter.copies_fd()], [], [], 10)[0], number
+                assert select.select([requestfilter.copies_fd()], [], [], 400)[0], number
                 let_go()
                 while rig.engine.copier.ranges:
                     await trio.sleep(0)

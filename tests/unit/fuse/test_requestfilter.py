@@ -19,7 +19,7 @@ def run(source: str) -> str:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
     )
     assert result.stderr == ""
     assert result.returncode == 0
