@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.armed = False
         self.hook: Callable[[], None] = lambda: None
+        self._turn = threading.Lock()  # several threads may call
         for module in MODULES:
             if hasattr(module, "os"):
                 # fstat(2) of the open image, after every write, has nothing that could fail.
@@ -77,7 +79,8 @@ class Calls:
     def _wrapped(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             if self.armed:
-                self.hook()
+                with self._turn:
+                    self.hook()
             return real(*arguments, **options)
 
         return call
