@@ -244,6 +244,15 @@ def descriptors() -> Counter[str]:
 
 
 @pytest.fixture(autouse=True)
+def _quick_collections():
+    """What was there before a test need not be looked at again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
 def _no_log():
     """pytest keeps what is logged, and with an error the layers in its traceback."""
     logging.disable()
