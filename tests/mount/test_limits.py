@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support.mounted import K64, MIB, SNAPFS, Mounted, run
+from tests.support.mounted import K64, MIB, PATIENCE, SNAPFS, Mounted, run
 from tests.support.stores import make_many
 
 OLD, NEW = b"o" * K64, b"n" * K64
@@ -67,7 +67,7 @@ def test_the_daemon_raises_its_limit(mount: Callable[..., Mounted]):
     started = subprocess.run(
         ["bash", "-c", 'ulimit -Sn 200; exec "$@"', "-", *SNAPFS, "mount",
          str(disk.image), str(disk.mountpoint)],
-        check=False, capture_output=True, text=True, timeout=60,
+        check=False, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert (0, "") == (started.returncode, started.stderr)
     disk.pid = disk.json("status")["mount"]["pid"]
@@ -166,7 +166,7 @@ def test_a_mount_with_more_snapshots_than_it_can_have_is_refused(
     refused = subprocess.run(
         ["bash", "-c", 'ulimit -n 150; exec "$@"', "-", *SNAPFS, "mount",
          str(disk.image), str(disk.mountpoint)],
-        check=False, capture_output=True, text=True, timeout=60,
+        check=False, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert 1 == refused.returncode
     for word in ("120 snapshots", "LimitNOFILE=", "ulimit -n", "fs.nr_open"):

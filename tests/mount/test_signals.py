@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounted import K64, SNAPFS, Mounted, helpers_of, mounts_below
+from tests.support.mounted import K64, PATIENCE, SNAPFS, Mounted, helpers_of, mounts_below
 
 OLD, NEW = b"o" * K64, b"n" * K64
 HELPER = "import sys; sys.argv[0] = 'mount.snapfs'; from snapfs.cli import main; sys.exit(main())"
@@ -29,7 +29,7 @@ FORMS = {
 def ended(pid: int) -> None:
     """Return when a process is gone, whose child it may be."""
     process = os.pidfd_open(pid)
-    select.select([process], [], [], 60)
+    select.select([process], [], [], PATIENCE)
     os.close(process)
 
 
@@ -65,7 +65,7 @@ def foreground(disk: Mounted, *, before: str = "") -> Iterator[subprocess.Popen[
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)
 
 
 # Standard files
@@ -91,7 +91,7 @@ def test_any_of_the_standard_files_may_be_closed(mount: Callable[..., Mounted], 
         with os.fdopen(reader, "rb") as pipe:
             assert (b"READY\n" if form == "foreground" else b"") == pipe.read(), fds
         if form != "foreground":
-            said = process.communicate(timeout=60)
+            said = process.communicate(timeout=PATIENCE)
             assert (0, (b"", b"")) == (process.returncode, said), fds
         disk.pid = disk.json("status")["mount"]["pid"]
         for fd in range(3):
@@ -103,7 +103,7 @@ def test_any_of_the_standard_files_may_be_closed(mount: Callable[..., Mounted], 
         assert OLD == disk.read("snapshots/s0", 0, K64)
         disk.snapfs("umount", disk.mountpoint)
         if form == "foreground":
-            process.communicate(timeout=60)
+            process.communicate(timeout=PATIENCE)
             assert 0 == process.returncode
 
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_mounted_says_so_whatever_is_closed(mount: Callable[..., 
     for shut in ("", "0<&-", "1>&-", "0<&- 1>&-", "0<&- 1>&- 2>&-"):
         done = subprocess.run(
             ["sh", "-c", f'exec "$@" {shut}', "-", *command],
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
         codes.add(done.returncode)
         said.add(done.stderr.replace("ERROR: ", ""))
@@ -140,7 +140,7 @@ def test_ready_may_go_to_a_standard_file(mount: Callable[..., Mounted], fd):
     assert b"READY\n" == pipe.read()  # to its end: it has been closed
     assert "/dev/null" == os.readlink(f"/proc/{process.pid}/fd/{fd}")
     disk.snapfs("umount", disk.mountpoint)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert 0 == process.returncode
     assert OLD * 2 == disk.image.read_bytes()
 
@@ -190,7 +190,7 @@ def test_in_the_foreground_they_are_these(mount: Callable[..., Mounted], number)
     with foreground(disk) as process:
         assert {signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE} <= ignores(process.pid)
         process.send_signal(number)
-        assert 0 == process.wait(60)
+        assert 0 == process.wait(PATIENCE)
     assert (False, True) == (is_mounted(disk), is_clean(disk))
 
 
@@ -202,7 +202,7 @@ def test_what_was_to_be_ignored_is(mount: Callable[..., Mounted]):
             process.send_signal(number)
         assert disk.json("status")["mount"]["healthy"]
         process.terminate()
-        assert 0 == process.wait(60)
+        assert 0 == process.wait(PATIENCE)
 
 
 def test_a_terminal_that_is_closed_ends_the_mount_in_order(mount: Callable[..., Mounted]):

@@ -11,14 +11,14 @@ from tests.support.mounted import PATIENCE, Mounted
 
 START = """
 import os, sys
-arguments = sys.argv[1:]
-reached_fd, go_fd = int(arguments.pop(0)), int(arguments.pop(0))
+reached_fd, go_fd, verb, *arguments = sys.argv[1:]
+reached_fd, go_fd = int(reached_fd), int(go_fd)
 def reached():
     os.write(reached_fd, b"x")
     os.read(go_fd, 1)
 {patch}
 from snapfs import cli
-sys.exit(cli.main(arguments))
+sys.exit(cli.main([verb, *arguments]))
 """
 
 # Copies of the clusters from 2 MiB on hang until told.
@@ -36,7 +36,7 @@ image.copy_clusters = slow
 UNHURRIED = """
 import attrs, signal
 from snapfs.engine import copier
-hurry = arguments[1] + ".hurry"
+hurry = arguments[0] + ".hurry"
 preserve, alarm = copier.Copier.preserve, signal.alarm
 async def unhurried(self, first, stop):
     meant = self.__dict__.setdefault("meant", self._settings)
@@ -71,7 +71,7 @@ copying.Copying._copy = held
 
 
 class Program:
-    """A command of snapfs that runs `patch` first.
+    """A command of snapfs, a verb and its `arguments`, that runs `patch` first.
 
     There `reached()` tells us and waits for our `go`.
     """

@@ -30,7 +30,7 @@ def call(tmp_path: Path):
             check=False,
             cwd="/",
             env=environment,
-            timeout=60,
+            timeout=400,
         )
         assert not (tmp_path / "used").exists()
         return done
