@@ -17,7 +17,7 @@ from tests.support.mounted import mounts_below
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif("os.geteuid()", reason="a benchmark drops caches"),
 ]
 

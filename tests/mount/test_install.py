@@ -17,7 +17,8 @@ from attrs import define
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.slow,
-    pytest.mark.timeout(900),  # it builds from what pip fetches
+    pytest.mark.xdist_group("install"),  # one for all of them
+    pytest.mark.timeout(3600),  # it builds from what pip fetches
     pytest.mark.skipif("os.geteuid()", reason="what is installed belongs to root"),
 ]
 

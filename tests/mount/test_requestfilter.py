@@ -349,6 +349,7 @@ def test_an_aborted_connection_does_not_spin(running: Mount, filtered: bool) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("sanitizers")
 def test_under_sanitizers(built: Path, tmp_path: Path) -> None:
     """An address and undefined-behaviour sanitizer build does all of it without a report."""
     mount = Mount(tmp_path / "mnt", sanitized.environment(built))

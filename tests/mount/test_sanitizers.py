@@ -15,6 +15,7 @@ SEMANTICS = "mount/test_semantics.py"
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("sanitizers")  # which are built once
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize(
     "tests",
