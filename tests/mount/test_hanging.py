@@ -93,7 +93,7 @@ def use_the_rest(disk: Mounted) -> None:
 
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
 def test_only_writes_that_need_a_copy_wait(daemon, storage, policy):
-    disk, process = daemon(f"on-cbw-error={policy}", "cbw-timeout=2")
+    disk, process = daemon(f"on-cbw-error={policy}", "cbw-timeout=1")
     disk.create("s")
     disk.write(0, b"x" * 4 * K64)
     assert 4 * K64 == disk.temp_bytes("s")
