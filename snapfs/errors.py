@@ -112,6 +112,10 @@ class NotPermitted(SnapfsError):
     """The caller may not do that: not the owner, or a fixed part of the tree."""
 
 
+class NotStored(SnapfsError):
+    """Something that was written may be gone: storage could not take it."""
+
+
 class InUse(SnapfsError):
     """The image or the state directory belongs to another process."""
 

@@ -1,17 +1,18 @@
-"""Ending a mount as `snapfs umount` does: unmounted, and its daemon gone."""
+"""Ending a mount as `snapfs umount` does: unmounted, its daemon gone, and how it ended told."""
 
 from __future__ import annotations
 
 import errno
 import os
 import select
+import sys
 import time
 from pathlib import Path
 
-from ..errors import MountError, NotMounted, NotPermitted, StillInUse
+from ..errors import MountError, NotMounted, NotPermitted, NotStored, StillInUse
 from . import holders, mountinfo, unmounting
 from .mountinfo import Mount
-from .wire import Client
+from .wire import FAREWELL, Client, RemoteError
 
 END_SECONDS = 90  # the daemon gives up by itself before
 ASK_SECONDS = 5  # for an answer of the daemon
@@ -20,24 +21,31 @@ STILL_SECONDS = 5  # after which we look again why the daemon goes on
 
 
 def end(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
-    """Unmount, and return when the daemon has flushed and exited, unless it is `lazy`.  Blocks.
+    """Unmount, and return when everything is durable, marked clean, and the daemon gone.  Blocks.
 
+    `lazy`: if somebody still uses the mount, it ends when they do, and nobody waits for that.
     The mount of a dead daemon is cleaned away.  `force`: whoever waits for the daemon gets an
-    error first, if the daemon does not answer.  Raises NotMounted, MountError if it stays, and
-    StillInUse if others have the file system mounted as well, so that the daemon goes on.
+    error first, if the daemon does not answer.  Raises NotMounted, MountError if it stays,
+    StillInUse if others have the file system mounted as well, so that the daemon goes on, and
+    NotStored if it has ended, but not all that was written is durable.
     """
     mount = mountinfo.find_snapfs(mountpoint)
-    if lazy:
-        _unmount(mount, lazy=True)
-        return
     daemon = Daemon.find(mount)
     try:
         if force and not (daemon is not None and daemon.answers()):
             unmounting.abort(mount)
-        others = holders.others(mount)
-        _unmount(mount)
-        if daemon is not None:
+        others = [] if lazy else holders.others(mount)
+        _unmount(mount, lazy=lazy)
+        if daemon is None:
+            raise NotStored(
+                f"{mount.mountpoint} is unmounted, but its daemon had died, or cannot be asked: "
+                "what was not durable before may not be; mount the image again, and unmount it"
+            )
+        if not lazy or not unmounting.is_served(mount):
             daemon.wait_end(mount, others)
+        else:
+            text = "is in use, and not all of it is stored before that ends"
+            print(f"snapfs: {mount.mountpoint} {text}", file=sys.stderr)
     finally:
         if daemon is not None:
             daemon.close()
@@ -50,6 +58,21 @@ class Daemon:
         """Raises OSError if it is dead by now."""
         self._client = client
         self._process = os.pidfd_open(client.pid)
+        self._farewell = self._ask_for_farewell()
+
+    def _ask_for_farewell(self) -> Client | None:
+        """A connection that tells how it ended; None: it does not answer."""
+        try:
+            client = Client(self._client.mount)
+        except (NotMounted, NotPermitted):
+            return None
+        try:
+            client.be_patient(ASK_SECONDS)
+            client.call(FAREWELL)
+            return client
+        except (NotMounted, RemoteError):
+            client.close()
+            return None
 
     @classmethod
     def find(cls, mount: Mount) -> Daemon | None:
@@ -83,6 +106,23 @@ class Daemon:
                 f"{mount.mountpoint} is unmounted, but the daemon goes on and {mount.source} is "
                 f"not to be touched yet, since its file system is in use by {', '.join(others)}"
             )
+        reason = self._outcome()
+        if reason is not None:
+            raise NotStored(
+                f"{mount.mountpoint} is unmounted, but not all of it is stored: {reason}"
+            )
+
+    def _outcome(self) -> str | None:
+        """Why it has not ended well, None if it has.  It has ended."""
+        if self._farewell is None:
+            return "the daemon could not be asked, and its log may tell"
+        try:
+            self._farewell.receive()
+        except NotMounted:
+            return "the daemon was killed before it had finished; mount the image again"
+        except RemoteError as error:
+            return str(error)
+        return None
 
     def _wait(self, mount: Mount) -> list[str]:
         end = time.monotonic() + END_SECONDS
@@ -114,6 +154,8 @@ class Daemon:
 
     def close(self) -> None:
         """Let go of it."""
+        if self._farewell is not None:
+            self._farewell.close()
         os.close(self._process)
         self._client.close()
 

@@ -102,6 +102,16 @@ def _if_idle(mount: Mount) -> None:
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), mount.mountpoint)
 
 
+def is_served(mount: Mount) -> bool:
+    """Has the kernel still a use for the daemon of a mount that was taken away lazily?
+
+    Where that cannot be known (fusectl is not mounted) it is taken for true.
+    """
+    connections = "/sys/fs/fuse/connections"
+    minor = mount.device.partition(":")[2]
+    return not os.path.ismount(connections) or os.path.exists(f"{connections}/{minor}")
+
+
 def abort(mount: Mount) -> None:
     """Let everything that still waits for a mount fail (fuse.rst, fusectl); it stays mounted.
 

@@ -27,6 +27,7 @@ from .mountinfo import Mount
 VERSION = 1
 MAX_LINE = 64 << 10  # bytes of a request; an answer may be longer
 BUFFER = 1 << 20  # bytes of an answer that are read at once
+FAREWELL = "farewell"  # a request that is answered twice: at once, and when the mount has ended
 SOCKET_NAME = "control.sock"
 ADDRESSES = 8  # of one device number
 ASK_SECONDS = 5.0  # for the state directory
@@ -205,6 +206,17 @@ class Client:
         request = {"version": VERSION, "command": command, **arguments}
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise errors.NotMounted(f"the daemon does not answer: {error.strerror}") from None
+        return self.receive()
+
+    def be_patient(self, seconds: float | None) -> None:
+        """Wait so long for each answer from now on; then it counts as cut off."""
+        self._socket.settimeout(seconds)
+
+    def receive(self) -> dict[str, Any]:
+        """The next answer to a request that is answered twice; as `call`."""
+        try:
             line = self._answers.readline()
         except OSError as error:
             raise errors.NotMounted(f"the daemon does not answer: {error.strerror}") from None

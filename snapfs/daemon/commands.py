@@ -103,16 +103,19 @@ class Commands:
 
     async def list(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """All snapshots, oldest first."""
+        self._engine.check_storage()
         await self._engine.space.refresh()
         return {"snapshots": [describe_snapshot(layer) for layer in self._engine.snapshots]}
 
     async def show(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One snapshot."""
+        self._engine.check_storage()
         await self._engine.space.refresh()
         return {"snapshot": describe_snapshot(self._engine.find(text(request, "name")))}
 
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The mount as a whole."""
+        self._engine.check_storage()
         await self._engine.space.refresh()
         self._engine.refresh()
         fast = self._fast_path()

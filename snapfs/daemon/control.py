@@ -28,9 +28,10 @@ from typing import Any
 import trio
 
 from .. import errors
-from ..client.wire import MAX_LINE, VERSION
+from ..client.wire import FAREWELL, MAX_LINE, VERSION
 from ..storage import descriptors
 from ..storage.descriptors import Reserve
+from .farewell import Farewell
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP, errno.EFA
 Command = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 
-def failure(error: Exception) -> dict[str, Any]:
+def failure(error: BaseException) -> dict[str, Any]:
     """The answer that tells of an exception."""
     if isinstance(error, errors.SnapfsError):
         kind, code = type(error).__name__, int(error.exit_code)
@@ -74,13 +75,17 @@ def number(request: Mapping[str, Any], key: str, default: int) -> int:
 
 
 class ControlServer:
-    """Answers requests with `commands`, for the users in `uids` and root."""
+    """Answers requests with `commands`, for the users in `uids` and root.
+
+    Who asks for the `farewell` is told there how the mount ended.
+    """
 
     def __init__(
         self,
         path: str,
         commands: Mapping[str, Command],
         uids: frozenset[int],
+        farewell: Farewell,
         *,
         also: Sequence[str] = (),
     ) -> None:
@@ -90,6 +95,7 @@ class ControlServer:
         self._refused: set[int] = set()  # users whom the log has
         self._commands = commands
         self._uids = uids | {0}
+        self._farewell = farewell
         self._clients = 0  # task-atomic
         self._spare = Reserve(SPARE_DESCRIPTORS)
 
@@ -182,13 +188,17 @@ class ControlServer:
                         await _send(stream, failure(errors.UsageError("the request is too long")))
                         return
             line, _, waiting = waiting.partition(b"\n")
-            await _send(stream, await self._answer(bytes(line)))
+            await _send(stream, await self._answer(bytes(line), stream))
 
-    async def _answer(self, line: bytes) -> dict[str, Any]:
+    async def _answer(self, line: bytes, stream: trio.SocketStream) -> dict[str, Any]:
         try:
             request = json.loads(line)
             if not isinstance(request, dict) or request.get("version") != VERSION:
                 raise errors.UsageError(f"not a request of version {VERSION}")
+            if request.get("command") == FAREWELL:
+                if not self._farewell.add(stream.socket.fileno()):
+                    raise errors.InUse("too many wait for the end of the mount")
+                return {"ok": True, "result": {"pid": os.getpid()}}
             command = self._commands.get(str(request.get("command")))
             if command is None:
                 raise errors.UsageError(f"unknown command {request.get('command')!r}")

@@ -36,7 +36,8 @@ from ..state.store import CONTROL_SOCKET, Store
 from ..storage.descriptors import raise_limit
 from . import signals
 from .commands import Commands
-from .control import ControlServer
+from .control import ControlServer, failure
+from .farewell import Farewell
 from .options import MountOptions
 from .process import set_io_flusher, spare_from_oom
 from .sdnotify import notify
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 IO_THREADS = 16  # blocking calls on image and temp images at once
 BARRIER_SECONDS = 5  # for the kernel to write back what a busy mount has in mappings
+ASK_SECONDS = 0.5  # between two questions to the files whether they could be written back
 LAST_SECONDS = 60  # for the end of everything; then the process gives up
 
 
@@ -147,13 +149,23 @@ class Daemon:
         self._ready = ready
         self._stopping = False
         self._served = False
+        self._farewell = Farewell()
 
     async def run(self) -> None:
-        """Serve until unmounted or told to stop.
+        """Serve until unmounted or told to stop; who waits for the end is told how it was.
 
-        Raises SnapfsError or OSError if it could not be mounted, or if at the
-        end something could not be made durable.
+        Raises SnapfsError or OSError if it could not be mounted, or if something
+        could not be made durable: at the end, or before and nobody has removed it since.
         """
+        try:
+            await self._run()
+        except BaseException as error:
+            first = _first(error) if isinstance(error, BaseExceptionGroup) else error
+            self._farewell.tell(failure(first))
+            raise
+        self._farewell.tell({"ok": True, "result": {}})
+
+    async def _run(self) -> None:
         options = self._config.options
         await trio.to_thread.run_sync(check, self._config)
         store = await Store.open(
@@ -187,6 +199,7 @@ class Daemon:
                     read_only=options.read_only,
                 )
                 await engine.space.refresh()
+                engine.check_storage()  # what the page cache lost since an earlier mount
                 await self._serve(engine, store, nursery)
                 nursery.cancel_scope.cancel()
             in_order = True
@@ -196,7 +209,26 @@ class Daemon:
             with trio.CancelScope(shield=True):
                 untouched = not self._served and (engine is None or not engine.counters.writes)
                 clean = in_order or untouched
-                await store.close(layers, bitmaps, clean=clean, unused=not self._served)
+                complaints: list[str] = []
+                try:
+                    if engine is not None:
+                        complaints += await engine.finish()
+                        clean = clean and engine.writeback.image_error is None
+                except OSError as error:
+                    complaints.append(f"what was lost could not be recorded: {error.strerror}")
+                    clean = False
+                try:
+                    await store.close(
+                        layers,
+                        bitmaps,
+                        clean=clean,
+                        unused=not self._served,
+                        synced=engine is not None,
+                    )
+                except OSError as error:
+                    complaints.append(f"the state could not be made durable: {error.strerror}")
+                if complaints:
+                    raise errors.NotStored("; ".join(complaints))
 
     def _settings(self, store: Store) -> Settings:
         """The engine's settings.  Blocks."""
@@ -261,10 +293,12 @@ class Daemon:
                 str(store.directory / CONTROL_SOCKET),
                 commands.table(),
                 uids,
+                self._farewell,
                 also=free_addresses(session.mount),
             )
             async with trio.open_nursery() as serving:
                 await serving.start(_watch_witness, store)
+                serving.start_soon(_watch_storage, engine)
                 serving.start_soon(_beat_durably, store)
                 await serving.start(self._outsider.run)
                 await serving.start(server.serve)
@@ -274,7 +308,7 @@ class Daemon:
                 serving.cancel_scope.cancel()
             clean = not self._stopping
         finally:
-            _end_soon()
+            _end_soon(self._farewell)
             fast_path.stop()
             if not self._served:
                 try:
@@ -304,7 +338,7 @@ class Daemon:
             task_status.started()
             async for number_ in received:
                 log.info("%s: unmounting %s", signal.Signals(number_).name, mount.mountpoint)
-                _end_soon()
+                _end_soon(self._farewell)
                 others = await trio.to_thread.run_sync(_named, holders.others, mount)
                 try:
                     await self._outsider.call("unmount")
@@ -360,21 +394,29 @@ async def _watch_witness(
         await store.keep_witness()
 
 
+async def _watch_storage(engine: Engine) -> None:
+    while True:
+        await trio.sleep(ASK_SECONDS)
+        engine.check_storage()
+
+
 async def _beat_durably(store: Store) -> None:
     while True:
         await trio.sleep(SYNC_SECONDS)
         await store.beat_durably()
 
 
-def _end_soon() -> None:
+def _end_soon(farewell: Farewell) -> None:
     """From now on storage that does not answer does not keep the process alive."""
     notify("STOPPING=1")
-    signal.signal(signal.SIGALRM, _give_up)
+    signal.signal(signal.SIGALRM, lambda *_signal: _give_up(farewell))
     signal.alarm(LAST_SECONDS)
 
 
-def _give_up(*_signal: object) -> None:
-    log.critical("gave up waiting for the storage; the mount is not marked clean")
+def _give_up(farewell: Farewell) -> None:
+    text = "gave up waiting for the storage; the mount is not marked clean"
+    farewell.tell(failure(errors.NotStored(text)))
+    log.critical("%s", text)
     for handler in logging.getLogger().handlers:
         handler.flush()
     os._exit(1)

@@ -31,12 +31,13 @@ from .dirty import DirtyBitmap, DirtyBitmaps
 from .geometry import Geometry
 from .layer import Layer, LayerStore
 from .layerkeeper import LayerKeeper
-from .layers import LayerStack
+from .layers import Dropped, LayerStack
 from .reqlist import Gate, Request, RequestList
 from .sharedcall import SharedCall
 from .snapshotreader import SnapshotReader
 from .space import SpaceStatus, TempSpace
 from .tracker import Tracker
+from .writeback import WriteBack
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class ActiveImage:
         self.barrier: Callable[[], Awaitable[None]] | None = None
         # Why the image cannot be trusted any more, None while it can.
         self.unhealthy: str | None = None
+        self._ended = False  # nothing runs in the nursery any more
         self._image = image
         self._geometry = geometry  # task-atomic
         bound = max(DEFAULT_MAX_SIZE, DEFAULT_GROWTH * geometry.size)
@@ -91,7 +93,6 @@ class ActiveImage:
         self._creations = trio.Lock()  # held before the next one: ids ascend in the list
         self._transitions = trio.Lock()  # one change of the layer list at a time
         self._frozen_reads: RequestList[Request] = RequestList()
-        self._flushes = SharedCall(image.flush)
         dirty = DirtyBitmaps(bitmaps)
         self._keeper = LayerKeeper(
             self._stack,
@@ -109,7 +110,7 @@ class ActiveImage:
             self._gate,
             lambda: self._geometry,
             self._take_id,
-            image.flush,
+            self.flush,
             read_only,
         )
         self.space = TempSpace(
@@ -132,7 +133,38 @@ class ActiveImage:
         self.events = self.copier.events
         self.space.on_warning = self._warned_of_space
         dirty.promise, dirty.forget = self.copier.promises.make, self.copier.promises.forget
-        self._reader = SnapshotReader(image, self._stack, self._frozen_reads, self.copier.unpin)
+        self.writeback = WriteBack(
+            image, self._stack, dirty, self.copier, self._lost_some, self._is_unhealthy
+        )
+        self._flushes = SharedCall(self._flush)
+        self._saving = False  # a save of what was lost waits for its turn
+        self._reader = SnapshotReader(
+            image,
+            self._stack,
+            self._frozen_reads,
+            self.copier.unpin,
+            self.writeback.check_source,
+        )
+
+    def _is_unhealthy(self, reason: str) -> None:
+        if self.unhealthy is None:
+            self.unhealthy = reason
+            self.events.record("unhealthy", reason=reason)
+
+    def _lost_some(self, dropped: list[Dropped]) -> None:
+        """Something is lost, by a write-back that failed: the list must say so."""
+        if self._ended:
+            return  # `finish` saves it
+        self._start(self._save_losses, dropped)
+
+    async def _save_losses(self, dropped: list[Dropped]) -> None:
+        await self.copier.trash(dropped)
+        if self._saving:
+            return  # the one that waits will have it
+        self._saving = True
+        async with self._transitions:
+            self._saving = False
+            await self._keeper.try_save()
 
     def _warned_of_space(self, status: SpaceStatus) -> None:
         self.events.record("temp-space", percent=status.warning, used_bytes=status.used)
@@ -147,8 +179,7 @@ class ActiveImage:
                 await call(*arguments)
             except Exception as error:
                 log.exception("unexpected error in the background")
-                self.unhealthy = self.unhealthy or f"unexpected error: {error!r}"
-                self.events.record("unhealthy", reason=self.unhealthy)
+                self._is_unhealthy(f"unexpected error: {error!r}")
 
         self._nursery.start_soon(guarded)
 
@@ -262,8 +293,33 @@ class ActiveImage:
             await self.barrier()
 
     async def flush(self) -> None:
-        """Make the data of the image durable: what was written when this is called."""
+        """Make the data of the image durable.
+
+        Raises OSError if something that was written to it since the mount may be gone,
+        whoever has been told before.  One sync serves all who came before it began.
+        """
         await self._flushes.run(self._nursery)
+
+    async def _flush(self) -> None:
+        self.writeback.check_image()
+        self.writeback.refuse()
+        layers = list(self._stack)
+        try:
+            await self._image.flush()
+        except OSError as error:
+            self.writeback.image_failed(error)
+            raise
+        self.writeback.check_image()
+        self.writeback.refuse()
+        for layer in layers:
+            layer.settled = True
+
+    def check_storage(self) -> None:
+        """Ask all files whether they could be written back.  Does not block.
+
+        To be called before anything is read, and regularly.
+        """
+        self.writeback.check()
 
     async def alter(self, change: Callable[[], None]) -> None:
         """Run a blocking change of the image's owner, mode or times; no data changes."""
@@ -390,11 +446,10 @@ class ActiveImage:
             self._extended(size)
             self.tracker.grew(before, self._geometry)
         elif size < self.size and self.unhealthy is None:
-            self.unhealthy = (
+            self._is_unhealthy(
                 f"the image was cut from {self.size} to {size} bytes from outside; "
                 "data that snapshots need is gone"
             )
-            self.events.record("unhealthy", reason=self.unhealthy)
             self.tracker.shrank()
             log.error("%s", self.unhealthy)
 

@@ -320,6 +320,12 @@ class Copier:
             self._copies.end(copy)
             self.unpin(copy.layer)
 
+    def void(self, layer: Layer) -> None:
+        """No copy to that layer that is under way lands: what it has written may be gone."""
+        for copy in self._copies:
+            if copy.layer is layer:
+                copy.voided.append((copy.first, copy.stop))
+
     def _land(self, copy: Copy, failed: list[Run]) -> list[Dropped]:
         """Set done for what was copied and is still wanted; returns what to punch out."""
         if not copy.layer.live:  # its snapshot was deleted: another layer gets the copy

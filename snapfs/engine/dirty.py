@@ -31,10 +31,14 @@ REMEDY = "a full copy is needed"
 
 @frozen
 class BitmapRecord:
-    """What the manifest keeps of a dirty bitmap; the rest is in its file."""
+    """What the manifest keeps of a dirty bitmap; the rest is in its file.
+
+    `reason`: why it is inconsistent, if its file cannot be relied upon to say so.
+    """
 
     id: int
     name: str
+    reason: str | None = None
 
 
 @frozen
@@ -45,13 +49,15 @@ class DirtyParts:
     it has the bits of `bits`, which is as long as the room for it: the bits
     beyond the end of the image have no meaning until the image grows, which
     sets them.  `spoil` notes lastingly why the bitmap is inconsistent.
-    `commit`: None if all that need not survive a power cut.
+    `commit`: None if all that need not survive a power cut.  `failure`: what of the
+    file could not be written back since the last call; does not block.
     """
 
     bits: Bitmap
     buffer: Any
     spoil: Callable[[str], None]
     commit: GroupCommit | None = None
+    failure: Callable[[], OSError | None] = lambda: None
 
 
 class BitmapStore(Protocol):
@@ -69,6 +75,9 @@ class BitmapStore(Protocol):
     async def remove(self, bitmap_id: int) -> None:
         """Remove the file of a bitmap that is in no saved list.  Idempotent."""
 
+    async def sync(self, bitmap_id: int) -> None:
+        """Make the file durable; OSError also if it could not be written back before."""
+
 
 @define(eq=False)
 class DirtyBitmap:
@@ -78,6 +87,7 @@ class DirtyBitmap:
     name: str
     parts: DirtyParts | None  # None: inconsistent
     reason: str | None = None  # why it is inconsistent
+    listed_reason: str | None = None  # the same, if the saved list must have it
     listed: bool = True  # found by name and in the list that is saved next
     busy: bool = False  # a command is about to replace it
 
@@ -87,6 +97,10 @@ class DirtyBitmap:
             self.parts.spoil(reason)
             self.parts.bits.release()
             self.parts, self.reason = None, reason
+
+    def record(self) -> BitmapRecord:
+        """What the manifest keeps."""
+        return BitmapRecord(self.id, self.name, self.listed_reason)
 
     def usable(self, clusters: int) -> Bitmap:
         """Its bits, for an image of that many clusters; BitmapUnusable if there are none."""
@@ -158,7 +172,7 @@ class DirtyBitmaps:
 
     def records(self) -> tuple[BitmapRecord, ...]:
         """The list to save."""
-        return tuple(BitmapRecord(bitmap.id, bitmap.name) for bitmap in self)
+        return tuple(bitmap.record() for bitmap in self)
 
     # Recording
 

@@ -13,7 +13,10 @@ is looked at again.  The engine knows no FUSE and no command line.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 
@@ -81,6 +84,7 @@ class Engine(ActiveImage):
         self._check_new(name)
         self.tracker.check(selection)
         self.tracker.selected(selection)  # fail early
+        self._check_image()
         # Without the lock: a resize may wait for that, holding what the kernel needs.
         if self.barrier is not None:
             await self.barrier()
@@ -104,8 +108,7 @@ class Engine(ActiveImage):
                     for left in reversed(range(TRIES)):
                         async with self._gate.closed():
                             self._notice_size()
-                            if self.unhealthy is not None:
-                                raise StateError(self.unhealthy)
+                            self._check_image()
                             if layer.geometry.size != self.size and not left:
                                 layer = await self._successor(layer)
                             if layer.geometry.size == self.size:
@@ -119,12 +122,21 @@ class Engine(ActiveImage):
                         layer = await self._successor(layer)
                     await self._make_durable(layer)
                     await self._keeper.save()
+                    self.writeback.check_image()
+                    if layer.state == "lost":
+                        raise StateError(layer.reason or "the snapshot is lost")
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._keeper.discard_new(layer)
                 raise
             layer.visible = True
             return layer
+
+    def _check_image(self) -> None:
+        """Raise StateError if the image is not what was written to it."""
+        self.writeback.check_image()
+        if self.unhealthy is not None:
+            raise StateError(self.unhealthy)
 
     def _begin(self, layer: Layer, bits: bitarray | None, selection: Selection) -> None:
         """The instant; the gate is closed.  `bits`: the clusters to give access to, None: all."""
@@ -148,7 +160,7 @@ class Engine(ActiveImage):
     async def _make_durable(self, layer: Layer) -> None:
         """What a new snapshot finds in the image must survive a power cut as its name will."""
         if layer.commits is not None:
-            await self._image.flush()
+            await self.flush()
             await layer.commits.access.commit(self._nursery)
 
     def _check_new(self, name: str) -> None:
@@ -162,7 +174,7 @@ class Engine(ActiveImage):
         parts.access.set(0, geometry.clusters)
         return Layer(
             layer_id, geometry, parts.access, parts.done, parts.temp, parts.losses,
-            parts.commits, granted=geometry.clusters, visible=False,
+            parts.commits, parts.failure, granted=geometry.clusters, visible=False,
         )  # fmt: skip
 
     async def rename_snapshot(self, old: str, new: str) -> None:
@@ -199,6 +211,7 @@ class Engine(ActiveImage):
 
     def open_snapshot(self, layer: Layer) -> None:
         """Count an open handle.  Raises SnapshotLost if there is nothing to read."""
+        self.check_storage()
         if layer.state == "lost":
             raise SnapshotLost(f"snapshot {layer.name!r} is lost: {layer.reason}")
         layer.openers += 1
@@ -240,6 +253,47 @@ class Engine(ActiveImage):
         dropped = self._stack.withdrawn(layer, clusters.start, gone)
         await self.copier.punch(dropped)
         await self.copier.promises.kept(clusters.start, clusters.stop)
+
+    # The end
+
+    async def finish(self) -> list[str]:
+        """Make everything durable, when nothing runs in the nursery any more.
+
+        What cannot be is lost, or inconsistent.  Returns what was lost for such a reason
+        since the mount, and nobody has removed, a line each.  Raises OSError if the list
+        of what was lost could not be saved.
+        """
+        self._ended = True
+        if not self.read_only and self.writeback.image_error is None:
+            with contextlib.suppress(OSError):  # noted
+                await self._flush()
+        async with trio.open_nursery() as nursery:  # the store bounds how many at once
+            for layer in self.layers:
+                nursery.start_soon(self._sync_layer, layer)
+        for dirty in self.tracker.bitmaps.recording():
+            try:
+                await self._store.bitmaps.sync(dirty.id)
+            except OSError as error:
+                self.writeback.bitmap_failed(dirty, error)
+        if self.writeback.image_error is not None:
+            # The next mount would take it for something that failed after this one: it
+            # looks as after a death.  Here it is known what was lost.
+            await self._store.take_errors()
+        self.writeback.check()
+        complaints = self.writeback.complaints()
+        if complaints:
+            records = [layer.record() for layer in self.layers]
+            await self._store.save(records, self.geometry, self.tracker.bitmaps.records())
+        return complaints
+
+    async def _sync_layer(self, layer: Layer) -> None:
+        try:
+            await self._store.sync(layer.id)
+        except OSError as error:
+            self.writeback.layer_failed(layer, error)
+        except StateError as error:
+            log.error("%s", error)
+            self.writeback.layer_failed(layer, OSError(errno.EIO, os.strerror(errno.EIO)))
 
     # For the fast path
 

@@ -1,8 +1,8 @@
 """What happens to the snapshots without anybody's asking: for those who wait for it.
 
 Kinds: temp-space (80 or 95 per cent are used), incomplete (a snapshot could not
-keep clusters for the first time), unhealthy.  Events are numbered from 1 on;
-the newest `KEPT` are kept.
+keep clusters for the first time), lost, inconsistent (of a bitmap), unhealthy.
+Events are numbered from 1 on; the newest `KEPT` are kept.
 """
 
 from __future__ import annotations

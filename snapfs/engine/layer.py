@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from attrs import define, field, frozen
@@ -29,9 +29,10 @@ Policy = Literal["break-snapshot", "break-guest-write"]
 
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 
-# Clusters lost, errno, since_ns, reason in UTF-8.  The rest means something only if the first
-# is not 0: it is stored before, once, and the first by one store of 8 bytes.  So a record that
-# was being changed when the daemon died is the one before or the one after.
+# Clusters lost, or -1 less those if the snapshot is lost as a whole; errno, since_ns, reason in
+# UTF-8.  The rest means something only if the first is not 0: it is stored before, once, and the
+# first by one store of 8 bytes.  So a record that was being changed when the daemon died is the
+# one before or the one after.
 _LOSSES = struct.Struct("=qqq232s")
 _LOST = struct.Struct("=q")
 LOSSES_BYTES = _LOSSES.size
@@ -82,7 +83,8 @@ class LayerParts:
 
     `losses`: a writable buffer of LOSSES_BYTES, which outlives the daemon as
     the bitmaps do: a snapshot that lost clusters must not seem whole.
-    `commits`: None if they need not survive a power cut.
+    `commits`: None if they need not survive a power cut.  `failure`: what of the
+    bitmaps and that record could not be written back since the last call; does not block.
     """
 
     access: Bitmap
@@ -90,6 +92,7 @@ class LayerParts:
     temp: Image
     losses: Any = field(factory=lambda: bytearray(LOSSES_BYTES))
     commits: Commits | None = None
+    failure: Callable[[], OSError | None] = lambda: None
 
 
 @define(eq=False)
@@ -108,6 +111,7 @@ class Layer:
     temp: Image
     losses: Any  # see LayerParts
     commits: Commits | None = None
+    failure: Callable[[], OSError | None] = lambda: None  # see LayerParts
     created_ns: int = 0
     granted: int = 0  # accessible clusters at creation
     blocks: int = 0  # st_blocks of the image at creation
@@ -123,6 +127,7 @@ class Layer:
 
     live: bool = True
     visible: bool = True  # False until the state directory knows it
+    settled: bool = False  # what it finds in the image was durable after its moment
     openers: int = 0  # open file handles
     pins: int = 0  # I/O in flight on temp: it must not be closed
     temp_bytes: int = 0  # space that temp took when its storage was asked last (space.py)
@@ -142,6 +147,7 @@ class Layer:
             temp=parts.temp,
             losses=parts.losses,
             commits=parts.commits,
+            failure=parts.failure,
             created_ns=record.created_ns,
             granted=record.granted,
             blocks=record.blocks,
@@ -156,12 +162,17 @@ class Layer:
             live=record.name is not None,
         )
         lost, number, since, reason = _LOSSES.unpack_from(parts.losses)
+        all_lost, lost = lost < 0, -1 - lost if lost < 0 else lost
+        text = reason.rstrip(b"\0").decode(errors="replace")
         if lost > layer.lost:  # after the list was saved
             layer.lost = lost
             if layer.state == "ok":
-                text = reason.rstrip(b"\0").decode(errors="replace")
                 layer.degrade("incomplete", text, number or None)
                 layer.since_ns = since
+        if all_lost and layer.state != "lost":
+            layer.degrade("lost", text, number or None)
+            layer.since_ns = since
+            layer.withdraw(0, layer.geometry.clusters)
         return layer
 
     def record(self) -> LayerRecord:
@@ -199,12 +210,20 @@ class Layer:
         self.lost += clusters
         if self.state == "ok":
             self.degrade("incomplete", reason, number)
+        self._keep_losses()
+
+    def lose_all(self, reason: str, number: int | None) -> None:
+        """Note that it cannot be read any more; access is to be withdrawn after that."""
+        self.degrade("lost", reason, number)
+        self._keep_losses()
+
+    def _keep_losses(self) -> None:
         words = memoryview(self.losses)[: _LOST.size].cast("q")
         if not words[0]:
             text = (self.reason or "").encode()[:232]
             details = _LOSSES.pack(0, self.errno or 0, self.since_ns or 0, text)
             self.losses[_LOST.size :] = details[_LOST.size :]
-        words[0] = self.lost
+        words[0] = -1 - self.lost if self.state == "lost" else self.lost
 
     def withdraw(self, first: int, stop: int) -> bitarray:
         """Clear access to [first, stop); readers get AccessDenied from now on.
@@ -269,6 +288,16 @@ class LayerStore(Protocol):
 
         `geometry` is that of the image now.  After a crash either the old or
         the new list is found.
+        """
+
+    async def sync(self, layer_id: int) -> None:
+        """Make the files of a layer durable; OSError also if they could not be written back
+        at some time before."""
+
+    async def take_errors(self) -> None:
+        """Have the file systems say that they could not store something.
+
+        They say it once, and would say it to the next mount.  Files are to be asked after that.
         """
 
     async def remove(self, layer_id: int) -> None:

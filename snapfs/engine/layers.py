@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
-from bitarray.util import zeros
+from bitarray.util import ones, zeros
 
 from . import bitmap
 from .bitmap import Bitmap
@@ -214,6 +214,25 @@ class LayerStack:
             if bits.any():
                 result.append((layer, bits))
         return result
+
+    def finding(self, holder: Layer, unsure: bool = False) -> list[Layer]:
+        """The live layers that find a cluster in the temp image of `holder`.
+
+        `unsure`: what its done bits say is not sure, so those that may.
+        """
+        number = self._layers.index(holder)
+        count = len(holder.done)
+        # Clusters that a layer finds there which has none of its own.
+        reach = ones(count, endian="little") if unsure else holder.done.slice(0, count)
+        result = [holder] if (reach & holder.access.slice(0, count)).any() else []
+        for layer in reversed(self._layers[:number]):
+            if not reach.any():
+                break
+            count = min(len(reach), len(layer.done))
+            reach[:count] &= ~layer.done.slice(0, count)
+            if (reach[:count] & layer.access.slice(0, count)).any():
+                result.append(layer)
+        return result[::-1]
 
     def sources(self, layer: Layer, first: int, stop: int) -> Iterator[tuple[int, int, Source]]:
         """Where the clusters [first, stop) of a snapshot are found, as maximal runs.

@@ -19,7 +19,8 @@ class PublishedLayer(NamedTuple):
     """One layer.
 
     `readable`: its state does not forbid reading as a whole.  `live`: it may receive
-    copies; the newest does.
+    copies; the newest does.  `temp` and the image have to be asked for what could not be
+    written back after a snapshot was read from them, before the answer counts.
     """
 
     id: int

@@ -63,6 +63,11 @@ class _Piece:
     closed: bool = False
 
 
+def _refuse_lost(layer: Layer) -> None:
+    if layer.state == "lost":
+        raise SnapshotLost(f"snapshot {layer.name!r} is lost: {layer.reason}")
+
+
 def _split(
     start: int, end: int, data: Iterable[tuple[int, int]], source: SourceName
 ) -> Iterator[Extent]:
@@ -114,11 +119,13 @@ class SnapshotReader:
         stack: LayerStack,
         frozen_reads: RequestList[Request],
         unpin: Callable[[Layer], None],
+        check: Callable[[Source], None],
     ) -> None:
         self._image = image
         self._stack = stack
         self._frozen_reads = frozen_reads
         self._unpin = unpin
+        self._check = check  # `WriteBack.check_source`: to be called after a file was asked
 
     @contextmanager
     def _using(self, holder: Source, first: int, stop: int) -> Iterator[Image]:
@@ -141,8 +148,7 @@ class SnapshotReader:
         accessible bytes before it are returned, if there are any.  Raises
         SnapshotLost, and OSError of the file that holds the data.
         """
-        if layer.state == "lost":
-            raise SnapshotLost(f"snapshot {layer.name!r} is lost: {layer.reason}")
+        _refuse_lost(layer)
         length = min(length, layer.geometry.size - offset)
         if length <= 0:
             return b""
@@ -153,6 +159,7 @@ class SnapshotReader:
             piece = await self._read_piece(layer, position, end)
             pieces.append(piece)
             position += len(piece)
+        _refuse_lost(layer)
         # What was discarded while we read may have been punched under us.
         length = self._readable(layer, offset, length, partial)
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -181,6 +188,7 @@ class SnapshotReader:
         if data is None:
             with self._using(holder, first, stop):
                 data = await file.pread(offset, length)
+        self._check(holder)
         if len(data) != length:
             log.error("%s is shorter than it must be", "the image" if holder is None else "temp")
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -194,6 +202,8 @@ class SnapshotReader:
         `layer` None is the image.  Neighbours may be of one kind.  About `limit`
         extents: that many at most if data and holes take turns.
         """
+        if layer is not None:
+            _refuse_lost(layer)
         if layer is None:
             data, known = await self._image.data_extents(offset, end - offset, limit // 2 + 1)
             return list(_split(offset, known, data, "active"))
@@ -252,6 +262,7 @@ class SnapshotReader:
             for holder, wanted in ranges.items():
                 file = self._image if holder is None else holder.temp
                 pairs, upto = await file.data_inside(wanted, limit)
+                self._check(holder)
                 data[holder] = deque(pairs)
                 if upto < wanted[-1][1]:
                     known = min(known, upto)
@@ -284,6 +295,7 @@ class SnapshotReader:
         edge = min(end, geometry.end_of(stop))
         with self._using(holder, start, stop) as file:
             data, known = await file.data_extents(offset, edge - offset, limit)
+        self._check(holder)
         if not layer.access.all(start, stop):  # discarded meanwhile
             return await self.look(layer, offset, end, limit)
         return list(_split(offset, known, data, "active" if holder is None else "temp"))

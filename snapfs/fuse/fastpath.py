@@ -59,7 +59,10 @@ class FastPath:
         requestfilter.unset_fastpath()
         self.collect()
 
-    def _publish(self) -> requestfilter.Published | None:
+    def _publish(self, suspect: bool) -> requestfilter.Published | None:
+        """The state; `suspect`: native code has heard that something was not written back."""
+        if suspect:
+            self._engine.check_storage()
         if len(self._engine.layers) > MOST:
             return None  # before all of them are described, each time
         state = self._engine.published_state()
@@ -69,7 +72,8 @@ class FastPath:
         done = state.done_file
         promised = state.promised if len(state.promised) <= MOST else [(0, EVERYTHING)]
         return (
-            _descriptor(state.image),
+            _file(state.image).fd,
+            _file(state.image).native_watch,
             state.size,
             state.cluster_size.bit_length() - 1,
             state.writable,
@@ -83,7 +87,8 @@ class FastPath:
                 (
                     FIRST_SNAPSHOT + layer.id,
                     layer.size,
-                    _descriptor(layer.temp),
+                    _file(layer.temp).fd,
+                    _file(layer.temp).native_watch,
                     layer.readable and FIRST_SNAPSHOT + layer.id not in quarantined,
                     layer.live,
                     layer.access,
@@ -149,7 +154,7 @@ class FastPath:
         return found
 
 
-def _descriptor(image: Image) -> int:
+def _file(image: Image) -> FileImage:
     if not isinstance(image, FileImage):
         raise TypeError("the fast path serves files only")
-    return image.fd
+    return image

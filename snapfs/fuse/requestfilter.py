@@ -57,6 +57,7 @@ Published = tuple[
     int,
     int,
     int,
+    int,
     bool,
     bool,
     list[object],
@@ -64,17 +65,18 @@ Published = tuple[
     list[tuple[int, int]],
     list[tuple[int, int]],
     list[tuple[int, int]],
-    list[tuple[int, int, int, bool, bool, object, object]],
+    list[tuple[int, int, int, int, bool, bool, object, object]],
     tuple[int, object] | None,
     object,
     object,
 ]
-"""The engine's state: descriptor and size of the image, log2 of the cluster size, whether
-writes may pass, whether a task is in a handler; dirty bitmaps, and whether their bits must be
-durable; ranges of clusters that are frozen, being copied, and promised; layers, oldest first
-(inode, size, descriptor of the temp image, readable, live, access, done); if copies must survive
-a power cut, descriptor and bitmap of the file of done bits of the layer that receives them;
-pending; the page with the record of activity.  Bitmaps and page are writable buffers."""
+"""The engine's state: descriptor of the image and of what hears that it was not written back (or
+-1), its size, log2 of the cluster size, whether writes may pass, whether a task is in a handler;
+dirty bitmaps, and whether their bits must be durable; ranges of clusters that are frozen, being
+copied, and promised; layers, oldest first (inode, size, the same two descriptors of the temp
+image, readable, live, access, done); if copies must survive a power cut, descriptor and bitmap
+of the file of done bits of the layer that receives them; pending; the page with the record of
+activity. Bitmaps and page are writable buffers."""
 
 LseekHandler = Callable[[int, int, int, int, int], object]
 """(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""
@@ -195,7 +197,7 @@ def invalidate_range(ino: int, offset: int, length: int) -> None:
 
 
 def set_fastpath(
-    publish: Callable[[], Published | None],
+    publish: Callable[[bool], Published | None],
     lend: Callable[[int], int],
     finish: Callable[
         [

@@ -73,7 +73,9 @@ bool fastpath_begin(void)
     if (!callable || !transfer_prepare())
         return false;
     Py_INCREF(callable);
-    published = PyObject_CallNoArgs(callable);
+    published = PyObject_CallFunction(callable, "O", state.suspect ? Py_True : Py_False);
+    if (published)
+        state.suspect = false;
     if (published == Py_None) { /* not just now */
         Py_DECREF(published);
         Py_DECREF(callable);
@@ -136,20 +138,21 @@ static size_t readable(uint64_t offset, size_t length, uint64_t size)
 static enum fastpath_verdict read_active(int device, uint64_t unique, uint64_t offset,
                                          size_t length)
 {
-    struct piece whole = {state.image, offset, readable(offset, length, state.size)};
+    struct piece whole = {state.image, -1, offset, readable(offset, length, state.size)};
     enum fastpath_verdict verdict = transfer_read(device, unique, &whole, whole.length > 0);
 
     counters.reads += verdict == FASTPATH_ANSWERED;
     return verdict;
 }
 
-/* The file in which the snapshot state.layers[index] finds a cluster. */
-static int source(int index, uint64_t cluster)
+/* Where the snapshot state.layers[index] finds a cluster: a layer, in its temp image; NULL: in
+ * the image. */
+static const struct layer *source(int index, uint64_t cluster)
 {
     for (; index < state.layer_count; index++)
         if (cluster < state.layers[index].clusters && bit(&state.layers[index].done, cluster))
-            return state.layers[index].temp;
-    return state.image;
+            return &state.layers[index];
+    return NULL;
 }
 
 /* Where a snapshot finds the range: runs of one source each. */
@@ -160,12 +163,14 @@ static int find_pieces(struct piece *pieces, int index, uint64_t offset, size_t 
 
     while (offset < stop) {
         uint64_t cluster = offset >> state.shift, end;
-        int fd = source(index, cluster);
+        const struct layer *holder = source(index, cluster);
         do
             end = ++cluster << state.shift;
-        while (end < stop && source(index, cluster) == fd);
+        while (end < stop && source(index, cluster) == holder);
         end = end < stop ? end : stop;
-        pieces[count++] = (struct piece){fd, offset, (size_t)(end - offset)};
+        pieces[count++] = (struct piece){holder ? holder->temp : state.image,
+                                         holder ? holder->watch : state.watch, offset,
+                                         (size_t)(end - offset)};
         offset = end;
     }
     return count;
@@ -184,7 +189,7 @@ static enum fastpath_verdict read_snapshot(int device, const struct fuse_in_head
     if (index == state.layer_count)
         return FASTPATH_PYTHONS;
     layer = &state.layers[index];
-    if (!layer->readable)
+    if (!layer->readable || state.suspect)
         return FASTPATH_PYTHONS;
     length = readable(offset, length, layer->size);
     if (length && !all_set(&layer->access, offset >> state.shift, clusters_of(offset + length)))

@@ -52,8 +52,8 @@ static bool load_layers(PyObject *layers)
         struct layer *layer = &state.layers[state.layer_count];
         unsigned long long inode, size;
         int readable, live;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(layers, i), "KKippw*w*", &inode, &size,
-                              &layer->temp, &readable, &live, &layer->access,
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(layers, i), "KKiippw*w*", &inode, &size,
+                              &layer->temp, &layer->watch, &readable, &live, &layer->access,
                               &layer->done))
             return false;
         state.layer_count++;
@@ -111,8 +111,8 @@ bool published_load(PyObject *published)
 
     if (!PyTuple_Check(published))
         return refuse("not a tuple");
-    if (!PyArg_ParseTuple(published, "iKIppOpOOOOOw*w*", &state.image, &size, &state.shift,
-                          &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
+    if (!PyArg_ParseTuple(published, "iiKIppOpOOOOOw*w*", &state.image, &state.watch, &size,
+                          &state.shift, &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
                           &layers, &done_file, &state.pending, &state.activity))
         return false;
     state.loaded = true; /* from here on published_unload() releases the buffers */

@@ -40,6 +40,7 @@ struct layer {
     uint64_t size;
     uint64_t clusters;
     int temp;
+    int watch; /* a description of temp that is asked after reading for a snapshot; -1: none is */
     bool readable, live;
     Py_buffer access, done;
 };
@@ -57,7 +58,10 @@ struct state {
     bool dirty_durable; /* the bits of a write must be: those that are set are, if nothing is
                          * promised there */
     bool busy;       /* a task of Python's is in a handler */
+    bool suspect;    /* something could not be written back, and Python has not been told: nothing
+                      * is read for a snapshot */
     int image;
+    int watch;       /* of the image, as above */
     unsigned shift;  /* log2 of the cluster size */
     uint64_t size;   /* of the image */
     Py_buffer pending;

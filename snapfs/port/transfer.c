@@ -106,7 +106,7 @@ static enum fastpath_verdict read_cached(const struct piece *piece, void *data)
  * there (can_do_mincore() in mm/mincore.c). */
 static bool may_map(const struct piece *piece)
 {
-    const struct piece first = {piece->fd, piece->offset, 1};
+    const struct piece first = {piece->fd, -1, piece->offset, 1};
     char byte;
 
     return state.writable && read_cached(&first, &byte) == FASTPATH_ANSWERED;
@@ -131,6 +131,28 @@ static bool is_cached(const struct piece *piece)
         good = present[i] & 1;
     munmap(start, size);
     return good;
+}
+
+/* ---- what could not be written back ------------------------------------------------------- */
+
+#define BEYOND (1LL << 62) /* a place at which no file has a page; the same in watch.py */
+
+/* Was something of these files not written back since they were asked last?  To be called when
+ * the data is there: a page is gone only after the kernel has noted the error, so what was read in
+ * its place is noticed.  Neither writes nor waits (storage/watch.py).  A container may forbid it. */
+static bool is_lost(const struct piece *pieces, int count)
+{
+    bool asked = false;
+
+    for (int i = 0; i < count; i++) {
+        if (pieces[i].watch < 0)
+            continue;
+        asked = true;
+        if (sync_file_range(pieces[i].watch, BEYOND, 1, SYNC_FILE_RANGE_WAIT_BEFORE) &&
+            errno != ENOSYS && errno != EPERM)
+            state.suspect = true;
+    }
+    return asked && state.suspect;
 }
 
 /* ---- large reads: from the page cache to the kernel through a pipe ----------------------- */
@@ -258,7 +280,7 @@ static bool read_piped(int device, uint64_t unique, const struct piece *pieces, 
     pipeful->unique = unique;
     pipeful->offset = pieces[0].offset;
     pipeful->length = length;
-    if (!fill_pipe(pipeful, unique, pieces, count)) {
+    if (!fill_pipe(pipeful, unique, pieces, count) || is_lost(pieces, count)) {
         close_pipe(pipeful);
         return false;
     }
@@ -285,6 +307,8 @@ enum fastpath_verdict transfer_read(int device, uint64_t unique, const struct pi
             return verdict;
         done += pieces[i].length;
     }
+    if (is_lost(pieces, count))
+        return FASTPATH_PYTHONS;
     transfer_reply(device, unique, 0, reply, length);
     return FASTPATH_ANSWERED;
 }
@@ -294,7 +318,7 @@ enum fastpath_verdict transfer_read(int device, uint64_t unique, const struct pi
 /* Whether a page that is written in part at this place is there. */
 static enum fastpath_verdict page_cached(uint64_t offset)
 {
-    struct piece piece = {state.image, offset, 1};
+    struct piece piece = {state.image, -1, offset, 1};
     char byte;
 
     return read_cached(&piece, &byte);

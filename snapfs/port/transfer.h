@@ -29,6 +29,7 @@ extern INTERNAL struct transfer_counters carried;
 /* A part of a READ: bytes of one file. */
 struct piece {
     int fd;
+    int watch; /* to be asked after reading: see is_lost() in transfer.c; -1: need not be */
     uint64_t offset;
     size_t length;
 };
@@ -49,7 +50,8 @@ INTERNAL bool transfer_reply(int device, uint64_t unique, int error, const void 
                           size_t length);
 
 /* Answer a READ with the pieces, one after the other, if all are in the page cache.
- * FASTPATH_KEPT: they are not.  A large one may be under way until transfer_collect(). */
+ * FASTPATH_KEPT: they are not.  A large one may be under way until transfer_collect().  If what
+ * was read may not be what was written, it is Python's, and the state is suspect. */
 INTERNAL enum fastpath_verdict transfer_read(int device, uint64_t unique, const struct piece *pieces,
                                           int count);
 

@@ -279,7 +279,8 @@ class _Checker(LayerInspector):
                 for name in sorted(set(os.listdir(directory)) - listed):
                     self.leftover(directory, name, f"bitmaps/{name}", "is in no list")
                 for record in known.bitmaps:
-                    why = self._distrusted(directory, record, known, stamp) or reason
+                    why = record.reason or self._distrusted(directory, record, known, stamp)
+                    why = why or reason
                     if why is not None:
                         self._inconsistent(record, why)
         except FileNotFoundError:

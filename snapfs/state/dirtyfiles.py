@@ -29,6 +29,7 @@ from ..errors import StateError
 from ..storage import descriptors
 from ..storage.descriptors import Reserve
 from ..storage.mapping import Mapping, map_file
+from ..storage.watch import Watch
 from . import statefiles
 from .layerfiles import MappedFile
 
@@ -62,7 +63,7 @@ def distrusted(head: bytes | Mapping) -> str | None:
     return None
 
 
-def _parts(mapping: Mapping, commit: GroupCommit | None) -> DirtyParts:
+def _parts(mapping: Mapping, commit: GroupCommit | None, watch: Watch | None = None) -> DirtyParts:
     buffer = memoryview(mapping)[HEAD_BYTES:]
     bits = Bitmap(buffer.nbytes * 8, buffer)
 
@@ -71,7 +72,9 @@ def _parts(mapping: Mapping, commit: GroupCommit | None) -> DirtyParts:
         mapping[_HEAD.size : _HEAD.size + len(text)] = text
         _HEAD.pack_into(mapping, 0, _MAGIC, len(text))
 
-    return DirtyParts(bits, buffer, spoil, commit)
+    if watch is None:
+        return DirtyParts(bits, buffer, spoil, commit)
+    return DirtyParts(bits, buffer, spoil, commit, watch.failure)
 
 
 class DirtyFiles:
@@ -87,6 +90,7 @@ class DirtyFiles:
         self._limiter = limiter
         self._power = power
         self._files: dict[int, tuple[MappedFile, GroupCommit]] = {}  # by id, with power
+        self._watches: dict[int, Watch] = {}  # by id, without: see layerstore.py
 
     @classmethod
     def open(
@@ -103,7 +107,10 @@ class DirtyFiles:
     def _mapped(self, bitmap_id: int, mapping: Mapping) -> DirtyParts:
         """The parts of a bitmap whose file is mapped, or has been mapped anew."""
         if not self._power:
-            return _parts(mapping, None)
+            if bitmap_id not in self._watches:
+                fd = statefiles.open_file(self._fd, str(bitmap_id), os.O_RDONLY)
+                self._watches[bitmap_id] = Watch(fd)
+            return _parts(mapping, None, self._watches[bitmap_id])
         if bitmap_id in self._files:
             file, commit = self._files[bitmap_id]
             file.mapping = mapping
@@ -144,6 +151,8 @@ class DirtyFiles:
         return found, notices
 
     def _load(self, record: BitmapRecord, clusters: int) -> DirtyBitmap:
+        if record.reason is not None:
+            return DirtyBitmap(record.id, record.name, None, record.reason, record.reason)
         try:
             fd = statefiles.open_file(self._fd, str(record.id))
             try:
@@ -216,17 +225,34 @@ class DirtyFiles:
         file, _ = self._files.pop(bitmap_id, (None, None))
         if file is not None:
             file.close()
+        watch = self._watches.pop(bitmap_id, None)
+        if watch is not None:
+            watch.close()
         await trio.to_thread.run_sync(
             statefiles.remove, self._fd, str(bitmap_id), limiter=self._limiter
         )
 
     # The end
 
-    def sync(self, bitmaps: Sequence[DirtyBitmap]) -> None:
-        """Make all durable.  Blocks.  OSError."""
+    async def sync(self, bitmap_id: int) -> None:
+        await trio.to_thread.run_sync(self.sync_file, bitmap_id, limiter=self._limiter)
+
+    def sync_file(self, bitmap_id: int) -> None:
+        """`sync`, for one who may block."""
+        if bitmap_id in self._watches:
+            os.fsync(self._watches[bitmap_id].fd)
+        else:
+            statefiles.sync_file(self._fd, str(bitmap_id))
+
+    def sync_all(self, bitmaps: Sequence[DirtyBitmap]) -> None:
+        """Make these durable, and which files there are.  Blocks.  OSError."""
         for bitmap in bitmaps:
             if bitmap.parts is not None:
-                statefiles.sync_file(self._fd, str(bitmap.id))
+                self.sync_file(bitmap.id)
+        self.sync_directory()
+
+    def sync_directory(self) -> None:
+        """Make durable which files there are.  Blocks.  OSError."""
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -234,4 +260,7 @@ class DirtyFiles:
         for file, _ in self._files.values():
             file.close()
         self._files.clear()
+        for watch in self._watches.values():
+            watch.close()
+        self._watches.clear()
         os.close(self._fd)

@@ -6,7 +6,7 @@ What they are is at the head of store.py, what a mount makes of them in recovery
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import trio
@@ -19,13 +19,16 @@ from ..errors import InUse, StateError
 from ..storage import descriptors
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_image
+from ..storage.watch import Watch
 from . import statefiles
 from .layerfiles import LayerFiles
 from .tempdirs import TempDirs
 
 MAPPED_FILES = ("done", "losses", "access")
-TEMP_DESCRIPTORS = 1  # for each layer, as long as it is there
-POWER_DESCRIPTORS = TEMP_DESCRIPTORS + len(MAPPED_FILES)  # with power: to sync these
+# For each layer, as long as it is there: its temp image and what watches it, and its mapped
+# files, to watch them; with power to sync them.
+PROCESS_DESCRIPTORS = 2 + len(MAPPED_FILES)
+POWER_DESCRIPTORS = 1 + len(MAPPED_FILES)
 
 
 def _check_temp(temp: FileImage, size: int) -> None:
@@ -56,6 +59,9 @@ class LayerDirectory:
         self._temps: dict[int, FileImage] = {}  # by layer id
         self._outside: dict[int, str] = {}  # by layer id, directories of temp images elsewhere
         self._placed: dict[int, tuple[LayerRecord, LayerRecord]] = {}  # by layer id; see `placed`
+        # By layer id, of its mapped files.  Not with power: what could not be synced is
+        # made dirty again there, and counts as not done until it is (layerfiles.py).
+        self._watches: dict[int, tuple[Watch, ...]] = {}
 
     @classmethod
     def open(
@@ -76,7 +82,7 @@ class LayerDirectory:
 
         Raises LimitReached, which says that `what` needs them.
         """
-        each = POWER_DESCRIPTORS if self.power else TEMP_DESCRIPTORS
+        each = POWER_DESCRIPTORS if self.power else PROCESS_DESCRIPTORS
         descriptors.check(layers * each, what)
         descriptors.check_mappings((len(self._temps) + layers) * len(MAPPED_FILES), what)
 
@@ -96,7 +102,7 @@ class LayerDirectory:
             raise StateError(f"{where} with the data of snapshot {record.name!r} is gone") from None
         try:
             temp_fd = statefiles.open_file(*self._find_temp(record, fd))
-            temp = FileImage(temp_fd, limiter=self._temp_limiter)
+            temp = self._open_temp(temp_fd)
             try:
                 if record.name is None and temp.size() < record.size:
                     os.ftruncate(temp_fd, record.size)  # it was being deleted, a copy under way
@@ -113,6 +119,16 @@ class LayerDirectory:
             os.close(fd)
         self._temps[record.id] = temp
         return Layer.from_record(record, parts, cluster_size)
+
+    def _open_temp(self, fd: int) -> FileImage:
+        """A temp image, before anything is written to it."""
+        try:
+            return FileImage(
+                fd, limiter=self._temp_limiter, watched=not self.power, flushed=self.power
+            )
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _find_temp(self, record: LayerRecord, fd: int) -> tuple[int, str]:
         """The directory and name of a temp image that is there."""
@@ -165,11 +181,32 @@ class LayerDirectory:
         if self.harden or create:  # before anything is freed, or relies on it
             self._sync(layer_id, fd)
         if not self.power:
-            return LayerParts(Bitmap(bits, access), Bitmap(bits, done), temp, losses)
+            failure = self._watch(layer_id, fd)
+            return LayerParts(
+                Bitmap(bits, access), Bitmap(bits, done), temp, losses, failure=failure
+            )
         mappings = {"done": done, "access": access, "losses": losses}
         files = LayerFiles.open(fd, temp, mappings, bits, self._limiter)
         self._files[layer_id] = files
         return files.parts
+
+    def _watch(self, layer_id: int, fd: int) -> Callable[[], OSError | None]:
+        """Open what hears of the mapped files in `fd` that cannot be written back."""
+        watches: list[Watch] = []
+        try:
+            for name in MAPPED_FILES:
+                watches.append(Watch(statefiles.open_file(fd, name, os.O_RDONLY)))
+        except BaseException:
+            for watch in watches:
+                watch.close()
+            raise
+        self._watches[layer_id] = tuple(watches)
+
+        def failure() -> OSError | None:
+            failures = [watch.failure() for watch in watches]  # all are asked
+            return next((each for each in failures if each is not None), None)
+
+        return failure
 
     def remove_unlisted(
         self, records: Sequence[LayerRecord], temp_dirs: Iterable[str | None]
@@ -201,7 +238,7 @@ class LayerDirectory:
             fd = statefiles.open_directory(name, parent=self._fd)
             try:
                 temp_fd = self._make_temp(layer_id, fd, geometry.size)
-                temp = FileImage(temp_fd, limiter=self._temp_limiter)
+                temp = self._open_temp(temp_fd)
                 try:
                     lock_image(temp_fd, writable=True)
                     parts = self._parts(layer_id, fd, geometry, temp, create=True)
@@ -238,6 +275,8 @@ class LayerDirectory:
         files = self._files.pop(layer_id, None)
         if files is not None:
             files.close()
+        for watch in self._watches.pop(layer_id, ()):
+            watch.close()
 
     def usage(self, temps: Iterable[Image]) -> tuple[list[int], int]:
         """Bytes that each of these temp images takes, and that are free for more."""
@@ -280,14 +319,22 @@ class LayerDirectory:
 
     # The end
 
-    def sync(self, layers: Iterable[Layer]) -> None:
-        """Make the files of layers durable."""
-        for layer in layers:
-            fd = statefiles.open_directory(str(layer.id), parent=self._fd)
-            try:
-                self._sync(layer.id, fd)
-            finally:
-                os.close(fd)
+    def sync(self, layer_id: int) -> None:
+        """Make the files of a layer durable.
+
+        Where nothing was synced so far, through descriptions that hear of what could not be
+        written back since they were opened.
+        """
+        if layer_id in self._watches:
+            self._temps[layer_id].sync()
+            for watch in self._watches[layer_id]:
+                os.fsync(watch.fd)
+            return
+        fd = statefiles.open_directory(str(layer_id), parent=self._fd)
+        try:
+            self._sync(layer_id, fd)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Close the directory, and temp images of layers that were still on their way out."""
@@ -297,5 +344,9 @@ class LayerDirectory:
         for files in self._files.values():
             files.close()
         self._files.clear()
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.close()
+        self._watches.clear()
         self.temps.close()
         os.close(self._fd)

@@ -22,7 +22,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from ..engine.dirty import BitmapRecord, DirtyBitmap
 from ..engine.geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from ..engine.layer import Layer, LayerParts, LayerRecord
 from ..errors import InUse, LimitReached, MountError, StateError, UsageError
-from ..storage import descriptors
+from ..storage import descriptors, filesystems
 from ..storage.descriptors import Reserve
 from ..storage.filesystems import check_kind
 from ..storage.image import FileImage, Image
@@ -107,6 +107,9 @@ class Store:
         # Temp storage that hangs must neither keep the list from being saved nor, asked
         # again and again, take more than one thread.
         self._layer_limiter = trio.CapacityLimiter(STATE_THREADS)
+        # Each file makes the disk empty its cache, changed or not; at one moment it does so once
+        # for all that are synced then.
+        self._sync_limiter = trio.CapacityLimiter(SYNC_THREADS)
         self._usage_limiter = trio.CapacityLimiter(1)
         self._manifest: Manifest
         self._lines: Encoded = {}  # of the manifest, as it was saved last
@@ -164,7 +167,7 @@ class Store:
         directory = Path(state_dir).absolute() if state_dir else Path(f"{path}.snapfs")
         statefiles.wait_for_witness(directory)
         image_fd = open_image(path, read_only=read_only)
-        image = FileImage(image_fd, limiter=limiter)
+        image = FileImage(image_fd, limiter=limiter, watched=True)
         made = False
         try:
             if not any_fs:
@@ -247,7 +250,7 @@ class Store:
         self._activity.prepare()
         if self._power:
             os.fdatasync(self._activity_fd)
-            self.bitmaps.sync(self.dirty)  # with what makes them inconsistent now
+            self.bitmaps.sync_all(self.dirty)  # with what makes them inconsistent now
         self._manifest = evolve(
             known,
             image=stamp,
@@ -310,6 +313,8 @@ class Store:
 
         found = recovery.recover(known, stamp, self._layers, self._activity, now, save)
         self.layers, self._gone = found.layers, found.gone
+        for layer in self.layers:  # else what the image has may be in the page cache only
+            layer.settled = known.clean or self._power
         clusters = Geometry(stamp.size, known.cluster_size).clusters
         self.dirty, notices = self.bitmaps.recover(known.bitmaps, clusters, found.distrust)
         self.notices += found.notices + notices
@@ -362,6 +367,22 @@ class Store:
         self._list_bytes = len(data)
         # What is there must be deletable on a full file system: the list has to fit.
         statefiles.keep_reserve(self._fd, max(reserve, 2 * len(data)))
+
+    async def sync(self, layer_id: int) -> None:
+        await trio.to_thread.run_sync(
+            self._spare.serve, self._layers.sync, layer_id, limiter=self._sync_limiter
+        )
+
+    async def take_errors(self) -> None:
+        await trio.to_thread.run_sync(self._take_errors, limiter=self._state_limiter)
+
+    def _take_errors(self) -> None:
+        devices = set()
+        for fd in (self.image.fd, self._fd, *self._layers.temps.opened().values()):
+            device = os.fstat(fd).st_dev
+            if device not in devices:
+                devices.add(device)
+                filesystems.ask_for_errors(fd)
 
     async def remove(self, layer_id: int) -> None:
         self._layers.forget(layer_id)
@@ -449,71 +470,66 @@ class Store:
         *,
         clean: bool = True,
         unused: bool = False,
+        synced: bool = False,
     ) -> None:
         """Make everything durable, mark it clean, and let go of it.
 
         `layers`, `bitmaps`: those of the engine, which must be idle.  `clean` False: it
-        ended by a bug, so the next mount looks as after a crash.  `unused`: the
-        mount failed, so a directory that was made for it is removed.  Raises
+        ended by a bug, or the image is not what it should be, so the next mount looks as
+        after a crash.  `unused`: the mount failed, so a directory that was made for it is
+        removed.  `synced`: the engine has synced them (`Engine.finish`).  Raises
         OSError if something could not be made durable; then it is not marked
         clean, but let go of all the same.
         """
-        left, failure = await self._sync_layers(layers)
+        failure = None if synced else await self._sync_all(layers, bitmaps)
         await trio.to_thread.run_sync(
-            self._close, list(layers), left, failure, list(bitmaps), clean,
-            limiter=self._state_limiter,
-        )  # fmt: skip
+            self._close, list(layers), list(bitmaps), clean, failure, limiter=self._state_limiter
+        )
         if unused and self._made:
             await trio.to_thread.run_sync(
                 statefiles.remove_tree, self.directory, limiter=self._state_limiter
             )
 
-    async def _sync_layers(self, layers: Sequence[Layer]) -> tuple[list[Layer], Exception | None]:
-        """Make the files of layers durable, of several at once.
-
-        Each file makes the disk empty its cache, changed or not; at one moment it does so
-        once for all.  Returns the layers for which there were no descriptors, and a failure.
-        """
-        left: list[Layer] = []
+    async def _sync_all(
+        self, layers: Sequence[Layer], bitmaps: Sequence[DirtyBitmap]
+    ) -> Exception | None:
+        """Make the files of layers and bitmaps durable; returns a failure."""
         failures: list[Exception] = []
-        limiter = trio.CapacityLimiter(SYNC_THREADS)
 
-        async def sync(some: Sequence[Layer]) -> None:
+        async def sync(call: Callable[[int], Awaitable[None]], number: int) -> None:
             try:
-                await trio.to_thread.run_sync(self._layers.sync, some, limiter=limiter)
+                await call(number)
             except (OSError, StateError) as error:
-                if isinstance(error, OSError) and error.errno in descriptors.EXHAUSTED:
-                    left.extend(some)
-                else:
-                    failures.append(error)
+                failures.append(error)
 
         async with trio.open_nursery() as nursery:
-            for number in range(SYNC_THREADS):
-                nursery.start_soon(sync, layers[number::SYNC_THREADS])
-        return left, failures[0] if failures else None
+            for layer in layers:
+                nursery.start_soon(sync, self.sync, layer.id)
+            for bitmap in bitmaps:
+                if bitmap.parts is not None:
+                    nursery.start_soon(sync, self.bitmaps.sync, bitmap.id)
+        return failures[0] if failures else None
 
     def _close(
         self,
         layers: list[Layer],
-        unsynced: list[Layer],
-        failure: Exception | None,
         bitmaps: list[DirtyBitmap],
         clean: bool,
+        failure: Exception | None,
     ) -> None:
         try:
             if not self._read_only:
-                os.fsync(self.image.fd)  # with its times, which the stamp has
-            self._spare.serve(self._layers.sync, unsynced)
+                self.image.sync()  # with its times, which the stamp has
             if failure is not None:
                 raise failure
-            self._spare.serve(self.bitmaps.sync, bitmaps)
+            self.bitmaps.sync_directory()
             if clean:
                 self._manifest = evolve(
                     self._manifest,
                     image=ImageStamp.of(self._manifest.image.path, self.image.fd),
                     clean=True,
                     layers=self._layers.placed([layer.record() for layer in layers]),
-                    bitmaps=tuple(BitmapRecord(each.id, each.name) for each in bitmaps),
+                    bitmaps=tuple(each.record() for each in bitmaps),
                 )
                 self._write_manifest()
             else:

@@ -23,6 +23,7 @@ import trio
 from ..port._clustercopy import copy_clusters
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from .offload import Offloader
+from .watch import Watch
 
 Buffer = bytes | bytearray | memoryview
 
@@ -101,6 +102,9 @@ class Image(Protocol):
 
     def blocks(self) -> int:
         """Allocated space in units of 512 bytes, as st_blocks."""
+
+    def failure(self) -> OSError | None:
+        """What could not be written back since the last call, if anything.  Does not block."""
 
     def close(self) -> None:
         """Close the file.  No call may be in flight."""
@@ -186,11 +190,23 @@ class FileImage:
     """An `Image` that is a regular file.
 
     Owns `fd` from construction to `close`.  `limiter` bounds the threads that
-    this file and those sharing the limiter use at once.
+    this file and those sharing the limiter use at once.  `watched`: it hears of what
+    cannot be written back, from now on (`Watch`).  `flushed`: it is flushed now and then.
     """
 
-    def __init__(self, fd: int, *, limiter: trio.CapacityLimiter) -> None:
+    def __init__(
+        self,
+        fd: int,
+        *,
+        limiter: trio.CapacityLimiter,
+        watched: bool = False,
+        flushed: bool = True,
+    ) -> None:
         self.fd = fd
+        self._watch = Watch.beside(fd) if watched else None
+        # Another one for native code, which asks beside us.  A flush would take what it is to
+        # hear; where there is none `fd` will do.
+        self._native_watch = Watch.beside(fd) if watched and flushed else None
         self._limiter = limiter
         self._writes = Offloader(limiter)
         # Copies that must be durable: one sync for those that wait for it by then.
@@ -311,7 +327,31 @@ class FileImage:
     def blocks(self) -> int:
         return os.fstat(self.fd).st_blocks
 
+    def failure(self) -> OSError | None:
+        return None if self._watch is None else self._watch.failure()
+
+    @property
+    def native_watch(self) -> int:
+        """A description that native code alone asks for what could not be written back, or -1."""
+        if self._watch is None:
+            return -1
+        return self.fd if self._native_watch is None else self._native_watch.fd
+
+    def sync(self) -> None:
+        """`flush`, times included, for one who may block.
+
+        OSError also if something could not be written back before and `failure` has not told it;
+        what that has told is not told again.
+        """
+        os.fsync(self.fd if self._watch is None else self._watch.fd)
+        failure = self.failure()
+        if failure is not None:
+            raise failure
+
     def close(self) -> None:
+        for watch in (self._watch, self._native_watch):
+            if watch is not None:
+                watch.close()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1  # close(2) closes even if it fails
             os.close(fd)

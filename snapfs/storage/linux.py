@@ -13,6 +13,7 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 SYNC_FILE_RANGE_ALL = 0x07  # sync_file_range(2): wait before, write, wait after
 RENAME_EXCHANGE = 2  # linux/fs.h
+SYNC_FILE_RANGE_WAIT_BEFORE = 1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,9 +48,16 @@ def write_back(fd: int, offset: int) -> None:
 
     Neither makes them durable, nor takes the lock of the inode, as fsync(2) does.
     """
-    if _libc.sync_file_range(fd, offset, 0, SYNC_FILE_RANGE_ALL):
-        number = ctypes.get_errno()
+    number = sync_file_range(fd, offset, 0, SYNC_FILE_RANGE_ALL)
+    if number:
         raise OSError(number, os.strerror(number))
+
+
+def sync_file_range(fd: int, offset: int, length: int, flags: int) -> int:
+    """sync_file_range(2); the errno, 0 for success."""
+    if _libc.sync_file_range(fd, offset, length, flags):
+        return ctypes.get_errno()
+    return 0
 
 
 def exchange(directory: int, one: str, other: str) -> None:

@@ -150,7 +150,13 @@ class Opened:
 
     async def __aexit__(self, *error: Any) -> None:
         await self._manager.__aexit__(*error)
-        await self.store.close(self.engine.layers, list(self.engine.tracker.bitmaps))
+        await self.engine.finish()
+        await self.store.close(
+            self.engine.layers,
+            list(self.engine.tracker.bitmaps),
+            clean=self.engine.writeback.image_error is None,
+            synced=True,
+        )
 
 
 async def create(engine: Engine) -> None:
@@ -293,7 +299,7 @@ async def run_step(bench: Bench, step: Any, calls: Calls) -> None:
             if step is not discard:
                 after = STEPS[step]
                 assert found(engine) == (BEFORE if failed else after)
-            assert engine.unhealthy is None
+            assert engine.unhealthy is None or engine.writeback.image_error is not None
             await verify(engine, step)
 
 

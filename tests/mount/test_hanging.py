@@ -129,7 +129,8 @@ def test_an_unmount_does_not_wait_for_it_for_ever(daemon, storage):
     hang(disk, storage)
     Write(disk, MIB).join()
     disk.json("status", check=False)
-    disk.stop()
+    done = disk.snapfs("umount", disk.mountpoint, check=False)
+    assert (1, True) == (done.returncode, "gave up waiting" in done.stderr)
     status, log = process.finish()
     assert 1 == status
     assert "gave up waiting for the storage" in log

@@ -74,21 +74,25 @@ class MemoryBitmaps:
         await self._store._enter("unmake", bitmap_id)
         self.files.pop(bitmap_id, None)
 
+    async def sync(self, bitmap_id: int) -> None:
+        await self._store._enter("sync_bitmap", bitmap_id)
+
     def recover(self) -> list[DirtyBitmap]:
         """The bitmaps that a next mount would start with; the bits are copies."""
         found = []
         for record in self._store.bitmap_records:
             file = self.files[record.id]
-            parts = MemoryBits(_twin(file.bits)).parts() if file.reason is None else None
-            found.append(DirtyBitmap(record.id, record.name, parts, file.reason))
+            reason = record.reason or file.reason
+            parts = MemoryBits(_twin(file.bits)).parts() if reason is None else None
+            found.append(DirtyBitmap(record.id, record.name, parts, reason, record.reason))
         return found
 
 
 class MemoryStore:
     """A `LayerStore` in memory.
 
-    `faults` and `stalls` are by method: create, save, remove, usage, and make,
-    grow, unmake of bitmaps.
+    `faults` and `stalls` are by method: create, save, remove, usage, sync, and make,
+    grow, unmake, sync_bitmap of bitmaps.
     """
 
     def __init__(self, *, space: Space | None = None) -> None:
@@ -165,6 +169,12 @@ class MemoryStore:
         if parts is not None:
             parts.temp.close()
         self.removed.append(layer_id)
+
+    async def sync(self, layer_id: int) -> None:
+        await self._enter("sync", layer_id)
+
+    async def take_errors(self) -> None:
+        await self._enter("take_errors")
 
     async def usage(self, temps: Sequence[Any]) -> tuple[list[int], int]:
         for temp in temps:

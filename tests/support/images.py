@@ -126,6 +126,7 @@ class MemoryImage:
         self.on_fault: Callable[[Call], None] = lambda call: None
         self.in_flight = 0
         self.trips = 0  # calls of data_inside
+        self.not_written_back: OSError | None = None  # what `failure` tells next
         self.closed = False
         for page in range(-(-len(content) // PAGE)):
             if any(self.data[page * PAGE : (page + 1) * PAGE]):
@@ -312,6 +313,10 @@ class MemoryImage:
         if durable:
             await target.flush()
         return written
+
+    def failure(self) -> OSError | None:
+        error, self.not_written_back = self.not_written_back, None
+        return error
 
     def size(self) -> int:
         return len(self.data)

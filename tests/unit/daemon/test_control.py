@@ -19,6 +19,7 @@ from snapfs.daemon import commands as commands_module
 from snapfs.daemon import control
 from snapfs.daemon.commands import Commands
 from snapfs.daemon.control import MAX_LINE, ControlServer
+from snapfs.daemon.farewell import Farewell
 from tests.support.fakes import Bench, pattern
 from tests.support.images import CLUSTER
 
@@ -68,7 +69,7 @@ async def serving(path: str) -> AsyncIterator[Bench]:
         bench = Bench.make(nursery, pattern(1, SIZE))
         fast = lambda: defaultdict(int)  # noqa: E731
         commands = Commands(bench.engine, "image", "/mnt", "process", fast, "/temp", lambda: None)
-        server = ControlServer(path, commands.table(), frozenset({os.geteuid()}))
+        server = ControlServer(path, commands.table(), frozenset({os.geteuid()}), Farewell())
         await nursery.start(server.serve)
         yield bench
         nursery.cancel_scope.cancel()

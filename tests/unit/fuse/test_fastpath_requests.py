@@ -130,7 +130,7 @@ async def test_nonsense_switches_it_off(image, state, monkeypatch):
     seen = []
     monkeypatch.setattr("sys.unraisablehook", lambda args: seen.append(str(args.exc_value)))
     async with Rig.make(image) as rig:
-        requestfilter.set_fastpath(lambda: state, int, print)
+        requestfilter.set_fastpath(lambda suspect: state, int, print)
         assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
         assert 1 == len(seen)
         assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
@@ -141,7 +141,7 @@ async def test_nonsense_switches_it_off(image, state, monkeypatch):
 async def test_off_or_not_now_everything_is_pythons(image):
     async with Rig.make(image, on=False) as rig:
         assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
-        requestfilter.set_fastpath(lambda: None, int, print)
+        requestfilter.set_fastpath(lambda suspect: None, int, print)
         assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
         assert rig.fast.collect()["on"]
 

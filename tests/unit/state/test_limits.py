@@ -13,7 +13,7 @@ from attrs import evolve
 
 from snapfs.engine.engine import Engine
 from snapfs.errors import LimitReached
-from snapfs.state import statefiles, store
+from snapfs.state import layerstore, statefiles, store
 from snapfs.state.manifest import Manifest
 from snapfs.state.store import Store
 from snapfs.storage import descriptors
@@ -58,7 +58,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("durability", "each"), [("process", 1), ("power", 4)])
+@pytest.mark.parametrize(("durability", "each"), [("process", 5), ("power", 4)])
 async def test_what_a_snapshot_takes(image, durability, each):
     files = await Store.open(
         str(image), cluster_size=CLUSTER, durability=durability, limiter=LIMITER
@@ -78,7 +78,7 @@ async def test_a_snapshot_too_many_changes_nothing_and_another_can_be_deleted(im
     files = await opened(image)
     async with trio.open_nursery() as nursery:
         engine = engine_of(files, nursery)
-        allow(monkeypatch, 2)
+        allow(monkeypatch, 2 * layerstore.PROCESS_DESCRIPTORS)
         await engine.create_snapshot("a")
         await engine.create_snapshot("b")
         before = contents(state_of(image))
@@ -211,15 +211,15 @@ async def test_a_file_that_cannot_be_synced_keeps_the_end_from_being_clean(
 ):
     await session(image, *(create(str(number)) for number in range(count)))
     files = await opened(image)
-    synced, real = [], statefiles.sync_file
+    synced, real = [], layerstore.LayerDirectory.sync
 
-    def sync_file(parent: int, name: str) -> None:
-        synced.append(name)
-        if len(synced) == 3:
+    def sync(files: layerstore.LayerDirectory, layer_id: int) -> None:
+        synced.append(layer_id)
+        if len(synced) == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(parent, name)
+        real(files, layer_id)
 
-    monkeypatch.setattr(statefiles, "sync_file", sync_file)
+    monkeypatch.setattr(layerstore.LayerDirectory, "sync", sync)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         await files.close(files.layers, [])
     monkeypatch.undo()
