@@ -237,7 +237,8 @@ async def settled(bench: Bench, step: Any, *allowed: tuple[set[str], int]) -> No
                 assert not leaked, (layer.id, first, stop)
         assert not (bench.state / "manifest.json.new").exists()
         if bench.temps is not None:
-            assert len(layers) == len(os.listdir(bench.temps))
+            (private,) = bench.temps.iterdir()
+            assert len(layers) == len(os.listdir(private))
 
 
 def descriptors() -> Counter[str]:

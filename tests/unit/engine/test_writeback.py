@@ -8,7 +8,9 @@ import pytest
 import trio
 
 from snapfs.errors import BitmapUnusable, SnapshotLost, StateError
-from tests.support.fakes import CLUSTER, Bench, MemoryImage, check_bitmaps, os_error, pattern
+from tests.support.fakes import Bench, pattern
+from tests.support.images import CLUSTER, MemoryImage, os_error
+from tests.support.naive import check_bitmaps
 
 OLD = pattern(1, 6 * CLUSTER)
 EIO = errno.EIO
