@@ -156,6 +156,14 @@ void published_unload(void)
 /* Stores of 8 bytes in this order, for a process that is killed between two of them. */
 #define STORE(member, value) __atomic_store_n(&(member), (value), __ATOMIC_RELEASE)
 
+/* As storable() in activitywords.py: a file may have times that 64 bits do not hold. */
+static int64_t storable(struct timespec time)
+{
+    const __int128 exact = (__int128)time.tv_sec * SECOND + time.tv_nsec;
+
+    return exact < INT64_MIN ? INT64_MIN : exact > INT64_MAX ? INT64_MAX : (int64_t)exact;
+}
+
 /* A record of Python's, with something under way, stays Python's. */
 void published_note_write(void)
 {
@@ -180,7 +188,7 @@ void published_rest(void)
     if (fstat(state.image, &status))
         return; /* it stays under way until Python's next record */
     STORE(record->size, status.st_size);
-    STORE(record->mtime, status.st_mtim.tv_sec * SECOND + status.st_mtim.tv_nsec);
-    STORE(record->ctime, status.st_ctim.tv_sec * SECOND + status.st_ctim.tv_nsec);
+    STORE(record->mtime, storable(status.st_mtim));
+    STORE(record->ctime, storable(status.st_ctim));
     STORE(record->under_way, 0);
 }

@@ -20,10 +20,19 @@ def words_of(page: object) -> memoryview:
     return memoryview(page)[: 8 * WORDS].cast("q")  # type: ignore[arg-type]
 
 
+def storable(time_ns: int) -> int:
+    """A time as a word, which has it from 1677 to 2262: what is outside of that is at its end.
+
+    A file's times may be (touch -d 2300-01-01).  Then a change of mtime among them is not
+    seen, but a write sets it to now, and setting it sets ctime, which is not for anybody to choose.
+    """
+    return max(-(1 << 63), min(time_ns, (1 << 63) - 1))
+
+
 def note_image(words: memoryview, image_fd: int) -> None:
     """Note how the image looks, now that nothing is under way; UNDER_WAY must not be 0 before."""
     status = os.fstat(image_fd)
     words[SIZE] = status.st_size
-    words[MTIME] = status.st_mtime_ns
-    words[CTIME] = status.st_ctime_ns
+    words[MTIME] = storable(status.st_mtime_ns)
+    words[CTIME] = storable(status.st_ctime_ns)
     words[UNDER_WAY] = 0

@@ -20,6 +20,7 @@ from ..engine.geometry import Geometry
 from ..engine.layer import LayerRecord, check_name
 from ..errors import InvalidName, StateError
 from ..strictjson import make_converter, reasons
+from .activitywords import storable
 from .tempdirs import valid_path
 
 Durability = Literal["process", "power"]
@@ -54,15 +55,15 @@ class ImageStamp:
 
     @classmethod
     def of(cls, path: str, fd: int) -> ImageStamp:
-        """The stamp of an open image now."""
+        """The stamp of an open image now, with times as the record of activity has them."""
         status = os.fstat(fd)
         return cls(
             path,
             status.st_size,
             status.st_dev,
             status.st_ino,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
+            storable(status.st_mtime_ns),
+            storable(status.st_ctime_ns),
         )
 
     def change_since(self, old: ImageStamp) -> str | None:

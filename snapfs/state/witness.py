@@ -40,6 +40,7 @@ from .activitywords import (
     SIZE,
     UNDER_WAY,
     note_image,
+    storable,
     words_of,
 )
 
@@ -117,8 +118,8 @@ def bear_witness(words: memoryview, image: int, session: int) -> None:
         return
     if not words[UNDER_WAY]:
         status = os.fstat(image)
-        now = status.st_size, status.st_mtime_ns
-        if now != (words[SIZE], words[MTIME]) or status.st_ctime_ns == words[CTIME]:
+        now = status.st_size, storable(status.st_mtime_ns)
+        if now != (words[SIZE], words[MTIME]) or storable(status.st_ctime_ns) == words[CTIME]:
             return
         words[UNDER_WAY] = 1
     note_image(words, image)

@@ -285,6 +285,31 @@ def test_a_size_beyond_the_bound_changes_nothing(mount, bound):
     assert content == snapshot.read_bytes()
 
 
+@pytest.mark.parametrize("year", [1, 1930, 1969, 2117, 2300, 2400])
+def test_times_that_64_bits_of_nanoseconds_do_not_hold(mount, year):
+    disk = mount(b"1" * 2 * K64)
+    snapshot = disk.create("s")
+    stamp = (year - 1970) * 31_556_952 * 10**9 + 123456789
+    for again in (disk.stop, disk.kill, disk.stop):
+        os.utime(disk.active, ns=(stamp, stamp))
+        there = disk.image.stat().st_mtime_ns  # the file system may have another end of time
+        assert there == disk.active.stat().st_mtime_ns
+        if 1930 <= year:
+            assert stamp == there
+        again()
+        disk.start()
+        assert there == disk.active.stat().st_mtime_ns
+        assert ["ok"] == [each["state"] for each in disk.json("list")["snapshots"]]
+        disk.write(0, b"2")
+        assert b"1" * 2 * K64 == snapshot.read_bytes()
+    assert disk.json("status")["mount"]["healthy"]
+    disk.stop()
+    os.utime(disk.image, ns=(stamp, stamp))
+    disk.start()
+    shown = disk.json("list", check=False)["snapshots"]
+    assert ["lost"] == [each["state"] for each in shown]
+
+
 def test_what_cannot_be_written_does_not_create(mount):
     disk = mount(K64)
     new = disk.snapshots / "new"

@@ -13,7 +13,14 @@ import pytest
 from snapfs.errors import StateError
 from snapfs.state import witness
 from snapfs.state.activity import Activity
-from snapfs.state.activitywords import FAILED, FILE_BYTES, SESSION, UNDER_WAY, words_of
+from snapfs.state.activitywords import (
+    FAILED,
+    FILE_BYTES,
+    SESSION,
+    UNDER_WAY,
+    storable,
+    words_of,
+)
 from snapfs.state.manifest import ImageStamp
 
 SESSION_A, SESSION_B = 11, 22
@@ -185,3 +192,18 @@ def test_a_word_is_one_store(index):
     words_of(page)[index] = 0
     found = [number for number, byte in enumerate(page) if byte != 0xAA]
     assert list(itertools.chain(range(8 * index, 8 * index + 8))) == found
+
+
+@pytest.mark.parametrize(
+    ("time_ns", "word"),
+    [
+        (0, 0),
+        (-1, -1),
+        ((1 << 63) - 1, (1 << 63) - 1),
+        (1 << 63, (1 << 63) - 1),
+        (-(1 << 63), -(1 << 63)),
+        (-(1 << 90), -(1 << 63)),
+    ],
+)
+def test_a_time_that_no_word_holds_is_at_the_end_of_time(time_ns, word):
+    assert word == storable(time_ns)
