@@ -74,14 +74,17 @@ def open_private(path: str) -> int:
         raise StateError(f"{path}, for temp images, is no directory: {error.strerror}") from None
     finally:
         os.close(parent)
-    status = os.fstat(fd)
-    if status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o077:
-        return fd
-    os.close(fd)
-    raise StateError(
-        f"the directory {path} with temp images must belong to user {os.geteuid()} and be closed "
-        "to others; chown it, and chmod 700 it"
-    )
+    try:
+        status = os.fstat(fd)
+        if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o077:
+            raise StateError(
+                f"the directory {path} with temp images must belong to user {os.geteuid()} and be "
+                "closed to others; chown it, and chmod 700 it"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _remove_private(path: str) -> None:
