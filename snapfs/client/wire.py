@@ -206,6 +206,8 @@ class Client:
         request = {"version": VERSION, "command": command, **arguments}
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except BrokenPipeError:
+            pass  # it hung up, and may have said why before
         except OSError as error:
             raise errors.NotMounted(f"the daemon does not answer: {error.strerror}") from None
         return self.receive()
