@@ -134,10 +134,18 @@ class ActiveImage:
         self.space.on_warning = self._warned_of_space
         dirty.promise, dirty.forget = self.copier.promises.make, self.copier.promises.forget
         self.writeback = WriteBack(
-            image, self._stack, dirty, self.copier, self._lost_some, self._is_unhealthy
+            image,
+            self._stack,
+            dirty,
+            self.copier,
+            self._lost_some,
+            self._is_unhealthy,
+            self._save_list,
+            store.failures,
         )
         self._flushes = SharedCall(self._flush)
         self._saving = False  # a save of what was lost waits for its turn
+        self._mending = False  # `mend` is under way
         self._reader = SnapshotReader(
             image,
             self._stack,
@@ -165,6 +173,24 @@ class ActiveImage:
         async with self._transitions:
             self._saving = False
             await self._keeper.try_save()
+
+    async def _save_list(self) -> None:
+        async with self._transitions:
+            await self._keeper.save()
+
+    def mend(self) -> None:
+        """Have the saved list tell what is lost with mapped pages, some time."""
+        if not self._mending and not self.writeback.is_sound():
+            self._mending = True
+            self._start(self._mend)
+
+    async def _mend(self) -> None:
+        try:
+            await self.writeback.mend()
+        except OSError as error:
+            log.error("cannot record the state of the snapshots: %s", error)
+        finally:
+            self._mending = False
 
     def _warned_of_space(self, status: SpaceStatus) -> None:
         self.events.record("temp-space", percent=status.warning, used_bytes=status.used)
@@ -265,10 +291,10 @@ class ActiveImage:
         self._check_range(0, size)
         await self._make_room(size)
         while not await self._resize(size):
-            pass
+            await self.writeback.mend()
 
     async def _resize(self, size: int) -> bool:
-        """`resize`, unless what is cut off became pending before it could begin."""
+        """`resize`, unless what is cut off became pending before it could begin, or bits failed."""
         clusters = self._geometry.touched(size, self.size - size)
         step = max(1, STEP // self._geometry.cluster_size)
         await self.copier.preserve_long(clusters.start, clusters.stop, step)
@@ -277,6 +303,8 @@ class ActiveImage:
             if self._is_pending(size, old.size - size):
                 return False
             await self._prepare(min(old.size, size), abs(old.size - size))
+            if not self.writeback.is_sound():
+                return False
             self._store.write_started(size)
             try:
                 await self._image.truncate(size)
@@ -338,16 +366,23 @@ class ActiveImage:
 
         `size`: the image has at least that many bytes afterwards.
         """
-        changed = False
-        while not changed:
-            # Outside the gate: who creates a snapshot, and all who then have to wait for
-            # that, must not wait for a temp image that takes its time.
-            await self._preserve(offset, length)
-            async with self._gate.inside():
-                if not self._is_pending(offset, length):  # no snapshot was created meanwhile
-                    await self._prepare(offset, length)
-                    await self._carry_out(change, size)
-                    changed = True
+        begun = False
+        while not begun:
+            await self.writeback.mend()
+            try:
+                # Outside the gate: who creates a snapshot, and all who then have to wait for
+                # that, must not wait for a temp image that takes its time.
+                await self._preserve(offset, length)
+                async with self._gate.inside():
+                    if not self._is_pending(offset, length):  # no snapshot was created meanwhile
+                        await self._prepare(offset, length)
+                        begun = self.writeback.is_sound()
+                        if begun:
+                            await self._carry_out(change, size)
+            except OSError:
+                # What cannot be stored of bits that are lost anyway is no reason to fail.
+                if begun or self.writeback.is_sound():
+                    raise
 
     async def _carry_out(self, change: Callable[[], Awaitable[None]], size: int) -> None:
         """Step 5."""

@@ -320,6 +320,7 @@ class Engine(ActiveImage):
                 for layer in self._stack
             ],
             commits.done_file if commits is not None else None,
+            self._store.failures(),
         )  # fmt: skip
 
     # Extents

@@ -312,6 +312,13 @@ class LayerStore(Protocol):
         The caller keeps them open meanwhile.
         """
 
+    def failures(self) -> int:
+        """How many pages of all mapped bits have failed, since the process began.
+
+        Such a page is in memory only, and may have lost what it had; whose it is
+        `LayerParts.failure` and `DirtyParts.failure` tell, once.
+        """
+
     def write_started(self, size: int) -> None:
         """A change of the image begins that may leave it with `size` bytes."""
 

@@ -43,7 +43,8 @@ class PublishedState(NamedTuple):
     already.  `copying`: where copies are under way.  `layers`: oldest first.
     `done_file`: of the layer that receives copies, if they must survive a power cut:
     its done bits must be set there, too, when the copied data is durable, and be durable
-    themselves before the image is written.
+    themselves before the image is written.  `failures`: how many mapped pages had failed
+    (`LayerStore.failures`); when there are more, nothing of this counts.
     """
 
     image: Image
@@ -58,3 +59,4 @@ class PublishedState(NamedTuple):
     dirty_durable: bool
     layers: list[PublishedLayer]
     done_file: DoneFile | None
+    failures: int

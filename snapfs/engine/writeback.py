@@ -14,6 +14,10 @@ and for good:
    *settled* is lost, and none can be made
  - of a *dirty bitmap*: it is inconsistent
 
+A mapped page that cannot be had at all (port/mappings.c) is as a file that could not be
+written back, and worse: its bits may be wrong now.  So whoever acts on bits asks first
+(`is_sound`), and the image is written only when the list is saved that says what is lost.
+
 A snapshot is settled when a sync of the image has succeeded that began after its
 moment.  A cluster that it finds in the image was not written since its moment (that
 would have copied it first), so what it finds there is durable, and the write that is
@@ -33,11 +37,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ..storage.image import Image
 from .copier import Copier
 from .dirty import DirtyBitmap, DirtyBitmaps
+from .durability import GroupCommit
 from .layer import Layer
 from .layers import Dropped, LayerStack, Source
 
@@ -50,7 +55,8 @@ class WriteBack:
     """Asks the files of an engine whether they could be written back, and draws the conclusions.
 
     `changed` is called with what temp images need not keep any more, after something was
-    lost: the list is to be saved.  `unhealthy` is told why the image is.
+    lost: the list is to be saved, by `save`.  `unhealthy` is told why the image is.
+    `failures`: how many mapped pages have failed (`LayerStore.failures`).
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class WriteBack:
         copier: Copier,
         changed: Callable[[list[Dropped]], None],
         unhealthy: Callable[[str], None],
+        save: Callable[[], Awaitable[None]],
+        failures: Callable[[], int],
     ) -> None:
         self.image_error: OSError | None = None  # the first of the image; it stays
         self._image = image
@@ -69,6 +77,10 @@ class WriteBack:
         self._copier = copier
         self._changed = changed
         self._unhealthy = unhealthy
+        self._save = save
+        self._failures = failures
+        self._mended = failures()  # so many of them are in the saved list
+        self._hopeless: list[GroupCommit] = []  # of what is lost; their promises can go
         self._next = 0  # the layer to be asked next, by its place in the stack
         self._lost: list[tuple[Layer | DirtyBitmap, str]] = []  # in this mount
 
@@ -83,11 +95,7 @@ class WriteBack:
         self._next = first + len(asked)
         for layer in asked:
             self.check_source(layer)
-        for bitmap in self._bitmaps.recording():
-            assert bitmap.parts is not None
-            error = bitmap.parts.failure()
-            if error is not None:
-                self.bitmap_failed(bitmap, error)
+        self._check_bitmaps()
 
     def check_image(self) -> None:
         """Ask the image."""
@@ -97,6 +105,8 @@ class WriteBack:
 
     def check_source(self, source: Source) -> None:
         """Ask what a snapshot was read from: a layer, or the image (None)."""
+        if not self.is_sound():
+            self._check_mapped()
         if source is None:
             self.check_image()
             return
@@ -106,6 +116,40 @@ class WriteBack:
         error = source.failure()
         if error is not None:
             self.layer_failed(source, error)
+
+    # Mapped pages that have failed: their bits are not what they were to be
+
+    def is_sound(self) -> bool:
+        """Are all bits right that were read, and stored that were set, but for what the saved list
+        tells of?  To be asked before the image is written."""
+        return self._failures() == self._mended
+
+    async def mend(self) -> None:
+        """Have the saved list tell what is lost with mapped pages that have failed.
+
+        Raises OSError if it cannot be saved: then nothing may be written that relies on bits.
+        """
+        while not self.is_sound():
+            seen, hopeless = self._failures(), self._hopeless
+            self._check_mapped()
+            await self._save()
+            self._copier.promises.forget(*hopeless)
+            self._hopeless = [each for each in self._hopeless if each not in hopeless]
+            self._mended = seen
+
+    def _check_mapped(self) -> None:
+        for layer in list(self._stack):
+            error = layer.failure()
+            if error is not None:
+                self.layer_failed(layer, error)
+        self._check_bitmaps()
+
+    def _check_bitmaps(self) -> None:
+        for bitmap in self._bitmaps.recording():
+            assert bitmap.parts is not None
+            error = bitmap.parts.failure()
+            if error is not None:
+                self.bitmap_failed(bitmap, error)
 
     def refuse(self) -> None:
         """Raise OSError if something that was written to the image may be gone."""
@@ -169,6 +213,8 @@ class WriteBack:
 
     def _spoil(self, bitmap: DirtyBitmap, text: str) -> None:
         log.error("bitmap %s is inconsistent: %s", bitmap.name, text)
+        if bitmap.parts is not None and bitmap.parts.commit is not None:
+            self._hopeless.append(bitmap.parts.commit)
         self._bitmaps.spoil(bitmap, text)
         bitmap.listed_reason = text
         self._lost.append((bitmap, text))
@@ -183,6 +229,7 @@ class WriteBack:
             layer.withdraw(0, layer.geometry.clusters)
             if layer.commits is not None:
                 self._copier.promises.make(layer.commits.access, 0, layer.geometry.clusters)
+                self._hopeless += [layer.commits.done, layer.commits.access]
             self._lost.append((layer, text))
             self._copier.events.record(
                 "lost", snapshot=layer.name, errno=error.errno, reason=os.strerror(error.errno or 0)

@@ -15,6 +15,7 @@ import trio
 from ..engine.copier import Copy
 from ..engine.dirty import EVERYTHING
 from ..engine.engine import Engine
+from ..storage import mapping
 from ..storage.image import FileImage, Image
 from . import requestfilter
 from .pagecache import PageCache
@@ -63,6 +64,9 @@ class FastPath:
         """The state; `suspect`: native code has heard that something was not written back."""
         if suspect:
             self._engine.check_storage()
+        if not self._engine.writeback.is_sound():
+            self._engine.mend()
+            return None
         if len(self._engine.layers) > MOST:
             return None  # before all of them are described, each time
         state = self._engine.published_state()
@@ -99,6 +103,8 @@ class FastPath:
             (done.fd, done.bits.bits) if done is not None else None,
             state.pending,
             self._activity,
+            mapping.counter,
+            state.failures,
         )
 
     def _finish(

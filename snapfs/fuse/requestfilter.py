@@ -69,6 +69,8 @@ Published = tuple[
     tuple[int, object] | None,
     object,
     object,
+    object,
+    int,
 ]
 """The engine's state: descriptor of the image and of what hears that it was not written back (or
 -1), its size, log2 of the cluster size, whether writes may pass, whether a task is in a handler;

@@ -182,7 +182,7 @@ static enum fastpath_verdict read_snapshot(int device, const struct fuse_in_head
     struct piece pieces[MAX_PIECES];
     const struct layer *layer;
     enum fastpath_verdict verdict;
-    int index = 0;
+    int index = 0, count;
 
     while (index < state.layer_count && state.layers[index].inode != in->nodeid)
         index++;
@@ -194,7 +194,10 @@ static enum fastpath_verdict read_snapshot(int device, const struct fuse_in_head
     length = readable(offset, length, layer->size);
     if (length && !all_set(&layer->access, offset >> state.shift, clusters_of(offset + length)))
         return FASTPATH_PYTHONS;
-    verdict = transfer_read(device, in->unique, pieces, find_pieces(pieces, index, offset, length));
+    count = find_pieces(pieces, index, offset, length);
+    if (!published_is_sound())
+        return FASTPATH_PYTHONS;
+    verdict = transfer_read(device, in->unique, pieces, count);
     counters.snapshot_reads += verdict == FASTPATH_ANSWERED;
     return verdict;
 }
@@ -246,6 +249,8 @@ static enum fastpath_verdict answer_write(int device, const struct fuse_in_heade
     for (int i = 0; i < state.dirty_count; i++)
         set_bits(&state.dirty[i], first, stop);
     published_note_write();
+    if (!published_is_sound())
+        return FASTPATH_PYTHONS;
     if (buffer && transfer_may_take(arg->size, arg->offset)) {
         fastpath_collect();
         if (!waiting_has_refused() && transfer_take(device, buffer, size))

@@ -106,25 +106,29 @@ PyObject *published_activity_words(PyObject *module, PyObject *unused)
 bool published_load(PyObject *published)
 {
     PyObject *dirty, *frozen, *copying, *promised, *layers, *done_file;
-    unsigned long long size;
+    unsigned long long size, failures;
     int writable, busy, dirty_durable;
 
     if (!PyTuple_Check(published))
         return refuse("not a tuple");
-    if (!PyArg_ParseTuple(published, "iiKIppOpOOOOOw*w*", &state.image, &state.watch, &size,
+    if (!PyArg_ParseTuple(published, "iiKIppOpOOOOOw*w*y*K", &state.image, &state.watch, &size,
                           &state.shift, &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
-                          &layers, &done_file, &state.pending, &state.activity))
+                          &layers, &done_file, &state.pending, &state.activity, &state.failures,
+                          &failures))
         return false;
     state.loaded = true; /* from here on published_unload() releases the buffers */
     state.receiver = -1;
     state.size = size;
+    state.failures_known = failures;
     state.writable = writable;
     state.busy = busy;
     state.dirty_durable = dirty_durable;
     if (state.image < 0 || size > INT64_MAX || state.shift < 12 || state.shift > 22 ||
         !holds(&state.pending, clusters_of(size)) ||
         state.activity.len < (Py_ssize_t)sizeof(struct activity) ||
-        (uintptr_t)state.activity.buf % _Alignof(struct activity))
+        (uintptr_t)state.activity.buf % _Alignof(struct activity) ||
+        state.failures.len != (Py_ssize_t)sizeof(uint64_t) ||
+        (uintptr_t)state.failures.buf % _Alignof(uint64_t))
         return refuse("the image");
     return load_ranges(&state.frozen, frozen) && load_ranges(&state.copying, copying) &&
            load_ranges(&state.promised, promised) && load_dirty(dirty) && load_layers(layers) &&
@@ -146,9 +150,16 @@ void published_unload(void)
     state.done_file.durable = false;
     PyBuffer_Release(&state.pending);
     PyBuffer_Release(&state.activity);
+    PyBuffer_Release(&state.failures);
     state.frozen.count = state.copying.count = state.promised.count = 0;
     state.layer_count = state.dirty_count = 0;
     state.loaded = false;
+}
+
+bool published_is_sound(void)
+{
+    return __atomic_load_n((const uint64_t *)state.failures.buf, __ATOMIC_SEQ_CST) ==
+           state.failures_known;
 }
 
 /* ---- the record of activity: as Activity.started() and finished() ----------------------- */

@@ -66,6 +66,8 @@ struct state {
     uint64_t size;   /* of the image */
     Py_buffer pending;
     Py_buffer activity;
+    Py_buffer failures;        /* of mapped pages, in the process (mappings.c): one uint64_t */
+    uint64_t failures_known;   /* those that this state takes into account */
     struct ranges frozen, copying; /* snapshot reads of the image, and copies, of Python's */
     struct ranges promised;        /* bits have changed, and are not durable yet: as above */
     struct layer layers[MAX_LAYERS]; /* oldest first */
@@ -83,6 +85,10 @@ INTERNAL bool published_load(PyObject *published);
 
 /* Let go of it.  With the GIL. */
 INTERNAL void published_unload(void);
+
+/* Is every bit that has been read, and set, what it was to be?  To be asked before acting on bits:
+ * a mapped page may have failed meanwhile. */
+INTERNAL bool published_is_sound(void);
 
 /* A write inside the image begins: the record of activity (activity.py) says so. */
 INTERNAL void published_note_write(void);

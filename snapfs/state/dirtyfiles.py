@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -28,7 +28,7 @@ from ..engine.durability import GroupCommit
 from ..errors import StateError
 from ..storage import descriptors
 from ..storage.descriptors import Reserve
-from ..storage.mapping import Mapping, map_file
+from ..storage.mapping import Mapping, failure_of_any, map_file
 from ..storage.watch import Watch
 from . import statefiles
 from .layerfiles import MappedFile
@@ -63,7 +63,11 @@ def distrusted(head: bytes | Mapping) -> str | None:
     return None
 
 
-def _parts(mapping: Mapping, commit: GroupCommit | None, watch: Watch | None = None) -> DirtyParts:
+def _parts(
+    mapping: Mapping,
+    commit: GroupCommit | None,
+    failure: Callable[[], OSError | None] = lambda: None,
+) -> DirtyParts:
     buffer = memoryview(mapping)[HEAD_BYTES:]
     bits = Bitmap(buffer.nbytes * 8, buffer)
 
@@ -72,9 +76,8 @@ def _parts(mapping: Mapping, commit: GroupCommit | None, watch: Watch | None = N
         mapping[_HEAD.size : _HEAD.size + len(text)] = text
         _HEAD.pack_into(mapping, 0, _MAGIC, len(text))
 
-    if watch is None:
-        return DirtyParts(bits, buffer, spoil, commit)
-    return DirtyParts(bits, buffer, spoil, commit, watch.failure)
+    mapped = failure_of_any([mapping])
+    return DirtyParts(bits, buffer, spoil, commit, lambda: mapped() or failure())
 
 
 class DirtyFiles:
@@ -110,7 +113,7 @@ class DirtyFiles:
             if bitmap_id not in self._watches:
                 fd = statefiles.open_file(self._fd, str(bitmap_id), os.O_RDONLY)
                 self._watches[bitmap_id] = Watch(fd)
-            return _parts(mapping, None, self._watches[bitmap_id])
+            return _parts(mapping, None, self._watches[bitmap_id].failure)
         if bitmap_id in self._files:
             file, commit = self._files[bitmap_id]
             file.mapping = mapping
@@ -165,7 +168,9 @@ class DirtyFiles:
         except (StateError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             log.error("bitmap %s cannot be read: %s", record.name, reason)
-            return DirtyBitmap(record.id, record.name, None, f"it cannot be read: {reason}")
+            # The list must have it: the file may be readable next time, without our bits.
+            text = f"it cannot be read: {reason}"
+            return DirtyBitmap(record.id, record.name, None, text, text)
         reason = distrusted(mapping)
         if reason is not None:
             return DirtyBitmap(record.id, record.name, None, reason)

@@ -14,6 +14,7 @@ mapping only when it may be found after a power cut:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import trio
 from attrs import define, field
@@ -22,17 +23,29 @@ from ..engine.bitmap import Bitmap, ClearLater, SetThrough
 from ..engine.durability import Commits, DoneFile, GroupCommit
 from ..engine.layer import LayerParts
 from ..storage.image import Image
-from ..storage.mapping import Mapping
-from .statefiles import open_file
+from ..storage.mapping import Mapping, failure_of_any, unreadable
+from .statefiles import open_file, sync_data
+
+
+def _plainly(call: Callable[..., None], *arguments: object) -> None:
+    call(*arguments)
 
 
 @define(eq=False)
 class MappedFile:
-    """A mapped file that can be synced.  Owns the descriptor, not the mapping."""
+    """A mapped file that can be synced.
+
+    Owns the descriptor, not the mapping.  `fd` -1: it is opened for each sync, by `serve`
+    if there are no descriptors (`Reserve.serve`), as `name` in `directory`; what could not be
+    written back before is told to whoever opens it first, as the mapping keeps the inode in memory.
+    """
 
     fd: int
     mapping: Mapping
     limiter: trio.CapacityLimiter = field(repr=False)
+    directory: int = -1
+    name: str = ""
+    serve: Callable[..., None] = field(default=_plainly, repr=False)
     _syncs: int = field(default=0, init=False)  # under way
     closed: bool = field(default=False, init=False)  # nobody needs it any more
 
@@ -46,13 +59,24 @@ class MappedFile:
             return
         self._syncs += 1
         try:
-            await trio.to_thread.run_sync(os.fdatasync, self.fd, limiter=self.limiter)
+            await trio.to_thread.run_sync(self._sync, limiter=self.limiter)
+            if self.mapping.failed:  # what is there now is in no file
+                raise unreadable()
+        except FileNotFoundError:
+            if not self.closed:  # else it was removed meanwhile
+                raise
         except OSError:
             self.mapping[:] = self.mapping[:]  # task-atomic, as every change of the bits
             raise
         finally:
             self._syncs -= 1
             self._close_unused()
+
+    def _sync(self) -> None:
+        if self.fd >= 0:
+            os.fdatasync(self.fd)
+        else:
+            self.serve(sync_data, self.directory, self.name)
 
     def close(self) -> None:
         """Close the descriptor, when no sync is under way."""
@@ -78,21 +102,24 @@ class LayerFiles:
     @classmethod
     def open(
         cls,
-        directory: int,
+        place: tuple[int, str],
         temp: Image,
         mappings: dict[str, Mapping],
         clusters: int,
         limiter: trio.CapacityLimiter,
+        serve: Callable[..., None] = _plainly,
     ) -> LayerFiles:
-        """`mappings`: of the files done, access and losses in `directory`.  Blocks."""
-        files: dict[str, MappedFile] = {}
-        try:
-            for name, mapping in mappings.items():
-                files[name] = MappedFile(open_file(directory, name), mapping, limiter)
-        except BaseException:
-            for file in files.values():
-                file.close()
-            raise
+        """`mappings`: of the files done, access and losses, by name; blocks.
+
+        `place`: the directory that has that of the layer, whose name it is.  `serve`:
+        `Reserve.serve`.
+        """
+        above, layer = place
+        files = {
+            name: MappedFile(-1, mapping, limiter, above, f"{layer}/{name}", serve)
+            for name, mapping in mappings.items()
+        }
+        files["done"].fd = open_file(above, f"{layer}/done")  # native code syncs it, too
         done = SetThrough(Bitmap(clusters, mappings["done"]))
         access = ClearLater(Bitmap(clusters, mappings["access"]))
         waiting: list[tuple[int, int]] = []  # cleared, but not durable
@@ -112,7 +139,8 @@ class LayerFiles:
             GroupCommit(sync_access),
             DoneFile(files["done"].fd, done.file),
         )
-        parts = LayerParts(access, done, temp, mappings["losses"], commits)
+        failure = failure_of_any(mappings.values())
+        parts = LayerParts(access, done, temp, mappings["losses"], commits, failure)
         return cls(parts, tuple(files.values()))
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -17,18 +18,19 @@ from ..engine.geometry import Geometry
 from ..engine.layer import LOSSES_BYTES, Layer, LayerParts, LayerRecord
 from ..errors import InUse, StateError
 from ..storage import descriptors
+from ..storage.descriptors import Reserve
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_image
-from ..storage.watch import Watch
+from ..storage.mapping import failure_of_any
+from ..storage.watch import failure_of
 from . import statefiles
 from .layerfiles import LayerFiles
 from .tempdirs import TempDirs
 
 MAPPED_FILES = ("done", "losses", "access")
-# For each layer, as long as it is there: its temp image and what watches it, and its mapped
-# files, to watch them; with power to sync them.
-PROCESS_DESCRIPTORS = 2 + len(MAPPED_FILES)
-POWER_DESCRIPTORS = 1 + len(MAPPED_FILES)
+# For each layer, as long as it is there: its temp image and what watches it; with power its temp
+# image, and the file of done bits, which native code syncs.
+DESCRIPTORS = 2
 
 
 def _check_temp(temp: FileImage, size: int) -> None:
@@ -45,8 +47,14 @@ class LayerDirectory:
     `harden`: so must what is loaded, before anything relies on it.
     """
 
-    def __init__(self, fd: int, where: Path, limiter: trio.CapacityLimiter, threads: int) -> None:
-        """`fd`: of the directory; owned from now on.  `threads`: for temp images."""
+    def __init__(
+        self, fd: int, where: Path, limiter: trio.CapacityLimiter, threads: int, spare: Reserve
+    ) -> None:
+        """`fd`: of the directory; owned from now on.  `threads`: for temp images.
+
+        `spare`: descriptors for what must not fail for want of some.
+        """
+        self._spare = spare
         self._fd = fd
         self._where = where
         self._limiter = limiter
@@ -59,13 +67,10 @@ class LayerDirectory:
         self._temps: dict[int, FileImage] = {}  # by layer id
         self._outside: dict[int, str] = {}  # by layer id, directories of temp images elsewhere
         self._placed: dict[int, tuple[LayerRecord, LayerRecord]] = {}  # by layer id; see `placed`
-        # By layer id, of its mapped files.  Not with power: what could not be synced is
-        # made dirty again there, and counts as not done until it is (layerfiles.py).
-        self._watches: dict[int, tuple[Watch, ...]] = {}
 
     @classmethod
     def open(
-        cls, parent: int, where: Path, limiter: trio.CapacityLimiter, threads: int
+        cls, parent: int, where: Path, limiter: trio.CapacityLimiter, threads: int, spare: Reserve
     ) -> LayerDirectory:
         """Open the directory, made if need be.  StateError, OSError."""
         try:
@@ -73,7 +78,7 @@ class LayerDirectory:
         except FileExistsError:
             pass
         fd = statefiles.open_directory("snapshots", parent=parent)
-        return cls(fd, where / "snapshots", limiter, threads)
+        return cls(fd, where / "snapshots", limiter, threads, spare)
 
     # What is there
 
@@ -82,8 +87,7 @@ class LayerDirectory:
 
         Raises LimitReached, which says that `what` needs them.
         """
-        each = POWER_DESCRIPTORS if self.power else PROCESS_DESCRIPTORS
-        descriptors.check(layers * each, what)
+        descriptors.check(layers * DESCRIPTORS, what)
         descriptors.check_mappings((len(self._temps) + layers) * len(MAPPED_FILES), what)
 
     def names(self) -> list[str]:
@@ -167,6 +171,9 @@ class LayerDirectory:
 
     def _sync(self, layer_id: int, fd: int) -> None:
         statefiles.sync_file(*self._temp_of(layer_id, fd))
+        self._sync_mapped(fd)
+
+    def _sync_mapped(self, fd: int) -> None:
         for name in MAPPED_FILES:
             statefiles.sync_file(fd, name)
 
@@ -180,33 +187,27 @@ class LayerDirectory:
         losses = statefiles.map_record(fd, "losses", LOSSES_BYTES, create=create)
         if self.harden or create:  # before anything is freed, or relies on it
             self._sync(layer_id, fd)
-        if not self.power:
-            failure = self._watch(layer_id, fd)
-            return LayerParts(
-                Bitmap(bits, access), Bitmap(bits, done), temp, losses, failure=failure
-            )
         mappings = {"done": done, "access": access, "losses": losses}
-        files = LayerFiles.open(fd, temp, mappings, bits, self._limiter)
+        if not self.power:
+            return LayerParts(
+                Bitmap(bits, access), Bitmap(bits, done), temp, losses,
+                failure=partial(self._failure, layer_id, failure_of_any(mappings.values())),
+            )  # fmt: skip
+        place = self._fd, str(layer_id)
+        files = LayerFiles.open(place, temp, mappings, bits, self._limiter, self._spare.serve)
         self._files[layer_id] = files
         return files.parts
 
-    def _watch(self, layer_id: int, fd: int) -> Callable[[], OSError | None]:
-        """Open what hears of the mapped files in `fd` that cannot be written back."""
-        watches: list[Watch] = []
-        try:
-            for name in MAPPED_FILES:
-                watches.append(Watch(statefiles.open_file(fd, name, os.O_RDONLY)))
-        except BaseException:
-            for watch in watches:
-                watch.close()
-            raise
-        self._watches[layer_id] = tuple(watches)
+    def _failure(self, layer_id: int, mapped: Callable[[], OSError | None]) -> OSError | None:
+        """What of the mapped files failed, if anything: see `LayerParts`.
 
-        def failure() -> OSError | None:
-            failures = [watch.failure() for watch in watches]  # all are asked
-            return next((each for each in failures if each is not None), None)
-
-        return failure
+        Not all of it with power: what could not be synced is made dirty again there, and
+        counts as not done until it is (layerfiles.py).
+        """
+        # All are asked.
+        failures = [mapped()]
+        failures += [failure_of(self._fd, f"{layer_id}/{name}") for name in MAPPED_FILES]
+        return next((each for each in failures if each is not None), None)
 
     def remove_unlisted(
         self, records: Sequence[LayerRecord], temp_dirs: Iterable[str | None]
@@ -275,8 +276,6 @@ class LayerDirectory:
         files = self._files.pop(layer_id, None)
         if files is not None:
             files.close()
-        for watch in self._watches.pop(layer_id, ()):
-            watch.close()
 
     def usage(self, temps: Iterable[Image]) -> tuple[list[int], int]:
         """Bytes that each of these temp images takes, and that are free for more."""
@@ -322,17 +321,12 @@ class LayerDirectory:
     def sync(self, layer_id: int) -> None:
         """Make the files of a layer durable.
 
-        Where nothing was synced so far, through descriptions that hear of what could not be
-        written back since they were opened.
+        OSError also of what could not be written back before, and nobody has heard of.
         """
-        if layer_id in self._watches:
-            self._temps[layer_id].sync()
-            for watch in self._watches[layer_id]:
-                os.fsync(watch.fd)
-            return
+        self._temps[layer_id].sync()
         fd = statefiles.open_directory(str(layer_id), parent=self._fd)
         try:
-            self._sync(layer_id, fd)
+            self._sync_mapped(fd)
         finally:
             os.close(fd)
 
@@ -344,9 +338,5 @@ class LayerDirectory:
         for files in self._files.values():
             files.close()
         self._files.clear()
-        for watches in self._watches.values():
-            for watch in watches:
-                watch.close()
-        self._watches.clear()
         self.temps.close()
         os.close(self._fd)

@@ -233,6 +233,15 @@ def sync_file(parent: int, name: str) -> None:
         os.close(fd)
 
 
+def sync_data(parent: int, name: str) -> None:
+    """The same of a file whose size does not change (fdatasync)."""
+    fd = open_file(parent, name)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_entry(path: Path) -> None:
     """Make it durable that a directory is there: its name in the one above."""
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -33,7 +33,7 @@ from ..engine.dirty import BitmapRecord, DirtyBitmap
 from ..engine.geometry import DEFAULT_CLUSTER_SIZE, Geometry
 from ..engine.layer import Layer, LayerParts, LayerRecord
 from ..errors import InUse, LimitReached, MountError, StateError, UsageError
-from ..storage import descriptors, filesystems
+from ..storage import descriptors, filesystems, mapping
 from ..storage.descriptors import Reserve
 from ..storage.filesystems import check_kind
 from ..storage.image import FileImage, Image
@@ -210,7 +210,7 @@ class Store:
         self._daemon_fd = statefiles.open_file(self._fd, "lock")
         lock_exclusively(self._daemon_fd, statefiles.DAEMON_BYTE)
         self._layers = LayerDirectory.open(
-            self._fd, self.directory, self._state_limiter, self._temp_threads
+            self._fd, self.directory, self._state_limiter, self._temp_threads, self._spare
         )
         self._layers.power = self._power
         self._opened_layers = True
@@ -258,6 +258,7 @@ class Store:
             clean=False,
             durability="power" if self._power else "process",
             layers=self._layers.placed([layer.record() for layer in self.layers]),
+            bitmaps=tuple(bitmap.record() for bitmap in self.dirty),
             session=recovery.new_session(),
             held_by=now,
         )
@@ -414,6 +415,9 @@ class Store:
         Blocks.
         """
         return self._layers.default_reserve()
+
+    def failures(self) -> int:
+        return mapping.failures()
 
     def write_started(self, size: int) -> None:
         self._activity.started()

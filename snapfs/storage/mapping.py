@@ -14,10 +14,20 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable, Iterable
 
 from ..port._mappings import Mapping, counter, failures
 
-__all__ = ["Mapping", "counter", "failures", "map_file", "set_nocow", "shares_blocks"]
+__all__ = [
+    "Mapping",
+    "counter",
+    "failure_of_any",
+    "failures",
+    "map_file",
+    "set_nocow",
+    "shares_blocks",
+    "unreadable",
+]
 
 FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
 FS_IOC_SETFLAGS = 0x40086602
@@ -100,3 +110,23 @@ def _make_sound(fd: int, size: int) -> None:
             os.pwrite(fd, piece, offset)
     if shared:
         os.fdatasync(fd)
+
+
+def unreadable() -> OSError:
+    """What to say of a mapping that has failed."""
+    return OSError(errno.EIO, "a page of its bitmaps cannot be had any more")
+
+
+def failure_of_any(mappings: Iterable[Mapping]) -> Callable[[], OSError | None]:
+    """What tells, once, that one of these mappings has failed."""
+    mappings = tuple(mappings)
+    told = False
+
+    def failure() -> OSError | None:
+        nonlocal told
+        if told or not any(mapping.failed for mapping in mappings):
+            return None
+        told = True
+        return unreadable()
+
+    return failure

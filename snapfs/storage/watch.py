@@ -43,13 +43,34 @@ class Watch:
         None, too, where the call is forbidden (a container's filter may): then only
         a sync tells.
         """
-        number = sync_file_range(self.fd, BEYOND, 1, SYNC_FILE_RANGE_WAIT_BEFORE)
-        if number in (0, errno.ENOSYS, errno.EPERM):
-            return None
-        return OSError(number, os.strerror(number))
+        return _ask(self.fd)
 
     def close(self) -> None:
         """Close the description.  Idempotent."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+
+def failure_of(directory: int, name: str) -> OSError | None:
+    """What of a file that is mapped could not be written back, and nobody has heard of yet.
+
+    By a description that is opened for the question: it hears of what happened before, since
+    the mapping keeps the inode in memory; so no descriptor has to wait for it.  None, too, where
+    it cannot be opened: it is gone, or there are no descriptors; then the next call tells.
+    """
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
+    except OSError:
+        return None
+    try:
+        return _ask(fd)
+    finally:
+        os.close(fd)
+
+
+def _ask(fd: int) -> OSError | None:
+    number = sync_file_range(fd, BEYOND, 1, SYNC_FILE_RANGE_WAIT_BEFORE)
+    if number in (0, errno.ENOSYS, errno.EPERM):
+        return None
+    return OSError(number, os.strerror(number))

@@ -105,6 +105,7 @@ class MemoryStore:
         self.removed: list[int] = []
         self.temps: list[MemoryImage] = []  # all there ever were
         self.under_way = 0  # changes announced by write_started
+        self.failed_pages = 0
         self.most: list[int] = []  # what they announced
         self.faults: list[Fault] = []
         self.stalls: list[Stall] = []
@@ -187,6 +188,9 @@ class MemoryStore:
         finally:
             for temp in temps:
                 temp.in_flight -= 1
+
+    def failures(self) -> int:
+        return self.failed_pages
 
     def write_started(self, size: int) -> None:
         self.under_way += 1

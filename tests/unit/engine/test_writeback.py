@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 
 from snapfs.errors import BitmapUnusable, SnapshotLost, StateError
-from tests.support.fakes import Bench, pattern
+from tests.support.fakes import Bench, MemoryStore, pattern
 from tests.support.images import CLUSTER, MemoryImage, os_error
 from tests.support.naive import check_bitmaps
 
@@ -224,3 +226,88 @@ async def test_what_was_lost_and_is_deleted_is_no_complaint(nursery):
     await bench.engine.delete_snapshot("s")
     await trio.testing.wait_all_tasks_blocked()
     assert [] == await bench.engine.finish()
+
+
+# Mapped pages that cannot be had
+
+
+def lose_page(bench: Bench, what: Any) -> None:
+    """A page of its mapped bits is gone; it is told once."""
+    told = iter([os_error(EIO)])
+    what.failure = lambda: next(told, None)
+    assert isinstance(bench.store, MemoryStore)
+    bench.store.failed_pages += 1
+
+
+async def test_the_image_is_written_only_when_the_list_says_what_is_lost(nursery):
+    bench = Bench.make(nursery, OLD)
+    engine = bench.engine
+    layer = await engine.create_snapshot("a")
+    stall = bench.store.stall("save")
+    lose_page(bench, layer)
+    async with trio.open_nursery() as writing:
+        writing.start_soon(engine.write, 0, b"new")
+        await stall.reached.wait()
+        assert OLD[:3] == bytes(bench.image.data[:3])
+        assert "lost" == layer.state
+        stall.release()
+    assert b"new" == bytes(bench.image.data[:3])
+    assert ["lost"] == [record.state for record in bench.store.records]
+    assert engine.writeback.is_sound()
+
+
+async def test_a_write_fails_while_that_cannot_be_said(nursery):
+    bench = Bench.make(nursery, OLD)
+    engine = bench.engine
+    layer = await engine.create_snapshot("a")
+    fault = bench.store.fail("save")
+    lose_page(bench, layer)
+    with pytest.raises(OSError, match=r"injected|Input/output"):
+        await engine.write(0, b"new")
+    assert OLD[:3] == bytes(bench.image.data[:3])
+    bench.store.faults.remove(fault)
+    await engine.write(0, b"new")
+    assert b"new" == bytes(bench.image.data[:3])
+    assert ["lost"] == [record.state for record in bench.store.records]
+
+
+async def test_a_page_that_fails_between_the_bits_and_the_write_is_noticed(nursery):
+    """As when done was set in it, or dirty bits: nothing is written before that is dealt with."""
+    bench = Bench.make(nursery, OLD)
+    engine = bench.engine
+    layer = await engine.create_snapshot("a")
+    real = engine.tracker.bitmaps.mark
+
+    def mark(first: int, stop: int) -> bool:
+        engine.tracker.bitmaps.mark = real  # type: ignore[method-assign]
+        lose_page(bench, layer)
+        return real(first, stop)
+
+    engine.tracker.bitmaps.mark = mark  # type: ignore[method-assign]
+    await engine.write(0, b"new")
+    assert b"new" == bytes(bench.image.data[:3])
+    assert ["lost"] == [record.state for record in bench.store.records]
+
+
+async def test_a_read_that_met_such_a_page_gives_nothing(nursery):
+    bench = Bench.make(nursery, OLD)
+    engine = bench.engine
+    older = await engine.create_snapshot("a")
+    newer = await engine.create_snapshot("b")
+    await engine.write(0, b"new")
+    lose_page(bench, newer)  # whose done bits the older one looks at
+    with pytest.raises(SnapshotLost):
+        await engine.read_snapshot(older, 0, CLUSTER)
+
+
+async def test_a_bitmap_with_such_a_page_is_inconsistent(nursery):
+    bench = Bench.make(nursery, OLD)
+    engine = bench.engine
+    bitmap = await engine.tracker.add("b")
+    told = iter([os_error(EIO)])
+    bitmap.parts = evolve(bitmap.parts, failure=lambda: next(told, None))
+    bench.store.failed_pages += 1
+    await engine.write(0, b"new")
+    with pytest.raises(BitmapUnusable):
+        bitmap.usable(1)
+    assert bench.store.bitmap_records[0].reason is not None

@@ -58,7 +58,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("durability", "each"), [("process", 5), ("power", 4)])
+@pytest.mark.parametrize(("durability", "each"), [("process", 2), ("power", 2)])
 async def test_what_a_snapshot_takes(image, durability, each):
     files = await Store.open(
         str(image), cluster_size=CLUSTER, durability=durability, limiter=LIMITER
@@ -78,7 +78,7 @@ async def test_a_snapshot_too_many_changes_nothing_and_another_can_be_deleted(im
     files = await opened(image)
     async with trio.open_nursery() as nursery:
         engine = engine_of(files, nursery)
-        allow(monkeypatch, 2 * layerstore.PROCESS_DESCRIPTORS)
+        allow(monkeypatch, 2 * layerstore.DESCRIPTORS)
         await engine.create_snapshot("a")
         await engine.create_snapshot("b")
         before = contents(state_of(image))
