@@ -158,7 +158,7 @@ class SnapshotFS(pyfuse3.Operations):
             raise errors.ReadOnly("snapshots are read-only")
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             raise errors.NotPermitted("owner and mode of a snapshot follow the image")
-        elif not self._handles.has_created(inode, ctx.pid):
+        elif not (_are_of_kernel(fields) or self._handles.has_created(inode, ctx.pid)):
             raise errors.NotPermitted("the time of a snapshot is that of its creation")
         return self._attributes(inode)
 
@@ -406,6 +406,15 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         raise errors.NotSupported("extended attributes cannot be removed")
+
+
+def _are_of_kernel(fields: pyfuse3.SetattrFields) -> bool:
+    """Are these times that the kernel keeps itself and stores in its own time?
+
+    With writeback_cache it does, and a punch changes them: fuse_flush_times() in
+    fs/fuse/dir.c.  Refused they would be an error of whoever closes the file.
+    """
+    return bool(fields.update_ctime and not fields.update_atime)
 
 
 def _is_mount(thread: int) -> bool:

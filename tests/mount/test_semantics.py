@@ -10,7 +10,12 @@ import subprocess
 
 import pytest
 
-from snapfs.storage.linux import FALLOC_FL_ZERO_RANGE, fallocate
+from snapfs.storage.linux import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    fallocate,
+)
 from tests.support.calls import errno_of, punch
 from tests.support.mounted import K64, MIB, PATIENCE, SNAPFS, run
 from tests.support.patterns import OVERWRITES, patterned
@@ -71,6 +76,20 @@ def test_discard_frees_and_forbids(mount):
     disk.write(4096, b"x" * K64)  # nothing is copied any more
     assert 0 == disk.temp_bytes("s")
     assert b"\xd5" * K64 == disk.read("snapshots/s", MIB, K64)
+
+
+def test_a_discard_is_no_error_of_close_where_the_kernel_keeps_the_times(mount):
+    disk = mount(bytes(patterned()), "writeback_cache")
+    snapshot = disk.create("s")
+    created = snapshot.stat().st_mtime_ns
+    writer = os.open(snapshot, os.O_RDWR)
+    fallocate(writer, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, MIB)
+    os.fsync(writer)
+    os.close(writer)  # it stores the times then, which the punch has changed
+    assert errno.EPERM == errno_of(os.utime, snapshot)
+    disk.stop()
+    disk.start()
+    assert created == snapshot.stat().st_mtime_ns
 
 
 def test_a_mapping_of_a_discarded_range_faults(mount):
