@@ -10,6 +10,8 @@ import errno
 import logging
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import mountinfo
@@ -53,20 +55,28 @@ def unmount(mount: Mount, *, lazy: bool = False) -> None:
     Raises OSError: EBUSY if it is in use, or if something else is mounted over it, ENOENT if
     it is gone.
     """
-    now = _uncovered(mount)
-    if os.geteuid():
-        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", now.mountpoint]
-        done = subprocess.run(command, capture_output=True, errors="replace", check=False)
-        if done.returncode:
-            busy = "busy" in done.stderr.lower()
-            raise OSError(errno.EBUSY if busy else errno.EPERM, done.stderr.strip())
-        return
-    try:
-        _if_idle(now)
-    except OSError as error:
-        if not lazy or error.errno != errno.EBUSY:
-            raise
-        umount2(_uncovered(mount).mountpoint, MNT_DETACH | UMOUNT_NOFOLLOW)
+    with _reached(mount) as (now, path):
+        if os.geteuid():
+            _by_fusermount(now, lazy=lazy)
+            return
+        try:
+            _if_idle(now, path)
+            return
+        except OSError as error:
+            if not lazy or error.errno != errno.EBUSY:
+                raise
+    with _reached(mount) as (_, path):
+        umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW)
+
+
+def _by_fusermount(mount: Mount, *, lazy: bool) -> None:
+    if mount.user != os.getuid():  # it would say that there is no such mount
+        raise OSError(errno.EPERM, f"it belongs to user {mount.user}", mount.mountpoint)
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mount.mountpoint]
+    done = subprocess.run(command, capture_output=True, errors="replace", check=False)
+    if done.returncode:
+        busy = "busy" in done.stderr.lower()
+        raise OSError(errno.EBUSY if busy else errno.EPERM, done.stderr.strip())
 
 
 def _uncovered(mount: Mount) -> Mount:
@@ -76,12 +86,30 @@ def _uncovered(mount: Mount) -> Mount:
     over = mountinfo.cover(now)
     if over is not None:
         raise OSError(errno.EBUSY, f"{over.source} is mounted over it", now.mountpoint)
-    if mountinfo.look(now.mountpoint, follow=False).mount_id != now.id:
-        raise OSError(errno.EBUSY, "another file system is mounted over its path", now.mountpoint)
     return now
 
 
-def _if_idle(mount: Mount) -> None:
+@contextmanager
+def _reached(mount: Mount) -> Iterator[tuple[Mount, str]]:
+    """A mount as it is now, and a path that leads to it while the block lasts.
+
+    It goes through a descriptor of the directory that the mountpoint is in: whoever owns one
+    above could put a symbolic link there, to a mount of somebody else, after we have looked.
+    Raises OSError as `unmount`.
+    """
+    now = _uncovered(mount)
+    directory, name = os.path.split(now.mountpoint)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        path = f"/proc/self/fd/{fd}/{name}" if name else directory
+        if mountinfo.look(path, follow=False).mount_id != now.id:
+            raise OSError(errno.EBUSY, "another file system is mounted over its path", directory)
+        yield now, path
+    finally:
+        os.close(fd)
+
+
+def _if_idle(mount: Mount, path: str) -> None:
     """Unmount what nobody uses; not what was mounted over it since we looked.
 
     umount2(2) takes what is topmost, by a descriptor's link in /proc, too, and a descriptor would
@@ -91,7 +119,7 @@ def _if_idle(mount: Mount) -> None:
     """
     for _ in range(ATTEMPTS):
         try:
-            umount2(mount.mountpoint, MNT_EXPIRE | UMOUNT_NOFOLLOW)
+            umount2(path, MNT_EXPIRE | UMOUNT_NOFOLLOW)
             return
         except OSError as error:
             if error.errno != errno.EAGAIN:
@@ -124,12 +152,12 @@ def abort(mount: Mount) -> None:
     except OSError:
         pass  # fusectl is not mounted, or the user may not
     try:
-        now = _uncovered(mount)
-        fd = os.open(now.mountpoint, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            umount2(now.mountpoint, MNT_FORCE | UMOUNT_NOFOLLOW)
-        finally:
-            os.close(fd)
+        with _reached(mount) as (_, path):
+            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                umount2(path, MNT_FORCE | UMOUNT_NOFOLLOW)
+            finally:
+                os.close(fd)
     except OSError as error:
         if error.errno != errno.EBUSY:  # which it always is, by our descriptor
             log.info("cannot abort the requests that are left: %s", error.strerror)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.client import mountinfo
+from snapfs.client import mountinfo, unmounting
 from tests.support.mounted import MIB, SNAPFS, Mounted, mounts_below, run
 
 pytestmark = [
@@ -95,6 +95,35 @@ def test_a_directory_above_is_renamed(mount, tmp_path):
     terminate(disk.pid)
     assert [] == mounts_below(tmp_path)
     assert is_clean(disk)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_directory_above_is_replaced_in_the_middle(mount, tmp_path, monkeypatch, lazy):
+    """By its owner, who would have a mount of somebody else unmounted by root."""
+    theirs, others = tmp_path / "theirs", tmp_path / "others"
+    disk = mount(MIB, start=False)
+    disk.mountpoint = theirs / "mnt"
+    for where in (theirs, others):
+        (where / "mnt").mkdir(parents=True)
+    disk.start()
+    found = mountinfo.find_snapfs(str(disk.mountpoint))
+    umount2 = unmounting.umount2
+
+    def replaced(path: str, flags: int = 0) -> None:
+        theirs.rename(tmp_path / "moved")
+        theirs.symlink_to(others)
+        try:
+            umount2(path, flags)
+        finally:
+            theirs.unlink()
+            (tmp_path / "moved").rename(theirs)
+
+    with mounted("-t", "tmpfs", "other", others / "mnt"):
+        monkeypatch.setattr(unmounting, "umount2", replaced)
+        process = os.pidfd_open(disk.pid)
+        unmounting.unmount(found, lazy=lazy)
+        assert [str(others / "mnt")] == mounts_below(tmp_path)
+    wait_end(process)
 
 
 # Who else has the file system
