@@ -6,7 +6,8 @@ found without a look at the mount, which may be another user's, or not answer.  
 taken such a name, so who listens there must be the user who mounted, or root; and as a daemon that
 is stopped may have it from a former mount with that number, the newest of several counts.  It is
 not found from another network namespace: then an extended attribute of the mount tells the state
-directory.
+directory.  That can be anybody's word, so who listens there must be the user who mounted: else
+an ordinary user's file system could have root talk to the daemon of another mount.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import select
 import signal
 import socket
 import struct
+import time
+from contextlib import suppress
 from typing import Any
 
 from .. import errors
@@ -139,7 +142,9 @@ class Client:
         self.mount = mountpoint
         self._socket = _connect_directly(self.mount) or self._connect_by_state()
         self.pid = _peer(self._socket)[0]
-        self._answers = self._socket.makefile("rb", BUFFER)
+        self._received = b""  # beyond the answer that was read last
+        self._patience: float | None = None  # seconds for an answer
+        self._deadline: float | None = None  # of the present one, by time.monotonic()
 
     def _connect_by_state(self) -> socket.socket:
         state = self._state_directory()
@@ -160,6 +165,13 @@ class Client:
             raise errors.NotMounted(
                 f"the daemon of {self.mount.mountpoint} does not answer: {error.strerror}"
             ) from None
+        user = _peer(made)[1]
+        if user != self.mount.user:
+            made.close()
+            raise errors.NotMounted(
+                f"who answers for {self.mount.mountpoint} is of user {user}, "
+                f"not of {self.mount.user}, who has mounted it"
+            )
         return made
 
     def _state_directory(self) -> bytes:
@@ -187,41 +199,42 @@ class Client:
 
     def close(self) -> None:
         """End the connection."""
-        self._answers.close()
         self._socket.close()
 
     def answers(self, seconds: float) -> bool:
         """Does the daemon answer in that time?  If not, the connection is of no use any more."""
-        self._socket.settimeout(seconds)
+        self.be_patient(seconds)
         try:
             self.call("events", after=1 << 62)
             return True
         except errors.NotMounted:
             return False
         finally:
-            self._socket.settimeout(None)
+            self.be_patient(None)
 
     def call(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return its result; raises RemoteError, or NotMounted if cut off."""
         request = {"version": VERSION, "command": command, **arguments}
+        self._begin()
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
-            pass  # it hung up, and may have said why before
+            self._limit_time()
+            with suppress(BrokenPipeError):  # it has said why, and does not listen
+                self._socket.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
-            raise errors.NotMounted(f"the daemon does not answer: {error.strerror}") from None
+            raise _no_answer(error) from None
         return self.receive()
 
     def be_patient(self, seconds: float | None) -> None:
         """Wait so long for each answer from now on; then it counts as cut off."""
-        self._socket.settimeout(seconds)
+        self._patience = seconds
 
     def receive(self) -> dict[str, Any]:
         """The next answer to a request that is answered twice; as `call`."""
+        self._begin()
         try:
-            line = self._answers.readline()
+            line = self._read_line()
         except OSError as error:
-            raise errors.NotMounted(f"the daemon does not answer: {error.strerror}") from None
+            raise _no_answer(error) from None
         if not line:
             raise errors.NotMounted("the daemon went away without an answer")
         answer = json.loads(line)
@@ -229,3 +242,34 @@ class Client:
             raise RemoteError(answer["error"]["message"], answer["error"]["exit_code"])
         result: dict[str, Any] = answer["result"]
         return result
+
+    def _read_line(self) -> bytes:
+        """A line, empty at the end."""
+        parts = [self._received]
+        while b"\n" not in parts[-1]:
+            self._limit_time()
+            part = self._socket.recv(BUFFER)
+            if not part:
+                return b""
+            parts.append(part)
+        last, _, self._received = parts[-1].partition(b"\n")
+        return b"".join([*parts[:-1], last])
+
+    def _begin(self) -> None:
+        """The time that an answer may take begins."""
+        self._deadline = None
+        if self._patience is not None:
+            self._deadline = time.monotonic() + self._patience
+
+    def _limit_time(self) -> None:
+        """Of the next system call; one that drips bytes takes no longer than one that is silent."""
+        left = None
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+        self._socket.settimeout(left)
+
+
+def _no_answer(error: OSError) -> errors.NotMounted:
+    return errors.NotMounted(f"the daemon does not answer: {error.strerror or 'it took too long'}")
