@@ -29,6 +29,7 @@ import trio
 
 from .. import errors
 from ..client.wire import FAREWELL, MAX_LINE, VERSION
+from ..state import statefiles
 from ..storage import descriptors
 from ..storage.descriptors import Reserve
 from .farewell import Farewell
@@ -102,9 +103,14 @@ class ControlServer:
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until cancelled; the socket is there when the task has started."""
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            await _bind(listener, self._path)
-            listener.listen(MAX_CLIENTS)
+            directory, name = os.path.split(self._path)
+            fd = statefiles.open_directory(directory)
             try:
+                # Not by its path: the directory, whose name may be given to another, is ours.
+                os.fchmod(listener.fileno(), 0o600)  # and so is the file's mode
+                # A path may also be longer than a socket's name.
+                await listener.bind(f"/proc/self/fd/{fd}/{name}")
+                listener.listen(MAX_CLIENTS)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._listen, listener, nursery)
                     if self._also:
@@ -112,7 +118,8 @@ class ControlServer:
                     task_status.started()
             finally:
                 self._spare.close()
-                _unlink(self._path)
+                statefiles.remove(fd, name)
+                os.close(fd)
 
     async def _serve_also(
         self, nursery: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -225,21 +232,3 @@ async def _bind_first(listener: trio.socket.SocketType, addresses: Sequence[str]
         except OSError:
             continue
     return False
-
-
-async def _bind(listener: trio.socket.SocketType, path: str) -> None:
-    """Bind through the directory's descriptor: a path may be longer than a socket's name."""
-    directory, name = os.path.split(path)
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        await listener.bind(f"/proc/self/fd/{fd}/{name}")
-    finally:
-        os.close(fd)
-    os.chmod(path, 0o600)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

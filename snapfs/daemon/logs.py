@@ -14,7 +14,9 @@ import os
 import queue
 import sys
 import threading
+from io import TextIOWrapper
 
+LOG_NAME = "daemon.log"
 LOG_BYTES = 1 << 20  # of daemon.log before it is rotated, once
 MOST_WAITING = 1000  # lines
 LAST_SECONDS = 2.0  # that the end waits for the last lines
@@ -71,6 +73,39 @@ class LaterHandler(logging.handlers.QueueHandler):
         self.drain()
 
 
+class StateLog(logging.handlers.RotatingFileHandler):
+    """The file in a state directory that is ours; else nothing is logged.
+
+    Until it has been looked at, the directory may be anybody's, who would have us write
+    to a file of his choice by a link.
+    """
+
+    def __init__(self, state: str) -> None:
+        self._state = state
+        super().__init__(os.path.join(state, LOG_NAME), "a", LOG_BYTES, 1, delay=True)
+
+    def _open(self) -> TextIOWrapper:
+        from ..state import statefiles  # noqa: PLC0415 - after the fork, see starting.py
+
+        directory = statefiles.open_directory(self._state)
+        try:
+            fd = statefiles.open_file(directory, LOG_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        finally:
+            os.close(directory)
+        return os.fdopen(fd, "a", errors="backslashreplace")
+
+    def rotate(self, source: str, dest: str) -> None:
+        """Give the file its other name."""
+        from ..state import statefiles  # noqa: PLC0415
+
+        directory = statefiles.open_directory(self._state)
+        try:
+            names = os.path.basename(source), os.path.basename(dest)
+            os.rename(*names, src_dir_fd=directory, dst_dir_fd=directory)
+        finally:
+            os.close(directory)
+
+
 def start_logging(level: str, state: str | None = None) -> LaterHandler:
     """Log to stderr, or for a daemon in the background with that state directory to syslog.
 
@@ -86,8 +121,7 @@ def start_logging(level: str, state: str | None = None) -> LaterHandler:
         handler = logging.handlers.SysLogHandler("/dev/log", facility)
         form = f"snapfs[{os.getpid()}]: %(message)s"
     else:
-        path = os.path.join(state, "daemon.log")
-        handler = logging.handlers.RotatingFileHandler(path, "a", LOG_BYTES, 1, delay=True)
+        handler = StateLog(state)
         form = "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))
     later = LaterHandler(handler)

@@ -151,3 +151,17 @@ def test_the_socket_looks_at_who_calls(open_to_all):
         assert not done.stdout.strip() or not json.loads(done.stdout)["ok"], done
     assert ["s"] == os.listdir(disk.snapshots)
     disk.state.chmod(0o700)
+
+
+@pytest.mark.skipif("os.path.exists('/dev/log')", reason="the log is a file where there is none")
+def test_what_another_user_has_put_beside_the_image_is_not_followed(mount, tmp_path):
+    disk = mount(K64, start=False)
+    victim = tmp_path / "victim"
+    victim.touch()
+    disk.state.mkdir()
+    (disk.state / "daemon.log").symlink_to(victim)
+    os.chown(disk.state, NOBODY, NOBODY)
+    done = disk.snapfs("mount", disk.image, disk.mountpoint, check=False)
+    assert done.returncode
+    assert f"belongs to user {NOBODY}" in done.stderr
+    assert "" == victim.read_text()

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from snapfs import errors
 from snapfs.daemon import commands as commands_module
 from snapfs.daemon import control
 from snapfs.daemon.commands import Commands
@@ -252,3 +253,31 @@ async def test_without_a_name_nothing_is_created_unless_that_is_meant(tmp_path):
         [answer] = await converse(path, [b'{"version": 1, "command": "create"}'])
         assert not answer["ok"]
         assert not bench.engine.layers
+
+
+async def test_the_directory_of_the_socket_is_given_to_another_one_name(tmp_path):
+    state, moved = tmp_path / "state", tmp_path / "moved"
+    state.mkdir(mode=0o700)
+    async with trio.open_nursery() as nursery:
+        server = ControlServer(str(state / "control.sock"), {}, frozenset(), Farewell())
+        await nursery.start(server.serve)
+        assert 0o600 == (state / "control.sock").stat().st_mode & 0o777
+        state.rename(moved)
+        state.mkdir()
+        (state / "control.sock").touch()
+        nursery.cancel_scope.cancel()
+    assert ["control.sock"] == os.listdir(state)
+    assert [] == os.listdir(moved)
+
+
+async def test_no_socket_is_made_in_a_directory_of_others(tmp_path):
+    (tmp_path / "theirs").mkdir(mode=0o777)
+    (tmp_path / "theirs").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    for name in ("theirs", "link"):
+        server = ControlServer(str(tmp_path / name / "control.sock"), {}, frozenset(), Farewell())
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(errors.StateError):
+                await nursery.start(server.serve)
+            nursery.cancel_scope.cancel()
+    assert [] == os.listdir(tmp_path / "theirs")

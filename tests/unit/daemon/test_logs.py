@@ -71,3 +71,32 @@ signal.signal(signal.SIGALRM, signal.SIG_IGN)
 def test_a_signal_that_comes_in_the_midst_of_a_line_can_log():
     """As the one that ends a daemon whose storage does not answer."""
     subprocess.run([sys.executable, "-c", INTERRUPTED], check=True, timeout=400)
+
+
+def test_a_link_that_somebody_else_has_put_there_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    state, victim = tmp_path / "state", tmp_path / "victim"
+    state.mkdir(mode=0o700)
+    victim.touch()
+    (state / logs.LOG_NAME).symlink_to(victim)
+    logs.StateLog(str(state)).handle(record("through a link"))
+    (state / logs.LOG_NAME).unlink()
+    os.link(victim, state / logs.LOG_NAME)
+    logs.StateLog(str(state)).handle(record("by another name"))
+    (state / logs.LOG_NAME).unlink()
+    state.chmod(0o777)
+    logs.StateLog(str(state)).handle(record("where others may put one later"))
+    assert "" == victim.read_text()
+    assert [] == os.listdir(state)
+
+
+def test_a_log_that_has_become_long_is_kept_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "LOG_BYTES", 100)
+    tmp_path.chmod(0o700)
+    handler = logs.StateLog(str(tmp_path))
+    for number in range(9):
+        handler.handle(record(f"{number} {'x' * 40}"))
+    handler.close()
+    assert ["daemon.log", "daemon.log.1"] == sorted(os.listdir(tmp_path))
+    kept = (tmp_path / "daemon.log.1").read_text() + (tmp_path / "daemon.log").read_text()
+    assert ["6", "7", "8"] == kept.split()[::2]
