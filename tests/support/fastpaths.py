@@ -187,7 +187,10 @@ class Rig:
                 await wait(fd)
 
         monkeypatch.setattr("trio.lowlevel.wait_readable", never)
-        yield released.set
+        try:
+            yield released.set
+        finally:
+            released.set()  # of a test that fails somebody may wait, shielded
 
     async def _write(self, unique: int, handle: int, offset: int, data: bytes) -> None:
         error = 0

@@ -9,7 +9,6 @@ import threading
 
 import pytest
 import trio
-from attrs import evolve
 
 from snapfs.engine.reqlist import entered
 from snapfs.fuse import requestfilter
@@ -165,27 +164,31 @@ async def test_copies_that_take_long_become_the_engines(image):
 
 @pytest.mark.parametrize("durability", ["process", "power"])
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
-async def test_a_copy_that_hangs_meets_the_timeout(image, policy, monkeypatch, durability):
-    """Its end is kept from Python, as if the temp image did not answer."""
-    ended = requestfilter.ended_copies
-    async with Rig.make(image, durability=durability, cbw_timeout=0.05, on_cbw_error=policy) as rig:
+async def test_a_copy_that_hangs_meets_the_timeout(
+    image, policy, monkeypatch, durability, mock_clock
+):
+    """Its end is kept from Python, as if the temp image did not answer; time stands still."""
+    async with Rig.make(image, durability=durability, cbw_timeout=60, on_cbw_error=policy) as rig:
         layer = await rig.engine.create_snapshot("s")
-        monkeypatch.setattr(requestfilter, "ended_copies", list)
         with Rig.readable_never(monkeypatch) as let_go:
-            assert [2] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW), patient=False)
-            while not rig.handed:
-                await trio.testing.wait_all_tasks_blocked()
-                await trio.sleep(0.001)
-            lost = policy == "break-snapshot"
-            assert [(8, CLUSTER, 0 if lost else errno.ETIMEDOUT)] == rig.handed
-            assert [(1, 2)] == rig.engine.copier.ranges
-            # others are served: what needs no copy here, what does by Python
-            assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
-            assert rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, NEW)) is None
-            rig.engine.copier._settings = evolve(rig.engine.settings, cbw_timeout=0)
-            await rig.engine.write(5 * CLUSTER, NEW)
-            monkeypatch.setattr(requestfilter, "ended_copies", ended)
+            with monkeypatch.context() as patch:
+                patch.setattr(requestfilter, "ended_copies", list)
+                assert [2] == rig.drain(write_request(ACTIVE_HANDLE, CLUSTER, NEW), patient=False)
+                (copy,) = rig.engine.copier._copies
+                while not copy._ended.statistics().tasks_waiting:
+                    await trio.lowlevel.checkpoint()
+                mock_clock.jump(61)  # but for this
+                while not rig.handed:
+                    await trio.lowlevel.checkpoint()
+                lost = policy == "break-snapshot"
+                assert [(8, CLUSTER, 0 if lost else errno.ETIMEDOUT)] == rig.handed
+                assert [(1, 2)] == rig.engine.copier.ranges
+                # others are served: what needs no copy here, what does by Python
+                assert (0, OLD[:9]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 9))
+                assert rig.send(write_request(ACTIVE_HANDLE, 5 * CLUSTER, NEW)) is None
+                await rig.engine.write(5 * CLUSTER, NEW)
             let_go()
+            mock_clock.rate = 1
             await until_quiet(rig, 1)
         assert (1 if lost else 0) == layer.lost
         assert (not lost) == layer.done.get(1)
