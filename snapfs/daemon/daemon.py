@@ -34,6 +34,7 @@ from ..fuse.outsider import Outsider
 from ..state.activity import SYNC_SECONDS, WATCH_SECONDS
 from ..state.store import CONTROL_SOCKET, Store
 from ..storage.descriptors import raise_limit
+from ..storage.offload import in_thread, keep_thread
 from . import signals
 from .commands import Commands
 from .control import ControlServer, failure
@@ -167,7 +168,7 @@ class Daemon:
 
     async def _run(self) -> None:
         options = self._config.options
-        await trio.to_thread.run_sync(check, self._config)
+        await in_thread(check, self._config)
         store = await Store.open(
             self._config.image,
             state_dir=options.state,
@@ -184,8 +185,8 @@ class Daemon:
         in_order = False
         try:
             for path in store.temp_directories:  # an earlier mount may have chosen them
-                await trio.to_thread.run_sync(check_temp_dir, path, self._config.where.path)
-            settings = await trio.to_thread.run_sync(self._settings, store)
+                await in_thread(check_temp_dir, path, self._config.where.path)
+            settings = await in_thread(self._settings, store)
             async with trio.open_nursery() as nursery:
                 engine = Engine(
                     store.image,
@@ -297,6 +298,7 @@ class Daemon:
                 also=free_addresses(session.mount),
             )
             async with trio.open_nursery() as serving:
+                await serving.start(keep_thread)
                 await serving.start(_watch_witness, store)
                 serving.start_soon(_watch_storage, engine)
                 serving.start_soon(_beat_durably, store)
@@ -339,14 +341,14 @@ class Daemon:
             async for number_ in received:
                 log.info("%s: unmounting %s", signal.Signals(number_).name, mount.mountpoint)
                 _end_soon(self._farewell)
-                others = await trio.to_thread.run_sync(_named, holders.others, mount)
+                others = await in_thread(_named, holders.others, mount)
                 try:
                     await self._outsider.call("unmount")
                     if not others:
                         return  # the session ends by itself
                 except OSError as error:
                     log.warning("cannot unmount %s: %s", mount.mountpoint, error.strerror)
-                    others = await trio.to_thread.run_sync(_named, holders.users, mount) + others
+                    others = await in_thread(_named, holders.users, mount) + others
                 names = ", ".join(others) or "an unknown process"
                 log.warning("%s is in use by %s", mount.mountpoint, names)
                 if engine.barrier is not None and not engine.read_only:

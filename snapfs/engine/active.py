@@ -26,6 +26,7 @@ import trio
 
 from ..errors import ImageTooLarge, InvalidRange, ReadOnly
 from ..storage.image import Buffer, Image
+from ..storage.offload import in_thread
 from .copier import Copier, Counters, Settings
 from .dirty import DirtyBitmap, DirtyBitmaps
 from .geometry import Geometry
@@ -355,7 +356,7 @@ class ActiveImage:
             raise ReadOnly("the mount is read-only")
         self._store.write_started(self.size)
         try:
-            await trio.to_thread.run_sync(change)
+            await in_thread(change)
         finally:
             self._store.write_finished()
 

@@ -14,13 +14,13 @@ import errno
 import os
 import stat
 
-import trio
 from bitarray import bitarray
 
 from .. import errors
 from ..engine.dirty import DirtyBitmap, merged
 from ..engine.engine import Engine
 from ..engine.geometry import Geometry
+from ..storage.offload import in_thread
 
 DIRECTORY = 5  # inode of bitmaps/
 FIRST = 1 << 40  # inode of the bitmap with id 0, far beyond those of snapshots
@@ -70,7 +70,7 @@ class BitmapTree:
             bits = self.find(inode).usable(geometry.clusters).slice(0, geometry.clusters)
         except errors.BitmapUnusable:
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
-        return await trio.to_thread.run_sync(_format, bits, geometry)
+        return await in_thread(_format, bits, geometry)
 
     @staticmethod
     def seek(content: bytes, offset: int, whence: int) -> int:

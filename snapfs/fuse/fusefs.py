@@ -25,6 +25,7 @@ import trio
 from .. import errors
 from ..engine.engine import Engine
 from ..storage.image import Buffer
+from ..storage.offload import in_thread
 from . import bitmapfs, requestfilter
 from .errnos import Errnos
 from .fastpath import FIRST_SNAPSHOT, FastPath
@@ -189,7 +190,7 @@ class SnapshotFS(pyfuse3.Operations):
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        found = await trio.to_thread.run_sync(os.fstatvfs, self._image_fd)
+        found = await in_thread(os.fstatvfs, self._image_fd)
         data = pyfuse3.StatvfsData()
         data.f_bsize = found.f_bsize
         data.f_frsize = found.f_frsize

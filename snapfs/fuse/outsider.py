@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ from attrs import define, field
 from ..client import mountinfo
 from ..client.unmounting import unmount
 from ..storage.linux import close_all_but, write_back
+from ..storage.offload import RETRY_SECONDS
 from .mounting import Mountpoint
 
 MAX_LINE = 65536
@@ -145,11 +147,19 @@ def _live(connection: socket.socket, mountpoint: Mountpoint) -> NoReturn:
             for line in lines:
                 request = json.loads(line)
                 # A thread each: one call may wait for what another one is about.
-                threading.Thread(
-                    target=_answer, args=(connection, calls, request), daemon=True
-                ).start()
+                _start(_answer, connection, calls, request)
     finally:
         os._exit(0)
+
+
+def _start(call: Callable[..., None], *arguments: object) -> None:
+    """Call it in a thread, as soon as the system has one."""
+    while True:
+        try:
+            threading.Thread(target=call, args=arguments, daemon=True).start()
+            return
+        except RuntimeError:
+            time.sleep(RETRY_SECONDS)
 
 
 def _answer(connection: socket.socket, calls: _Calls, request: dict[str, Any]) -> None:
@@ -195,7 +205,7 @@ class _Calls:
             write_back(fd, int(offset))
         except BaseException:
             # Elsewhere: what we are asked for may hold the lock that close(2) takes.
-            threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+            _start(os.close, fd)
             raise
         return fd
 

@@ -22,6 +22,7 @@ from attrs import frozen
 
 from ..client.mountinfo import Mount
 from ..storage.linux import kernel_version
+from ..storage.offload import in_thread
 from . import requestfilter
 from .outsider import Outsider
 
@@ -123,7 +124,7 @@ class PageCache:
 
     async def drop(self, inode: int, offset: int, length: int) -> None:
         """Forget cached pages that touch the range; mappings of them fault again."""
-        await trio.to_thread.run_sync(
+        await in_thread(
             requestfilter.invalidate_range, inode, offset, length, limiter=self._limiter
         )
 

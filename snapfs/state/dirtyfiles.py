@@ -29,6 +29,7 @@ from ..errors import StateError
 from ..storage import descriptors
 from ..storage.descriptors import Reserve
 from ..storage.mapping import Mapping, failure_of_any, map_file
+from ..storage.offload import in_thread
 from ..storage.watch import Watch
 from . import statefiles
 from .layerfiles import MappedFile
@@ -183,7 +184,7 @@ class DirtyFiles:
     # What the tracker calls
 
     async def make(self, bitmap_id: int, clusters: int) -> DirtyParts:
-        return await trio.to_thread.run_sync(self._make, bitmap_id, clusters, limiter=self._limiter)
+        return await in_thread(self._make, bitmap_id, clusters, limiter=self._limiter)
 
     def _make(self, bitmap_id: int, clusters: int) -> DirtyParts:
         descriptors.check(1, "one more bitmap")
@@ -206,7 +207,7 @@ class DirtyFiles:
         return parts
 
     async def grow(self, bitmap_id: int, clusters: int) -> DirtyParts:
-        return await trio.to_thread.run_sync(
+        return await in_thread(
             self._spare.serve, self._grow, bitmap_id, clusters, limiter=self._limiter
         )
 
@@ -233,14 +234,12 @@ class DirtyFiles:
         watch = self._watches.pop(bitmap_id, None)
         if watch is not None:
             watch.close()
-        await trio.to_thread.run_sync(
-            statefiles.remove, self._fd, str(bitmap_id), limiter=self._limiter
-        )
+        await in_thread(statefiles.remove, self._fd, str(bitmap_id), limiter=self._limiter)
 
     # The end
 
     async def sync(self, bitmap_id: int) -> None:
-        await trio.to_thread.run_sync(self.sync_file, bitmap_id, limiter=self._limiter)
+        await in_thread(self.sync_file, bitmap_id, limiter=self._limiter)
 
     def sync_file(self, bitmap_id: int) -> None:
         """`sync`, for one who may block."""

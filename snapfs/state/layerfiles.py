@@ -24,6 +24,7 @@ from ..engine.durability import Commits, DoneFile, GroupCommit
 from ..engine.layer import LayerParts
 from ..storage.image import Image
 from ..storage.mapping import Mapping, failure_of_any, unreadable
+from ..storage.offload import in_thread
 from .statefiles import open_file, sync_data
 
 
@@ -59,7 +60,7 @@ class MappedFile:
             return
         self._syncs += 1
         try:
-            await trio.to_thread.run_sync(self._sync, limiter=self.limiter)
+            await in_thread(self._sync, limiter=self.limiter)
             if self.mapping.failed:  # what is there now is in no file
                 raise unreadable()
         except FileNotFoundError:

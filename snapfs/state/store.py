@@ -38,6 +38,7 @@ from ..storage.descriptors import Reserve
 from ..storage.filesystems import check_kind
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_exclusively, open_image
+from ..storage.offload import in_thread
 from . import recovery, statefiles, tempdirs
 from .activity import Activity
 from .dirtyfiles import DirtyFiles
@@ -146,7 +147,7 @@ class Store:
         Raises UsageError,
         InUse, MountError, StateError and OSError; then nothing is held or left behind.
         """
-        return await trio.to_thread.run_sync(
+        return await in_thread(
             cls._open, image_path, state_dir, cluster_size, read_only, durability, temp_dir,
             any_fs, limiter, limiter=limiter,
         )  # fmt: skip
@@ -336,7 +337,7 @@ class Store:
         if self._list_bytes > MAX_BYTES - LIST_KEPT:
             raise LimitReached(f"the list of snapshots has {self._list_bytes} bytes: delete some")
         try:
-            return await trio.to_thread.run_sync(
+            return await in_thread(
                 self._layers.create, layer_id, geometry, limiter=self._layer_limiter
             )
         except LimitReached as refused:
@@ -355,7 +356,7 @@ class Store:
         bitmaps: Sequence[BitmapRecord] = (),
     ) -> None:
         self._manifest = self._manifest.with_lists(self._layers.placed(records), tuple(bitmaps))
-        await trio.to_thread.run_sync(self._write_manifest, limiter=self._state_limiter)
+        await in_thread(self._write_manifest, limiter=self._state_limiter)
 
     def _write_manifest(self, reserve: int = statefiles.RESERVE_BYTES) -> None:
         data = self._manifest.dumps(self._lines)
@@ -370,12 +371,10 @@ class Store:
         statefiles.keep_reserve(self._fd, max(reserve, 2 * len(data)))
 
     async def sync(self, layer_id: int) -> None:
-        await trio.to_thread.run_sync(
-            self._spare.serve, self._layers.sync, layer_id, limiter=self._sync_limiter
-        )
+        await in_thread(self._spare.serve, self._layers.sync, layer_id, limiter=self._sync_limiter)
 
     async def take_errors(self) -> None:
-        await trio.to_thread.run_sync(self._take_errors, limiter=self._state_limiter)
+        await in_thread(self._take_errors, limiter=self._state_limiter)
 
     def _take_errors(self) -> None:
         devices = set()
@@ -387,12 +386,12 @@ class Store:
 
     async def remove(self, layer_id: int) -> None:
         self._layers.forget(layer_id)
-        await trio.to_thread.run_sync(
+        await in_thread(
             self._spare.serve, self._layers.remove, layer_id, limiter=self._layer_limiter
         )
 
     async def usage(self, temps: Sequence[Image]) -> tuple[list[int], int]:
-        return await trio.to_thread.run_sync(self._layers.usage, temps, limiter=self._usage_limiter)
+        return await in_thread(self._layers.usage, temps, limiter=self._usage_limiter)
 
     @property
     def temp_directory(self) -> str:
@@ -438,7 +437,7 @@ class Store:
         if self._read_only or (self._witness is not None and self._witness.lives()):
             return
         try:
-            await trio.to_thread.run_sync(self._appoint_witness, limiter=self._state_limiter)
+            await in_thread(self._appoint_witness, limiter=self._state_limiter)
             self._witness_failed = False
         except OSError as error:
             if not self._witness_failed:
@@ -459,9 +458,7 @@ class Store:
         if self._power:
             self._activity.beat()
             try:
-                await trio.to_thread.run_sync(
-                    os.fdatasync, self._activity_fd, limiter=self._state_limiter
-                )
+                await in_thread(os.fdatasync, self._activity_fd, limiter=self._state_limiter)
             except OSError as error:
                 log.error("cannot record a sign of life: %s", error.strerror)
 
@@ -486,13 +483,11 @@ class Store:
         clean, but let go of all the same.
         """
         failure = None if synced else await self._sync_all(layers, bitmaps)
-        await trio.to_thread.run_sync(
+        await in_thread(
             self._close, list(layers), list(bitmaps), clean, failure, limiter=self._state_limiter
         )
         if unused and self._made:
-            await trio.to_thread.run_sync(
-                statefiles.remove_tree, self.directory, limiter=self._state_limiter
-            )
+            await in_thread(statefiles.remove_tree, self.directory, limiter=self._state_limiter)
 
     async def _sync_all(
         self, layers: Sequence[Layer], bitmaps: Sequence[DirtyBitmap]

@@ -22,7 +22,7 @@ import trio
 
 from ..port._clustercopy import copy_clusters
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
-from .offload import Offloader
+from .offload import Offloader, in_thread
 from .watch import Watch
 
 Buffer = bytes | bytearray | memoryview
@@ -217,7 +217,7 @@ class FileImage:
     async def _offload(
         self, call: Callable[[*_Arguments], _Result], *arguments: *_Arguments
     ) -> _Result:
-        return await trio.to_thread.run_sync(call, *arguments, limiter=self._limiter)
+        return await in_thread(call, *arguments, limiter=self._limiter)
 
     def pread_nowait(self, offset: int, length: int) -> Buffer | None:
         buffer = bytearray(length)

@@ -1,5 +1,9 @@
 """Blocking calls in worker threads, several in one trip when they queue up.
 
+No thread can be started when a limit is reached, of a user's processes or of a cgroup's.  That
+is no failure of the call: it waits for one of the threads that there are, of which `keep_thread`
+keeps one, while trio's end when they have had nothing to do for a while.
+
 A trip from the event loop to a thread and back costs about 100 us, more than
 a write to the page cache.  Calls that arrive while all trips of an
 `Offloader` are under way wait and then travel together, in order.
@@ -7,6 +11,7 @@ a write to the page cache.  Calls that arrive while all trips of an
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar, TypeVarTuple
@@ -15,11 +20,44 @@ import outcome
 import trio
 from attrs import define, field
 
+log = logging.getLogger(__name__)
+
 _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
 
 BATCH = 16  # calls in one trip at most: what one slow call can hold up
 TRIPS = 2  # at once; more would only make the batches smaller
+RETRY_SECONDS = 0.05  # where no thread could be started
+NO_THREAD = "can't start new thread"  # CPython's
+KEEP_SECONDS = 5.0  # less than an idle thread of trio lives
+
+
+async def in_thread(
+    call: Callable[[*_Arguments], _Result],
+    *arguments: *_Arguments,
+    limiter: trio.CapacityLimiter | None = None,
+) -> _Result:
+    """`trio.to_thread.run_sync`, which waits while no thread can be started."""
+    warned = False
+    while True:
+        try:
+            return await trio.to_thread.run_sync(call, *arguments, limiter=limiter)
+        except RuntimeError as error:
+            if str(error) != NO_THREAD:
+                raise
+        if not warned:
+            log.warning("no thread can be started; what blocks waits")
+            warned = True
+        await trio.sleep(RETRY_SECONDS)
+
+
+async def keep_thread(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Have a thread for `in_thread`, whatever becomes of the limits."""
+    await in_thread(bool)
+    task_status.started()
+    while True:
+        await trio.sleep(KEEP_SECONDS)
+        await in_thread(bool)
 
 
 @define(eq=False)
@@ -77,6 +115,10 @@ class Offloader:
                     await job.turn.wait()
                     if job.result is None:
                         job.turn = trio.Event()
+        except Exception:  # without a thread: its caller is told, so it must not be done later
+            if job in self._queue:
+                self._queue.remove(job)
+            raise
         except trio.Cancelled:
             if job in self._queue:
                 self._queue.remove(job)
@@ -100,7 +142,7 @@ class Offloader:
         batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
         self._trips += 1
         try:
-            await trio.to_thread.run_sync(_run_batch, batch, self._ending, limiter=self._limiter)
+            await in_thread(_run_batch, batch, self._ending, limiter=self._limiter)
         finally:
             self._trips -= 1
             # Cancelled before the thread began: back to where they were.

@@ -17,7 +17,24 @@ import trio
 
 from snapfs.state.layerstore import DESCRIPTORS
 from tests.support.mounted import K64, MIB, PATIENCE, SNAPFS, Mounted, run
+from tests.support.patched import Patched
 from tests.support.stores import make_many
+
+# No thread can be started while there is the file IMAGE.exhausted, and idle ones end at once.
+NO_THREADS = """
+import threading
+from trio._core import _thread_cache
+from snapfs.daemon import daemon
+daemon.SYNC_SECONDS = 0.02
+_thread_cache.IDLE_TIMEOUT = 0.01
+start = threading.Thread.start
+def refused(thread):
+    if os.path.exists(arguments[0] + ".exhausted"):
+        reached()
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = refused
+"""
 
 OLD, NEW = b"o" * K64, b"n" * K64
 
@@ -178,3 +195,24 @@ def test_a_mount_with_more_snapshots_than_it_can_have_is_refused(
     assert before == (disk.state / "manifest.json").read_bytes()
     disk.start()
     assert 120 == len(os.listdir(disk.snapshots))
+
+
+def test_what_blocks_waits_for_a_thread(mount):
+    """A limit of processes, a cgroup's for one, is reached by whoever else is in it."""
+    disk = mount(OLD, "durability=power", start=False)
+    daemon = Patched(disk, NO_THREADS)
+    exhausted = Path(f"{disk.image}.exhausted")
+    exhausted.touch()
+    daemon.wait_reached()  # the sign of life
+    synced = subprocess.Popen(
+        ["dd", f"of={disk.active}", "conv=notrunc,fsync"], stdin=subprocess.PIPE
+    )
+    synced.stdin.write(NEW)
+    exhausted.unlink()
+    daemon.go()
+    synced.communicate()
+    assert 0 == synced.returncode
+    assert disk.json("status")["mount"]["healthy"]
+    disk.snapfs("umount", disk.mountpoint)
+    assert 0 == daemon.finish()[0]
+    assert NEW == disk.image.read_bytes()

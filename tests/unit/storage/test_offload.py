@@ -5,14 +5,72 @@ from functools import partial
 
 import pytest
 import trio
+from trio._core import _thread_cache
 from trio.testing import wait_all_tasks_blocked
 
-from snapfs.storage.offload import BATCH, TRIPS, Offloader
+from snapfs.storage import offload
+from snapfs.storage.offload import BATCH, TRIPS, Offloader, in_thread, keep_thread
 
 
 @pytest.fixture
 def offloader() -> Offloader:
     return Offloader(trio.CapacityLimiter(4))
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """Let no thread be started, the next so many times."""
+    start, left = threading.Thread.start, [0]
+
+    def refused(thread: threading.Thread) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def refuse(times: int) -> None:
+        left[0] = times
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(offload, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(_thread_cache.THREAD_CACHE, "_idle_workers", {})
+    return refuse
+
+
+async def test_a_call_waits_for_a_thread_that_cannot_be_started(offloader, refuse):
+    refuse(3)
+    assert 7 == await in_thread(int, "7")
+    calls: list[int] = []
+    _thread_cache.THREAD_CACHE._idle_workers.clear()
+    refuse(2 * TRIPS)
+    async with trio.open_nursery() as nursery:
+        for number in range(100):
+            nursery.start_soon(offloader.run, calls.append, number)
+    assert list(range(100)) == sorted(calls)
+
+
+async def test_one_thread_is_kept_for_when_there_are_no_others(refuse):
+    async with trio.open_nursery() as nursery:
+        await nursery.start(keep_thread)
+        refuse(1 << 60)
+        for number in range(20):
+            assert number == await in_thread(int, str(number))
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_has_failed_for_its_caller_is_not_done_later(offloader, monkeypatch):
+    """A write that its caller has repeated would overwrite what was written since."""
+    done: list[str] = []
+
+    async def fail(*_arguments, **_keywords):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload, "in_thread", fail)
+        with pytest.raises(MemoryError):
+            await offloader.run(done.append, "refused")
+    await offloader.run(done.append, "later")
+    assert ["later"] == done
 
 
 async def test_results_and_errors_come_back_to_whom_they_belong(offloader):
