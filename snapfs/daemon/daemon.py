@@ -33,14 +33,13 @@ from ..fuse.mounting import Mountpoint
 from ..fuse.outsider import Outsider
 from ..state.activity import SYNC_SECONDS, WATCH_SECONDS
 from ..state.store import CONTROL_SOCKET, Store
-from ..storage.descriptors import raise_limit
 from ..storage.offload import in_thread, keep_thread
 from . import signals
 from .commands import Commands
 from .control import ControlServer, failure
 from .farewell import Farewell
 from .options import MountOptions
-from .process import set_io_flusher, spare_from_oom
+from .process import largest_file, raise_limits, set_io_flusher, spare_from_oom
 from .sdnotify import notify
 
 log = logging.getLogger(__name__)
@@ -95,6 +94,7 @@ def check(config: Config) -> None:
         raise errors.UsageError(f"the mountpoint {where} is under the state directory {state}")
     for path, what in ((config.image, "image"), (os.path.dirname(state), "state directory")):
         _check_backing(path, what, where)
+    _check_size(config)
     if config.options.temp_dir is not None:
         check_temp_dir(os.path.realpath(config.options.temp_dir), where)
     if not os.path.exists("/dev/fuse"):
@@ -122,6 +122,20 @@ def check_temp_dir(path: str, where: str) -> None:
     if os.path.commonpath((path, where)) == where:
         raise errors.UsageError(f"the temp-dir {path} is under the mountpoint {where}")
     _check_backing(path, "temp-dir", where)
+
+
+def _check_size(config: Config) -> None:
+    """Whoever writes to `active`, or makes a snapshot, would be refused, not whoever mounts."""
+    limit = largest_file()
+    try:
+        size = os.stat(config.image).st_size
+    except OSError:
+        return  # whoever opens it is told
+    if limit is not None and size > limit and not config.options.read_only:
+        raise errors.MountError(
+            f"the image has {size} bytes, and files may have {limit} at most here: raise the limit "
+            "(ulimit -f, LimitFSIZE= of a systemd service), or mount it with -o ro"
+        )
 
 
 def _check_backing(path: str, what: str, where: str) -> None:
@@ -431,7 +445,7 @@ def serve(config: Config, ready: Callable[[], None], outsider: Outsider | None =
     """
     requestfilter.load()
     os.umask(0o077)
-    raise_limit()
+    raise_limits()
     set_io_flusher()
     spare_from_oom()
     sys.setswitchinterval(0.0005)  # an I/O thread must not wait 5 ms for the GIL

@@ -30,15 +30,6 @@ _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
 
 
-def raise_limit() -> None:
-    """Let this process have as many descriptors as it may."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        pass  # above fs.nr_open, which was lowered since: it stays as it is
-
-
 def limit() -> int:
     """How many descriptors this process may have now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

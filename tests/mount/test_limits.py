@@ -216,3 +216,20 @@ def test_what_blocks_waits_for_a_thread(mount):
     disk.snapfs("umount", disk.mountpoint)
     assert 0 == daemon.finish()[0]
     assert NEW == disk.image.read_bytes()
+
+
+def test_the_size_of_files_that_a_shell_may_make_is_not_that_of_the_image(mount):
+    disk = mount(MIB, start=False)
+    soft = 'ulimit -S -f 64; exec "$@"'  # KiB
+    run("bash", "-c", soft, "bash", *SNAPFS, "mount", disk.image, disk.mountpoint)
+    disk.create("s")
+    disk.write(MIB - K64, NEW)
+    disk.stop()
+    hard = 'ulimit -f 64; exec "$@"'
+    done = run(
+        "bash", "-c", hard, "bash", *SNAPFS, "mount", disk.image, disk.mountpoint, check=False
+    )
+    assert 1 == done.returncode
+    assert "files may have 65536 at most here: raise the limit" in done.stderr
+    disk.start()
+    assert NEW == disk.read("active", MIB - K64, K64)

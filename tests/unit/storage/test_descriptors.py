@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import subprocess
-import sys
 
 import pytest
 
@@ -78,13 +75,3 @@ def test_the_count_is_right_on_older_kernels_too(monkeypatch):
 def test_errors_say_what_helps():
     assert "LimitNOFILE=" in descriptors.explain(OSError(errno.EMFILE, "x"))
     assert "fs.file-max" in descriptors.explain(OSError(errno.ENFILE, "x"))
-
-
-def test_the_limit_is_raised_as_far_as_it_may_be():
-    code = (
-        "import resource as r\nfrom snapfs.storage import descriptors\n"
-        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]\nr.setrlimit(r.RLIMIT_NOFILE, (256, hard))\n"
-        "assert descriptors.limit() == 256\ndescriptors.raise_limit()\nprint(descriptors.limit())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == int(done.stdout)
