@@ -24,7 +24,7 @@ from typing import TypeVarTuple
 
 import trio
 
-from ..errors import ImageTooLarge, InvalidRange, ReadOnly
+from ..errors import ImageTooLarge, InvalidRange, ReadOnly, StateError
 from ..storage.image import Buffer, Image
 from ..storage.offload import in_thread
 from .copier import Copier, Counters, Settings
@@ -112,6 +112,7 @@ class ActiveImage:
             lambda: self._geometry,
             self._take_id,
             self.flush,
+            self._check_image,
             read_only,
         )
         self.space = TempSpace(
@@ -349,6 +350,12 @@ class ActiveImage:
         To be called before anything is read, and regularly.
         """
         self.writeback.check()
+
+    def _check_image(self) -> None:
+        """Raise StateError if the image is not what was written to it."""
+        self.writeback.check_image()
+        if self.unhealthy is not None:
+            raise StateError(self.unhealthy)
 
     async def alter(self, change: Callable[[], None]) -> None:
         """Run a blocking change of the image's owner, mode or times; no data changes."""

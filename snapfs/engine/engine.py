@@ -122,7 +122,7 @@ class Engine(ActiveImage):
                         layer = await self._successor(layer)
                     await self._make_durable(layer)
                     await self._keeper.save()
-                    self.writeback.check_image()
+                    self._check_image()
                     if layer.state == "lost":
                         raise StateError(layer.reason or "the snapshot is lost")
             except BaseException:
@@ -131,12 +131,6 @@ class Engine(ActiveImage):
                 raise
             layer.visible = True
             return layer
-
-    def _check_image(self) -> None:
-        """Raise StateError if the image is not what was written to it."""
-        self.writeback.check_image()
-        if self.unhealthy is not None:
-            raise StateError(self.unhealthy)
 
     def _begin(self, layer: Layer, bits: bitarray | None, selection: Selection) -> None:
         """The instant; the gate is closed.  `bits`: the clusters to give access to, None: all."""

@@ -60,6 +60,7 @@ class Tracker:
         geometry: Callable[[], Geometry],
         next_id: Callable[[], int],
         flush: Callable[[], Awaitable[None]],
+        check_image: Callable[[], None],
         read_only: bool,
     ) -> None:
         self.bitmaps = bitmaps
@@ -70,6 +71,7 @@ class Tracker:
         self._geometry = geometry
         self._next_id = next_id
         self._flush = flush
+        self._check_image = check_image
         self._read_only = read_only
         self._growing = trio.Lock()
 
@@ -122,14 +124,15 @@ class Tracker:
     async def add(self, name: str) -> DirtyBitmap:
         """A new bitmap, which records from now on.
 
-        Raises InvalidName, BitmapExists, ReadOnly, OSError; then nothing is left.
+        Raises InvalidName, BitmapExists, ReadOnly, StateError (the image is not what was
+        written to it), OSError; then nothing is left.
         """
         return await self._command(Selection(next=name))
 
     async def clear(self, name: str) -> DirtyBitmap:
         """Empty a bitmap, which makes an inconsistent one consistent.
 
-        Raises BitmapNotFound, ReadOnly, OSError; then nothing has changed.
+        Raises BitmapNotFound, ReadOnly, StateError, OSError; then nothing has changed.
         """
         self.bitmaps.find(name)
         return await self._command(Selection(bitmap=name, clear=True))
@@ -138,6 +141,9 @@ class Tracker:
         async with self._transitions, self.switching(selection) as switch:
             async with self._gate.closed():
                 await self.begin(switch)
+            # What fails from now on is noticed; what has may not be in the image any more, though
+            # it is still there to be read.
+            self._check_image()
             assert switch.fresh is not None
             if switch.fresh.parts is not None and switch.fresh.parts.commit:
                 await self._flush()  # a power cut must not change what it begins with

@@ -246,6 +246,8 @@ class Store:
         recovery.ask_for_errors(
             known, now, (image_fd, self._fd, *self._layers.temps.opened().values()), self._activity
         )
+        if not known.clean:
+            self.image.drop_clean()  # something of it may not have been stored
         self._recover(known, stamp, now)
         self._activity_fd = statefiles.open_file(self._fd, "activity")
         self._activity.prepare()

@@ -262,6 +262,13 @@ class FileImage:
             # A hole that ends with the file leaves its last block allocated.
             _punch(self.fd, start, (end if stop == self.size() else stop) - start)
 
+    def drop_clean(self) -> None:
+        """Let the page cache forget what it takes for stored.  Blocks.
+
+        After a write-back that failed that is more than the file has.
+        """
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def data_bytes(self, offset: int, length: int) -> int:
         """How much of the range is data, not holes.  Blocks."""
         extents = _data_inside(self.fd, [(offset, offset + length)], sys.maxsize)[0]

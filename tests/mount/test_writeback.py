@@ -327,6 +327,31 @@ def test_a_snapshot_of_a_write_that_is_gone_is_lost(on, storage, end):
     assert disk.json("status", check=False)["bitmaps"][0]["inconsistent"]
 
 
+@pytest.mark.parametrize("durability", ["process", "power"])
+@pytest.mark.parametrize("end", ["kill", "unmount"])
+def test_the_next_mount_sees_what_is_stored(on, storage, end, durability):
+    """What could not be is in the page cache all the same, for as long as its pages are."""
+    disk = on("image", f"durability={durability}")
+    disk.snapfs("bitmap", "add", disk.mountpoint, "before")
+    storage.break_down("disk.img")
+    disk.write(0, b"1" * MIB)
+    write_back(storage.where)
+    storage.break_down()
+    assert b"1" == disk.read("active", 0, 1)
+    for words in (("create",), ("bitmap", "add"), ("bitmap", "clear")):
+        name = "before" if words[-1] == "clear" else "later"
+        done = disk.snapfs(*words, disk.mountpoint, name, check=False)
+        assert (1, True) == (done.returncode, "written back" in done.stderr)
+    disk.kill() if end == "kill" else umount(disk)
+    disk.start()
+    disk.create("s")
+    disk.snapfs("bitmap", "add", disk.mountpoint, "later")
+    now = disk.active.read_bytes()
+    drop(storage.where)
+    is_right(disk, "s", now)
+    assert now == OLD
+
+
 def test_what_fsync_alone_tells_of_the_image(on, storage):
     """Such as a journal that was aborted: no page says anything."""
     disk = on("image")
