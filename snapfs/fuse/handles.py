@@ -11,14 +11,17 @@ the old ones.  So who comes later does as those who are there.
 
 from __future__ import annotations
 
-import itertools
 import os
+from collections import Counter, defaultdict
 
 from attrs import define
 
 from ..engine.layer import Layer
 from . import requestfilter
 from .pagecache import PageCache
+
+# Files that native code knows at a time, by the number modulo this (HANDLES in fastpath.c).
+SLOTS = 4096
 
 
 @define(eq=False)
@@ -43,12 +46,18 @@ class Handle:
 
 
 class Handles:
-    """All open files of one mount.  Task-atomic."""
+    """All open files of one mount.  Task-atomic.
+
+    Anybody may have very many open: no method looks at all of them.
+    """
 
     def __init__(self, page_cache: PageCache) -> None:
         self._page_cache = page_cache
-        self._numbers = itertools.count(1)
+        self._last = 0  # number that was given
+        self._slots: Counter[int] = Counter()  # handles in each that is taken
         self._handles: dict[int, Handle] = {}
+        self._of: defaultdict[int, dict[int, Handle]] = defaultdict(dict)  # by inode, not our own
+        self._dirtying: Counter[int] = Counter()  # by inode: what `may_be_dirty` asks for
         self._bypassed = False  # nobody has used the page cache of `active` since
 
     def __getitem__(self, number: int) -> Handle:
@@ -57,13 +66,11 @@ class Handles:
     def add_active(self, inode: int, thread: int, flags: int) -> Handle:
         """`active` is opened by that thread, with these flags of open(2)."""
         own = self._page_cache.is_own(thread)
-        others = [
-            handle for handle in self._handles.values() if handle.inode == inode and not handle.own
-        ]
+        other = next(iter(self._of.get(inode, {}).values()), None)
         if own:
             direct = True  # it neither reads nor writes
-        elif others:
-            direct = others[0].direct
+        elif other is not None:
+            direct = other.direct
         else:
             direct = bool(flags & os.O_DIRECT)
         keep_cache = direct or not self._bypassed
@@ -72,7 +79,7 @@ class Handles:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         synchronous = bool(flags & os.O_DSYNC)  # O_SYNC includes it
         handle = Handle(
-            next(self._numbers), inode, None, own, direct, keep_cache, writable, synchronous
+            self._next_number(), inode, None, own, direct, keep_cache, writable, synchronous
         )
         return self._add(handle)
 
@@ -81,23 +88,44 @@ class Handles:
     ) -> Handle:
         """A snapshot is opened; `creator`: by the thread that has just made it."""
         own = self._page_cache.is_own(thread)
-        handle = Handle(next(self._numbers), inode, layer, own, False, True, creator=creator)
+        handle = Handle(self._next_number(), inode, layer, own, False, True, creator=creator)
         return self._add(handle)
 
     def add_bitmap(self, inode: int, content: bytes) -> Handle:
         """A bitmap is opened, whose size nobody knows before it is read."""
-        handle = Handle(next(self._numbers), inode, None, False, True, False, content=content)
+        handle = Handle(self._next_number(), inode, None, False, True, False, content=content)
         return self._add(handle)
+
+    def _next_number(self) -> int:
+        """One whose slot is free, as long as there is one."""
+        self._last += 1
+        if len(self._slots) < SLOTS:
+            while self._last % SLOTS in self._slots:
+                self._last += 1
+        return self._last
 
     def _add(self, handle: Handle) -> Handle:
         self._handles[handle.number] = handle
+        self._slots[handle.number % SLOTS] += 1
+        if not handle.own:
+            self._of[handle.inode][handle.number] = handle
+        self._dirtying[handle.inode] += _may_dirty(handle)
         requestfilter.handle_opened(handle.number, handle.inode)
         return handle
 
     def remove(self, number: int) -> Handle:
         """A file has been closed by all who had it."""
         requestfilter.handle_closed(number)
-        return self._handles.pop(number)
+        handle = self._handles.pop(number)
+        slot, inode = number % SLOTS, handle.inode
+        self._slots[slot] -= 1
+        if not self._slots[slot]:
+            del self._slots[slot]
+        self._dirtying[inode] -= _may_dirty(handle)
+        self._of[inode].pop(number, None)
+        if not self._of[inode]:
+            del self._of[inode], self._dirtying[inode]
+        return handle
 
     def may_be_dirty(self, inode: int) -> bool:
         """May the page cache have data of the file that has not been written to us?
@@ -105,13 +133,12 @@ class Handles:
         Through a shared mapping or the writeback cache, then; the kernel writes
         it back before the last close of such a file, and of such a mapping.
         """
-        return any(
-            handle.inode == inode and handle.writable and not handle.direct
-            for handle in self._handles.values()
-        )
+        return self._dirtying[inode] > 0
 
     def has_created(self, inode: int, thread: int) -> bool:
         """Has the thread made this snapshot through a handle that is still open, as touch does?"""
-        return any(
-            handle.inode == inode and handle.creator == thread for handle in self._handles.values()
-        )
+        return any(handle.creator == thread for handle in self._of.get(inode, {}).values())
+
+
+def _may_dirty(handle: Handle) -> bool:
+    return handle.writable and not handle.direct

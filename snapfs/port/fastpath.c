@@ -32,7 +32,8 @@
 
 enum {
     ACTIVE_INODE = 2,
-    /* Open files that are known at a time; of two in the same slot the later one wins. */
+    /* Open files that are known at a time (handles.py has the number, too); of two in the same
+     * slot the earlier one stays: a guest's disk is open for months, and others come and go. */
     HANDLES = 4096,
     /* Runs of one source that a READ may need: one for each of the smallest clusters. */
     MAX_PIECES = FASTPATH_MAX_READ / 4096 + 1,
@@ -381,8 +382,10 @@ PyObject *fastpath_handle_opened(PyObject *module, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "KK:handle_opened", &number, &inode))
         return NULL;
-    handles[number % HANDLES].number = number;
-    handles[number % HANDLES].inode = inode;
+    if (!handles[number % HANDLES].number) {
+        handles[number % HANDLES].number = number;
+        handles[number % HANDLES].inode = inode;
+    }
     Py_RETURN_NONE;
 }
 

@@ -8,6 +8,7 @@ import pytest
 
 from snapfs.fuse import requestfilter
 from snapfs.fuse.fastpath import FIRST_SNAPSHOT
+from snapfs.fuse.handles import SLOTS
 from tests.support.fastpaths import (
     ACTIVE,
     ACTIVE_HANDLE,
@@ -83,12 +84,17 @@ async def test_known_flags_of_a_write_change_nothing(image, flags):
         assert written(CLUSTER) == rig.send(write_request(ACTIVE_HANDLE, 0, NEW, flags=flags))
 
 
-async def test_a_handle_that_was_closed_and_another_in_its_slot(image):
+async def test_of_two_handles_in_one_slot_the_earlier_one_stays(image):
+    later = ACTIVE_HANDLE + SLOTS
     async with Rig.make(image) as rig:
-        requestfilter.handle_opened(ACTIVE_HANDLE + 4096, ACTIVE)
-        assert rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1)) is None
-        requestfilter.handle_closed(ACTIVE_HANDLE)  # does not know it any more
-        assert (0, OLD[:1]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE + 4096, 0, 1))
+        requestfilter.handle_opened(later, ACTIVE)
+        assert rig.send(read_request(ACTIVE, later, 0, 1)) is None
+        requestfilter.handle_closed(later)  # does not know it
+        assert (0, OLD[:1]) == rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, 1))
+        requestfilter.handle_closed(ACTIVE_HANDLE)
+        requestfilter.handle_opened(later, ACTIVE)
+        assert (0, OLD[:1]) == rig.send(read_request(ACTIVE, later, 0, 1))
+        requestfilter.handle_closed(later)
 
 
 async def test_more_layers_or_ranges_than_there_is_room_for(image, monkeypatch):

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from snapfs.fuse import requestfilter
-from snapfs.fuse.handles import Handle, Handles
+from snapfs.fuse.handles import SLOTS, Handle, Handles
 from snapfs.fuse.pagecache import PageCache
 
 ACTIVE = 2
@@ -63,3 +63,31 @@ def test_the_daemons_own_handle_decides_nothing(handles):
     own = handles.add_active(ACTIVE, OWN, os.O_RDONLY)
     assert (True, True) == (own.own, own.direct)
     assert not opened(handles, direct=False).direct
+
+
+def test_who_has_a_file_open_for_long_keeps_its_slot(handles):
+    disk = opened(handles, direct=True)
+    for _ in range(2 * SLOTS):  # a day of backups, or somebody who means harm
+        other = opened(handles, direct=False)
+        assert disk.number % SLOTS != other.number % SLOTS
+        handles.remove(other.number)
+    many = [opened(handles, direct=False).number for _ in range(SLOTS + 9)]
+    assert SLOTS == len({number % SLOTS for number in (disk.number, *many)})
+    for number in many:
+        handles.remove(number)
+    again = [opened(handles, direct=False).number for _ in range(SLOTS - 1)]
+    assert SLOTS == len({number % SLOTS for number in (disk.number, *again)})
+
+
+def test_data_may_be_dirty_while_somebody_can_write_through_the_page_cache(handles):
+    reader = handles.add_active(ACTIVE, SOMEBODY, os.O_RDONLY)
+    assert not handles.may_be_dirty(ACTIVE)
+    writers = [opened(handles, direct=False) for _ in range(2)]
+    for writer in writers:
+        assert handles.may_be_dirty(ACTIVE)
+        handles.remove(writer.number)
+    assert not handles.may_be_dirty(ACTIVE)
+    handles.remove(reader.number)
+    assert not handles.may_be_dirty(ACTIVE)
+    opened(handles, direct=True)
+    assert not handles.may_be_dirty(ACTIVE)
