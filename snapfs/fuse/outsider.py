@@ -114,6 +114,11 @@ class Outsider:
             raise OSError(question.answer["errno"], os.strerror(question.answer["errno"]))
         return int(question.answer["value"])
 
+    @property
+    def lives(self) -> bool:
+        """Can it make calls?  False before `run`, and when it is gone."""
+        return self._stream is not None
+
     def fileno(self) -> int:
         """The descriptor that leads to the child."""
         return self._socket.fileno()

@@ -81,6 +81,8 @@ class PageCache:
 
     def is_own(self, process: int) -> bool:
         """Was this request made for us?  `process`: pid of the request, a thread's."""
+        if not self._outsider.lives:  # its number may be another's by now
+            return False
         try:
             return os.path.exists(f"/proc/{self._outsider.pid}/task/{process}")
         except OSError:

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -13,6 +14,7 @@ import trio
 from snapfs.client import mountinfo
 from snapfs.fuse.mounting import Mountpoint
 from snapfs.fuse.outsider import Outsider
+from snapfs.fuse.pagecache import PageCache
 
 
 @pytest.fixture
@@ -53,6 +55,18 @@ async def test_a_call_that_is_about_to_be_sent_when_the_process_ends_fails(outsi
             await trio.testing.wait_all_tasks_blocked()
             os.kill(outsider.pid, signal.SIGKILL)
             await ended.wait()
+
+
+async def test_the_number_of_one_that_is_gone_is_not_ours(outsider, nursery):
+    """Its fsync(2) is answered without one of ours, so who gets the number must not pass for it."""
+    cache = PageCache(outsider)
+    await nursery.start(outsider.run)
+    assert cache.is_own(outsider.pid)
+    os.kill(outsider.pid, signal.SIGKILL)  # the number stays until the fixture waits for it
+    while outsider.lives:
+        await trio.lowlevel.checkpoint()
+    assert Path(f"/proc/{outsider.pid}/task/{outsider.pid}").exists()
+    assert not cache.is_own(outsider.pid)
 
 
 async def test_before_it_runs_there_is_nobody_to_ask(outsider):
