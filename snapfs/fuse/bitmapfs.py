@@ -14,6 +14,7 @@ import errno
 import os
 import stat
 
+import trio
 from bitarray import bitarray
 
 from .. import errors
@@ -24,6 +25,11 @@ from ..storage.offload import in_thread
 
 DIRECTORY = 5  # inode of bitmaps/
 FIRST = 1 << 40  # inode of the bitmap with id 0, far beyond those of snapshots
+
+
+# Bytes of texts that may be open before nobody but the owner may open more: each is in memory,
+# and that of a large image may have hundreds of MiB.
+MOST_TEXT = 256 << 20
 
 
 def is_bitmap(inode: int) -> bool:
@@ -40,6 +46,7 @@ class BitmapTree:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._formatting = trio.CapacityLimiter(1)  # what it takes is in memory, too
 
     def entries(self) -> list[tuple[int, str]]:
         """Inodes and names, by inode."""
@@ -62,15 +69,16 @@ class BitmapTree:
         return stat.S_IFREG | (image_mode & 0o444)
 
     async def open(self, inode: int, flags: int) -> bytes:
-        """The text of a bitmap now.  Raises OSError EIO if it is inconsistent."""
+        """The text of a bitmap now; waits for others.  Raises OSError EIO if it is inconsistent."""
         if flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
             raise errors.ReadOnly("bitmaps are changed by snapfs bitmap only")
-        geometry = self._engine.geometry
-        try:
-            bits = self.find(inode).usable(geometry.clusters).slice(0, geometry.clusters)
-        except errors.BitmapUnusable:
-            raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
-        return await in_thread(_format, bits, geometry)
+        async with self._formatting:
+            geometry = self._engine.geometry
+            try:
+                bits = self.find(inode).usable(geometry.clusters).slice(0, geometry.clusters)
+            except errors.BitmapUnusable:
+                raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
+            return await in_thread(_format, bits, geometry)
 
     @staticmethod
     def seek(content: bytes, offset: int, whence: int) -> int:

@@ -116,8 +116,11 @@ class SnapshotFS(pyfuse3.Operations):
 
     # Attributes
 
+    def _is_owner(self, context: pyfuse3.RequestContext) -> bool:
+        return context.uid in (0, os.geteuid(), self._tree.owner())
+
     def _check_owner(self, context: pyfuse3.RequestContext) -> None:
-        if context.uid not in (0, os.geteuid(), self._tree.owner()):
+        if not self._is_owner(context):
             raise errors.NotPermitted("only the owner of the mount may change snapshots")
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
@@ -275,6 +278,9 @@ class SnapshotFS(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if bitmapfs.is_bitmap(inode):
             content = await self._tree.bitmaps.open(inode, flags)
+            taken = self._handles.text_bytes + len(content)
+            if taken > bitmapfs.MOST_TEXT and not self._is_owner(ctx):
+                raise errors.LimitReached("too many bitmaps are open")
             return _opened(self._handles.add_bitmap(inode, content))
         if inode == ACTIVE:
             if flags & os.O_TRUNC:

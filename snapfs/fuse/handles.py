@@ -58,6 +58,7 @@ class Handles:
         self._handles: dict[int, Handle] = {}
         self._of: defaultdict[int, dict[int, Handle]] = defaultdict(dict)  # by inode, not our own
         self._dirtying: Counter[int] = Counter()  # by inode: what `may_be_dirty` asks for
+        self.text_bytes = 0  # of bitmaps, in memory for those who have them open
         self._bypassed = False  # nobody has used the page cache of `active` since
 
     def __getitem__(self, number: int) -> Handle:
@@ -107,6 +108,7 @@ class Handles:
     def _add(self, handle: Handle) -> Handle:
         self._handles[handle.number] = handle
         self._slots[handle.number % SLOTS] += 1
+        self.text_bytes += len(handle.content or b"")
         if not handle.own:
             self._of[handle.inode][handle.number] = handle
         self._dirtying[handle.inode] += _may_dirty(handle)
@@ -118,6 +120,7 @@ class Handles:
         requestfilter.handle_closed(number)
         handle = self._handles.pop(number)
         slot, inode = number % SLOTS, handle.inode
+        self.text_bytes -= len(handle.content or b"")
         self._slots[slot] -= 1
         if not self._slots[slot]:
             del self._slots[slot]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mounted import Mounted
+from tests.support.patched import Patched
 
 pytestmark = [
     pytest.mark.mount,
@@ -92,6 +94,35 @@ def test_with_allow_other_the_mode_of_the_image_holds_and_snapshots_are_the_owne
     assert refused("/usr/bin/python3", "-c", CONNECT, disk.state / "control.sock", "list")
     assert b"1" * 4 * K64 == snapshot.read_bytes()
     assert ["s"] == os.listdir(disk.snapshots)
+
+
+HOLD = """
+import os, sys
+for path in sys.argv[1:]:
+    try:
+        os.open(path, os.O_RDONLY)
+    except OSError as error:
+        print(error.errno)
+"""
+
+
+def test_another_user_cannot_fill_memory_with_bitmaps(open_to_all):
+    disk = open_to_all("allow_other", mode=0o644)
+    disk.stop()
+    daemon = Patched(disk, "from snapfs.fuse import bitmapfs\nbitmapfs.MOST_TEXT = 20")
+    disk.snapfs("bitmap", "add", disk.mountpoint, "b")
+    disk.write(0, b"2" * K64)
+    path = disk.mountpoint / "bitmaps" / "b"
+    found = as_other("/usr/bin/python3", "-c", HOLD, *[path] * 4)
+    assert [str(errno.ENFILE)] * 2 == found.stdout.split()
+    files = [path.open() for _ in range(4)]
+    assert ["0 65536\n"] * 4 == [file.read() for file in files]
+    assert [str(errno.ENFILE)] == as_other("/usr/bin/python3", "-c", HOLD, path).stdout.split()
+    for file in files:
+        file.close()
+    assert [] == as_other("/usr/bin/python3", "-c", HOLD, path).stdout.split()
+    disk.stop()
+    assert 0 == daemon.finish()[0]
 
 
 def test_a_private_image_stays_private(open_to_all):
