@@ -39,9 +39,12 @@ that holds image, state or temp images is another one than it was, though there 
 no reboot: unmounted, or gone, and back (filesystems.py).  Where that cannot be known
 it counts as gone.  Then nothing mapped is trusted unless it was made durable step
 by step (durability=power, durability.py): snapshots are lost.  They are all lost,
-too, if write-back has failed since the daemon died, which the file systems are asked;
-those that need the image are if somebody else wrote it, or if nobody can know
-(activity.py).  Dirty bitmaps are inconsistent in all these cases.
+too, if write-back has failed since the daemon died, which the file systems are asked,
+and if image or state directory are copies of what was not unmounted in order, whatever
+the durability: files that are copied one after the other, perhaps while a daemon still
+changed them, are not of one moment, and no record in them can tell.  Those that need
+the image are if somebody else wrote it, or if nobody can know (activity.py).  Dirty
+bitmaps are inconsistent in all these cases.
 """
 
 from __future__ import annotations
@@ -63,6 +66,8 @@ from .activity import Activity
 from .layerstore import LayerDirectory
 from .manifest import MAX_NUMBER, ImageStamp, Manifest
 
+ORIGINALS = {"image": "the image", "state": "the state directory"}
+
 
 def boot_id() -> str:
     """Identifies this boot of the kernel (random(4))."""
@@ -78,15 +83,17 @@ def holders(image: int, state: int, temps: Mapping[str, int]) -> dict[str, str]:
     """What file systems hold these, by place; for `Manifest.held_by`.  Blocks.
 
     Image and state are descriptors, `temps` those of the directories outside of the
-    state directory.  "" for what cannot be identified, or judged at all.
+    state directory.  "" for what cannot be identified, or judged at all.  And which files
+    image and state are: what a rename keeps and a copy does not.
     """
     found = {"image": image, "state": state, **{f"temp {path}": fd for path, fd in temps.items()}}
-    return {
+    systems = {
         place: filesystems.identity_of(fd)
         if place.startswith("temp ") or filesystems.kind_of(fd) in filesystems.KNOWN
         else ""
         for place, fd in found.items()
     }
+    return systems | {f"{place} file": str(os.fstat(found[place]).st_ino) for place in ORIGINALS}
 
 
 def gone(known: Manifest, now: Mapping[str, str]) -> str | None:
@@ -95,7 +102,7 @@ def gone(known: Manifest, now: Mapping[str, str]) -> str | None:
         return "the machine went down without unmounting"
     if not known.held_by:
         return "an older version of snapfs left it without unmounting"
-    places = {"image": "the image", "state": "the state directory"}
+    places = dict(ORIGINALS)
     places |= {f"temp {layer.temp_dir}": "a temp image" for layer in known.layers if layer.temp_dir}
     for place, what in places.items():
         identity = known.held_by.get(place)
@@ -108,6 +115,18 @@ def gone(known: Manifest, now: Mapping[str, str]) -> str | None:
             return (
                 f"the daemon died, and the file system of {what} is not the one that it had "
                 "then: it was mounted anew, or the file was moved to another"
+            )
+    return None
+
+
+def copied(known: Manifest, now: Mapping[str, str]) -> str | None:
+    """Why what an unclean mount left may not be of one moment; None: it is the original."""
+    for place, what in ORIGINALS.items():
+        number = known.held_by.get(f"{place} file")
+        if number is not None and number != now[f"{place} file"]:
+            return (
+                f"{what} is a copy, made before the mount was ended in order, and nothing tells "
+                "whether all of it is of one moment"
             )
     return None
 
@@ -144,11 +163,13 @@ def distrust(
     if known.clean:
         change = stamp.change_since(known.image)
         return change and f"the image was changed while it was not mounted: {change}", False
-    lost = gone(known, now)
+    lost, copy = gone(known, now), copied(known, now)
+    durable = known.durability == "power" and all(known.held_by.get(each) for each in ORIGINALS)
+    if lost is not None and not durable:
+        return lost, True
+    if copy is not None:
+        return copy, True
     if lost is not None:
-        places = (known.held_by.get("image"), known.held_by.get("state"))
-        if known.durability != "power" or not all(places):
-            return lost, True
         rebooted = known.boot_id != boot_id()
         change = activity.change_since_sync(known.session, known.image, stamp, rebooted=rebooted)
         return change and f"{lost}, and the image may have been changed since: {change}", False

@@ -7,7 +7,9 @@ umount and mount.  Neither st_dev nor f_fsid tells, they are the device's.  What
     ext4, xfs, btrfs   the directory in /sys/fs that the kernel makes when a file system
                        is mounted first, and removes when it is gone for good.  Its
                        inode number is never given again in this boot.  Bind mounts,
-                       other mount namespaces and remounts see the same one
+                       other mount namespaces and remounts see the same one.  Of btrfs
+                       the subvolume, too, which has an st_dev of its own meanwhile: a
+                       snapshot of one is a copy in which files are of several moments
     network, FUSE      the same of its backing device, in /sys/class/bdi
     tmpfs              nothing: what was in it cannot come back at all
     others, no /sys    the unique number of the mount that the file was opened through
@@ -83,7 +85,8 @@ def identity_of(fd: int) -> str:
     directory = _directory_of(fd, kind)
     if directory is not None:
         try:
-            return f"{directory} {os.stat(directory).st_ino}"
+            subvolume = f" {os.fstat(fd).st_dev}" if kind == BTRFS else ""
+            return f"{directory} {os.stat(directory).st_ino}{subvolume}"
         except OSError:
             pass  # /sys is not mounted, or hidden
     number = _mount_of(fd)

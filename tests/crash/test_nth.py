@@ -36,6 +36,7 @@ from snapfs.state import (
 )
 from snapfs.state.store import Store
 from snapfs.storage import image, locks, mapping
+from tests.support.stores import as_left
 
 CLUSTER = 4096
 SIZE = 5 * CLUSTER + 77
@@ -363,6 +364,7 @@ async def test_the_daemon_dies_before_the_nth_call(shm, monkeypatch, step, durab
         except (FileNotFoundError, shutil.Error):  # files are being removed in a thread
             shutil.rmtree(where)
             return
+        as_left(where / bench.disk.name)
         crashes.append(where)
 
     calls.hook = copy
@@ -415,6 +417,7 @@ async def test_a_recovery_that_dies_takes_no_evidence_with_it(shm, monkeypatch, 
         await engine.write(0, NOW[:CLUSTER])
         shutil.copytree(bench.disk.parent, shm / "left")
     left = Bench(shm / "left", durability, False)
+    as_left(left.disk)
     event(left.disk)
     if event is rebooted:
         monkeypatch.setattr(recovery, "boot_id", lambda: "another boot")
@@ -423,6 +426,7 @@ async def test_a_recovery_that_dies_takes_no_evidence_with_it(shm, monkeypatch, 
     def copy() -> None:
         crashes.append(shm / f"crash{len(crashes)}")
         shutil.copytree(left.disk.parent, crashes[-1])
+        as_left(crashes[-1] / left.disk.name)
 
     calls = Calls(monkeypatch)
     calls.hook = copy

@@ -21,6 +21,7 @@ from snapfs.state import recovery
 from snapfs.state.store import Store
 from snapfs.storage.image import FileImage
 from tests.support.disk import Recorder
+from tests.support.stores import as_left
 
 CLUSTER = 4096
 CLUSTERS = 9
@@ -79,7 +80,7 @@ class Session:
         if self.running and not self.changes % self.every:
             where = self.directory / f"crash{self.changes}"
             try:
-                disk = self.recorder.crash(where, self.chance)
+                disk = as_left(self.recorder.crash(where, self.chance))
             except FileNotFoundError:
                 shutil.rmtree(where)
                 return

@@ -8,6 +8,7 @@ import os
 import random
 import select
 import shlex
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -212,6 +213,59 @@ def test_no_trial_gives_a_wrong_byte(tmp_path, made, seed, durability):
                     seen += 1
             content[:] = disk.active.read_bytes()
         assert not seen or durability == "power"
+        disk.stop()
+
+
+# Copies of what was not unmounted in order
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+@pytest.mark.parametrize("what", ["image", "state", "moved"])
+def test_a_copy_made_meanwhile_is_not_of_one_moment(tmp_path, made, what, durability):
+    """cp -a gives the image the times that it had at first, and then what is written meanwhile."""
+    with device(tmp_path / "fs") as storage:
+        disk = disk_in(storage.where, tmp_path, made, f"durability={durability}")
+        moment = disk.active.read_bytes()
+        disk.create("s")
+        copy = storage.where / "copy.img"
+        if what != "moved":
+            run("cp", "-a", disk.state, f"{copy}.snapfs")
+        status = disk.image.stat()
+        disk.write(0, b"x" * 8 * K64)
+        if what == "image":
+            shutil.copyfile(disk.image, copy)
+            os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+        elif what == "state":  # of another moment than the rest
+            shutil.copy2(disk.state / "activity", f"{copy}.snapfs/activity")
+        kill(disk)
+        if what != "image":
+            disk.image.rename(copy)
+        if what == "moved":
+            disk.state.rename(f"{copy}.snapfs")
+        disk.image = copy
+        lost = "will be lost" in disk.snapfs("check", disk.image, check=False).stdout
+        assert (what != "moved") == lost
+        disk.start()
+        found = state_of(disk, "s")
+        if what == "moved":
+            assert moment == (disk.snapshots / "s").read_bytes()
+        else:
+            assert ("lost", True) == (found["state"], "is a copy" in found["reason"])
+        disk.stop()
+
+
+def test_a_snapshot_of_a_subvolume_is_a_copy(tmp_path, made):
+    with device(tmp_path / "fs", "btrfs") as storage:
+        volume = storage.where / "volume"
+        run("btrfs", "subvolume", "create", volume)
+        disk = disk_in(volume, tmp_path, made)
+        disk.create("s")
+        disk.write(0, b"x" * 8 * K64)
+        run("btrfs", "subvolume", "snapshot", volume, storage.where / "copy")
+        kill(disk)
+        disk.image = storage.where / "copy" / "disk.img"
+        disk.start()
+        assert "lost" == state_of(disk, "s")["state"]
         disk.stop()
 
 

@@ -22,6 +22,7 @@ from snapfs.engine.engine import Engine
 from snapfs.errors import AccessDenied, BitmapUnusable, SnapfsError, SnapshotLost, SnapshotNotFound
 from snapfs.state.store import Store
 from tests.support.losing import Losing
+from tests.support.stores import as_left
 
 CLUSTER = 4096
 SIZE = 6 * CLUSTER + 77
@@ -187,7 +188,7 @@ def copied(disk: Path, where: Path) -> Path:
             break
         except shutil.Error:  # a list is being saved
             shutil.rmtree(where / "disk.img.snapfs")
-    return Path(shutil.copy2(disk, where / "disk.img"))
+    return as_left(Path(shutil.copy2(disk, where / "disk.img")))
 
 
 class Moment:

@@ -27,6 +27,20 @@ def state_of(image: Path) -> Path:
     return Path(f"{image}.snapfs")
 
 
+def as_left(image: Path) -> Path:
+    """A copy of an image and its state stands for what a crash left: it is no copy then."""
+    path = state_of(image) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return image  # it had not been saved yet
+    for place, file in (("image", image), ("state", state_of(image))):
+        if f"{place} file" in manifest["held_by"]:
+            manifest["held_by"][f"{place} file"] = str(file.stat().st_ino)
+    path.write_text(json.dumps(manifest))
+    return image
+
+
 async def opened(image: Path) -> Store:
     return await Store.open(str(image), cluster_size=CLUSTER, limiter=LIMITER)
 
