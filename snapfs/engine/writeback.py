@@ -30,7 +30,8 @@ nothing counts there before a sync has said that it is durable (durability.py).
 
 Whoever has read for a snapshot asks afterwards, before the answer counts: a page is gone
 only after the kernel has noted the error, so who read what was there instead, and asks
-then, hears of it.  Everything here is plain `def`, waits for nothing, and is task-atomic.
+then, hears of it.  The image is asked by all of them: what is in a temp image was read
+from it.  Everything here is plain `def`, waits for nothing, and is task-atomic.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class WriteBack:
         asked = (layers[first:] + layers[:first])[:AT_ONCE]
         self._next = first + len(asked)
         for layer in asked:
-            self.check_source(layer)
+            self._check_layer(layer)
         self._check_bitmaps()
 
     def check_image(self) -> None:
@@ -104,18 +105,20 @@ class WriteBack:
             self.image_failed(error)
 
     def check_source(self, source: Source) -> None:
-        """Ask what a snapshot was read from: a layer, or the image (None)."""
+        """Ask what a snapshot was read from: the image, and a layer that has a copy of it."""
         if not self.is_sound():
             self._check_mapped()
-        if source is None:
-            self.check_image()
-            return
-        error = source.temp.failure()
+        self.check_image()
+        if source is not None:
+            self._check_layer(source)
+
+    def _check_layer(self, layer: Layer) -> None:
+        error = layer.temp.failure()
         if error is not None:
-            self.temp_failed(source, error)
-        error = source.failure()
+            self.temp_failed(layer, error)
+        error = layer.failure()
         if error is not None:
-            self.layer_failed(source, error)
+            self.layer_failed(layer, error)
 
     # Mapped pages that have failed: their bits are not what they were to be
 

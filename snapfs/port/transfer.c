@@ -137,9 +137,17 @@ static bool is_cached(const struct piece *piece)
 
 #define BEYOND (1LL << 62) /* a place at which no file has a page; the same in watch.py */
 
-/* Was something of these files not written back since they were asked last?  To be called when
- * the data is there: a page is gone only after the kernel has noted the error, so what was read in
- * its place is noticed.  Neither writes nor waits (storage/watch.py).  A container may forbid it. */
+/* Neither writes nor waits (storage/watch.py).  A container may forbid it. */
+static void ask(int watch)
+{
+    if (sync_file_range(watch, BEYOND, 1, SYNC_FILE_RANGE_WAIT_BEFORE) && errno != ENOSYS &&
+        errno != EPERM)
+        state.suspect = true;
+}
+
+/* Was something of these files not written back since they were asked last, or of the image, of
+ * which they have copies?  To be called when the data is there: a page is gone only after the
+ * kernel has noted the error, so what was read in its place is noticed. */
 static bool is_lost(const struct piece *pieces, int count)
 {
     bool asked = false;
@@ -148,10 +156,11 @@ static bool is_lost(const struct piece *pieces, int count)
         if (pieces[i].watch < 0)
             continue;
         asked = true;
-        if (sync_file_range(pieces[i].watch, BEYOND, 1, SYNC_FILE_RANGE_WAIT_BEFORE) &&
-            errno != ENOSYS && errno != EPERM)
-            state.suspect = true;
+        if (pieces[i].watch != state.watch)
+            ask(pieces[i].watch);
     }
+    if (asked && state.watch >= 0)
+        ask(state.watch);
     return asked && state.suspect;
 }
 

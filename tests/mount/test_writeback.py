@@ -183,6 +183,28 @@ def test_nobody_reads_what_is_there_instead(on, storage, call):
     daemon.finish()
 
 
+@pytest.mark.parametrize("length", [4096, MIB])
+def test_nobody_reads_a_copy_of_what_was_there_instead(on, storage, length):
+    """The temp image is sound; the image was not when the copy was made, and nobody has asked."""
+    disk = on("image")
+    umount(disk)
+    daemon = Patched(disk, NO_BEAT)
+    disk.write(0, b"1" * MIB)
+    disk.create("s")
+    reader = os.open(disk.snapshots / "s", os.O_RDONLY)
+    writer = os.open(disk.active, os.O_RDWR)
+    with storage.broken("disk.img"):
+        pass
+    os.pwrite(writer, b"2" * MIB, 0)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.pread(reader, length, 0)
+    os.close(reader)
+    os.close(writer)
+    is_lost(disk)
+    umount(disk)
+    daemon.finish()
+
+
 @pytest.mark.parametrize("program", ["dd", "cp", "fio"])
 def test_programs_on_a_thin_temp_file_system(mount, tmp_path, ways, program):
     content = os.urandom(32 * MIB)
