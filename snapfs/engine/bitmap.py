@@ -143,6 +143,11 @@ class SetThrough(Bitmap):
         super().set(first, stop)
         self._file.set(first, stop)
 
+    def set_again(self) -> None:
+        """Write all that `file` must have: it may have lost some, though nobody cleared it."""
+        for run in self.runs(0, len(self)):
+            self._file.set(*run)
+
     def release(self) -> None:
         super().release()
         self._file.release()

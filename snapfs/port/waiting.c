@@ -162,13 +162,14 @@ static void hand_over(struct copy *copy)
 }
 
 /* A promise of ours becomes Python's.  Our sync may have failed, or may yet, and then the kernel
- * takes the pages for clean: they are made dirty again for Python's. */
+ * takes the pages for clean, and may have dropped them: they are written again for Python's. */
 static void hand_over_promise(struct copy *copy)
 {
     volatile uint8_t *bytes = state.done_file.bits.buf;
+    const uint8_t *done = state.layers[state.receiver].done.buf;
 
     for (uint64_t i = copy->first >> 3; i <= (copy->stop - 1) >> 3; i++)
-        bytes[i] = bytes[i];
+        bytes[i] = bytes[i] | done[i];
     drain.left.promises[drain.left.promise_count++] = (struct range){copy->first, copy->stop};
     pool_free(copy);
 }

@@ -28,6 +28,10 @@ from ..storage.offload import in_thread
 from .statefiles import open_file, sync_data
 
 
+def _nothing() -> None:
+    """What there is to do for most files."""
+
+
 def _plainly(call: Callable[..., None], *arguments: object) -> None:
     call(*arguments)
 
@@ -39,6 +43,7 @@ class MappedFile:
     Owns the descriptor, not the mapping.  `fd` -1: it is opened for each sync, by `serve`
     if there are no descriptors (`Reserve.serve`), as `name` in `directory`; what could not be
     written back before is told to whoever opens it first, as the mapping keeps the inode in memory.
+    `write_again` puts there what may be gone from the mapping after a sync that failed.
     """
 
     fd: int
@@ -47,14 +52,16 @@ class MappedFile:
     directory: int = -1
     name: str = ""
     serve: Callable[..., None] = field(default=_plainly, repr=False)
+    write_again: Callable[[], None] = field(default=_nothing, repr=False)
     _syncs: int = field(default=0, init=False)  # under way
     closed: bool = field(default=False, init=False)  # nobody needs it any more
 
     async def sync(self) -> None:
         """Make what is mapped durable.  OSError: it is not, and a later call writes all again.
 
-        After a failure the kernel takes its pages for clean, although the
-        disk never got them (fsync(2), NOTES), so they are made dirty again.
+        After a failure the kernel takes its pages for clean, although the disk never
+        got them (fsync(2), NOTES), and may have dropped them since: then the mapping
+        has what the disk has.  So they are written again, and made dirty.
         """
         if self.closed:
             return
@@ -67,7 +74,8 @@ class MappedFile:
             if not self.closed:  # else it was removed meanwhile
                 raise
         except OSError:
-            self.mapping[:] = self.mapping[:]  # task-atomic, as every change of the bits
+            self.write_again()  # task-atomic, as every change of the bits
+            self.mapping[:] = self.mapping[:]
             raise
         finally:
             self._syncs -= 1
@@ -133,8 +141,9 @@ class LayerFiles:
                 return  # its layer was removed meanwhile, and has no bits any more
             access.apply(ranges)
             await files["access"].sync()
-            waiting.clear()
+            waiting.clear()  # else they are cleared again, which the page may have lost
 
+        files["done"].write_again = done.set_again
         commits = Commits(
             GroupCommit(files["done"].sync),
             GroupCommit(sync_access),
