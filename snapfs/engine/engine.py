@@ -278,6 +278,7 @@ class Engine(ActiveImage):
         if complaints:
             records = [layer.record() for layer in self.layers]
             await self._store.save(records, self.geometry, self.tracker.bitmaps.records())
+        self._store.errors_saved()
         return complaints
 
     async def _sync_layer(self, layer: Layer) -> None:

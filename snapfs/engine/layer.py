@@ -297,8 +297,12 @@ class LayerStore(Protocol):
     async def take_errors(self) -> None:
         """Have the file systems say that they could not store something.
 
-        They say it once, and would say it to the next mount.  Files are to be asked after that.
+        They say it once, and would say it to the next mount.  So it is kept for that, until
+        `errors_saved`.  Files are to be asked after that.
         """
+
+    def errors_saved(self) -> None:
+        """What could not be stored is lost by the saved list."""
 
     async def remove(self, layer_id: int) -> None:
         """Close the temp image of a layer that is in no saved list, and remove its files.

@@ -384,7 +384,12 @@ class Store:
             device = os.fstat(fd).st_dev
             if device not in devices:
                 devices.add(device)
-                filesystems.ask_for_errors(fd)
+                error = filesystems.ask_for_errors(fd)
+                if error is not None:
+                    self._activity.fail(error.errno or errno.EIO)
+
+    def errors_saved(self) -> None:
+        self._activity.fail(0)
 
     async def remove(self, layer_id: int) -> None:
         self._layers.forget(layer_id)

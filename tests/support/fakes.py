@@ -177,6 +177,9 @@ class MemoryStore:
     async def take_errors(self) -> None:
         await self._enter("take_errors")
 
+    def errors_saved(self) -> None:
+        pass
+
     async def usage(self, temps: Sequence[Any]) -> tuple[list[int], int]:
         for temp in temps:
             temp.in_flight += 1

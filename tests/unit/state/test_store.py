@@ -26,6 +26,7 @@ from tests.support.stores import (
     OLD,
     SIZE,
     add,
+    as_left,
     create,
     damage_layer,
     damage_manifest,
@@ -585,3 +586,25 @@ async def test_write_back_that_failed_after_the_death_is_kept_in_mind(image, mon
     assert [] == errors
     store = await session(image)
     assert "could not store all that it was given: No space" in str(store.layers[0].reason)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+async def test_what_file_systems_say_at_the_end_is_kept_until_it_is_saved(
+    image, monkeypatch, tmp_path, saved
+):
+    """They say it once; the daemon may be killed before it has asked the files."""
+    await session(image, create("s"))
+    store = await opened(image)
+    errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+    monkeypatch.setattr(
+        "snapfs.storage.filesystems.ask_for_errors", lambda fd: errors.pop() if errors else None
+    )
+    await store.take_errors()
+    if saved:
+        store.errors_saved()
+    left = tmp_path / "left.img"
+    shutil.copy2(image, left)
+    shutil.copytree(state_of(image), state_of(left))
+    await store.close(store.layers, [])
+    (layer,) = (await session(as_left(left))).layers
+    assert ("ok" if saved else "lost") == layer.state
