@@ -8,6 +8,7 @@ HYPOTHESIS_PROFILE=soak     a lot, for a night
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.mounted import Mounted, mounts_below, run
+from tests.support.patched import Program
 
 _COMMON = {
     "deadline": None,  # machines differ; pytest-timeout ends what hangs
@@ -26,6 +28,14 @@ settings.register_profile("dev", max_examples=80, **_COMMON)
 settings.register_profile("ci", max_examples=300, **_COMMON)
 settings.register_profile("soak", max_examples=20_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+# Whoever started us may let signals be ignored (nohup, `&` in a script), and programs that we
+# start would do so as well.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        default = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(_number, default)
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +66,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
         return mounted.start() if start else mounted
 
     yield factory
+    Program.end_all()
     for mounted in made:
         for path in sorted(mounts_below(mounted.mountpoint), reverse=True):
             done = mounted.snapfs("umount", path, check=False)

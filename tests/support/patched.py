@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from tests.support.mounted import PATIENCE, Mounted
 
@@ -76,6 +78,8 @@ class Program:
     There `reached()` tells us and waits for our `go`.
     """
 
+    _running: ClassVar[list[Program]] = []
+
     def __init__(self, patch: str, *arguments: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
         self._reached, reached = os.pipe()
         go, self._go = os.pipe()
@@ -89,6 +93,7 @@ class Program:
         )
         for fd in (reached, go, *pass_fds):
             os.close(fd)
+        Program._running.append(self)
 
     def wait_reached(self) -> None:
         """Return when it has come to a `reached()`."""
@@ -111,7 +116,14 @@ class Program:
             if fd >= 0:
                 os.close(fd)
         self._reached = self._go = -1
+        Program._running.remove(self)
         return self.process.returncode, stderr
+
+    @classmethod
+    def end_all(cls) -> None:
+        """After a test: what one that failed has left."""
+        for each in list(cls._running):
+            each.end(signal.SIGKILL)
 
 
 class Patched(Program):
