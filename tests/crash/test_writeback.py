@@ -186,8 +186,8 @@ def copied(disk: Path, where: Path) -> Path:
         try:
             shutil.copytree(f"{disk}.snapfs", where / "disk.img.snapfs")
             break
-        except shutil.Error:  # a list is being saved
-            shutil.rmtree(where / "disk.img.snapfs")
+        except OSError:  # shutil.Error, too: a list is being saved, or files are removed
+            shutil.rmtree(where / "disk.img.snapfs", ignore_errors=True)
     return as_left(Path(shutil.copy2(disk, where / "disk.img")))
 
 
