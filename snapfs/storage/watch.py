@@ -10,7 +10,7 @@ first write, and no two purposes share one.
 
 The call that asks here is sync_file_range(2) for a byte that no file has, with
 SYNC_FILE_RANGE_WAIT_BEFORE: it writes nothing and waits for nothing, and takes
-less than 1 us (found on Linux 6.18 with ext4, xfs, btrfs, FUSE and tmpfs; a page is taken
+less than 1 us (found on Linux 6.18 with ext4, XFS, btrfs and FUSE; a page is taken
 for clean only after the error is noted).  What only a sync can know, such as a journal
 that was aborted, it does not tell.
 """
