@@ -1,4 +1,5 @@
-"""Files whose write-back fails: what was not synced is gone, and each description is told once.
+"""Files whose write-back fails: what was not synced is gone, and each description is told once,
+and if none has been told so far the next one that is opened, too.
 
 `Losing` stands in for the kernel's part in it (errseq_t): it follows which content of each
 file is durable, and `lose` puts that back in the place of what the page cache had, as if the
@@ -27,6 +28,7 @@ class Losing:
         self._durable: dict[Key, bytes] = {}
         self._errors: dict[Key, int] = {}  # how often it has failed
         self._told: dict[tuple[int, Key], int] = {}  # the same, as a description was told
+        self._seen: dict[Key, int] = {}  # the same, as anybody was told
         self._lock = threading.RLock()
         self._real = {name: getattr(os, name) for name in ("open", "fsync", "fdatasync")}
         monkeypatch.setattr(os, "open", self._open)
@@ -54,7 +56,7 @@ class Losing:
         self._on_call()
         fd: int = self._real["open"](*arguments, **options)
         key = self._key(fd)
-        self._told[fd, key] = self._errors.get(key, 0)
+        self._told[fd, key] = self._seen.get(key, 0)
         return fd
 
     def _tells(self, fd: int) -> bool:
@@ -62,7 +64,7 @@ class Losing:
         key = self._key(fd)
         count = self._errors.get(key, 0)
         told = self._told.get((fd, key), 0)
-        self._told[fd, key] = count
+        self._told[fd, key] = self._seen[key] = count
         return told < count
 
     def _sync(self, name: str) -> Callable[[int], None]:
