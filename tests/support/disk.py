@@ -94,9 +94,10 @@ class Recorder:
             self._syncs[_path(fd)] += 1
 
         async def sync(file: Any) -> None:
-            if file.fd < 0:  # closed: its layer is gone
+            if file.closed:  # its layer is gone
                 return await real_sync(file)
-            path = _path(file.fd)
+            opened = file.fd < 0  # for each sync, by its name
+            path = f"{_path(file.directory)}/{file.name}" if opened else _path(file.fd)
             count, before = self._look(path), self._syncs[path]
             await real_sync(file)
             if self._syncs[path] > before:
