@@ -237,11 +237,15 @@ class Client:
             raise _no_answer(error) from None
         if not line:
             raise errors.NotMounted("the daemon went away without an answer")
-        answer = json.loads(line)
-        if not answer["ok"]:
-            raise RemoteError(answer["error"]["message"], answer["error"]["exit_code"])
-        result: dict[str, Any] = answer["result"]
-        return result
+        try:
+            answer = json.loads(line)
+            if answer["ok"]:
+                result: dict[str, Any] = answer["result"]
+                return result
+            message, code = str(answer["error"]["message"]), int(answer["error"]["exit_code"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise errors.NotMounted("what answers is no snapfs: it says something else") from None
+        raise RemoteError(message, code)
 
     def _read_line(self) -> bytes:
         """A line, empty at the end."""

@@ -80,3 +80,14 @@ def test_who_says_a_little_now_and_then_has_not_answered_in_time(tmp_path, monke
             assert not client.answers(0.2)
         finally:
             gone.set()
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"[" * 100_000, b"[]", b"1", b"{}", b'{"ok": true}', b'{"ok": 0}',
+             b'{"ok": false, "error": {"message": 1, "exit_code": "x"}}'],
+)  # fmt: skip
+def test_an_answer_that_is_none_is_told_in_words(tmp_path, monkeypatch, text):
+    with answering(tmp_path, monkeypatch, lambda connected: connected.sendall(text + b"\n")):
+        with Client(mount_of(os.geteuid())) as client:
+            with pytest.raises(errors.NotMounted, match="no snapfs"):
+                client.call("list")
