@@ -30,6 +30,7 @@ FIRST = 1 << 40  # inode of the bitmap with id 0, far beyond those of snapshots
 # Bytes of texts that may be open before nobody but the owner may open more: each is in memory,
 # and that of a large image may have hundreds of MiB.
 MOST_TEXT = 256 << 20
+MOST_WAITING = 8  # opens, before nobody but the owner may wait: requests at once are bounded
 
 
 def is_bitmap(inode: int) -> bool:
@@ -68,10 +69,15 @@ class BitmapTree:
         """Type and mode of a bitmap's file: who may read the image may read it."""
         return stat.S_IFREG | (image_mode & 0o444)
 
-    async def open(self, inode: int, flags: int) -> bytes:
-        """The text of a bitmap now; waits for others.  Raises OSError EIO if it is inconsistent."""
+    async def open(self, inode: int, flags: int, *, owner: bool) -> bytes:
+        """The text of a bitmap now, for the owner or somebody else; waits for others.
+
+        Raises OSError EIO if it is inconsistent, and LimitReached.
+        """
         if flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
             raise errors.ReadOnly("bitmaps are changed by snapfs bitmap only")
+        if self._formatting.statistics().tasks_waiting >= MOST_WAITING and not owner:
+            raise errors.LimitReached("too many bitmaps are being opened")
         async with self._formatting:
             geometry = self._engine.geometry
             try:

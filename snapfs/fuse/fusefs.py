@@ -277,9 +277,10 @@ class SnapshotFS(pyfuse3.Operations):
     @handler
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if bitmapfs.is_bitmap(inode):
-            content = await self._tree.bitmaps.open(inode, flags)
+            owner = self._is_owner(ctx)
+            content = await self._tree.bitmaps.open(inode, flags, owner=owner)
             taken = self._handles.text_bytes + len(content)
-            if taken > bitmapfs.MOST_TEXT and not self._is_owner(ctx):
+            if taken > bitmapfs.MOST_TEXT and not owner:
                 raise errors.LimitReached("too many bitmaps are open")
             return _opened(self._handles.add_bitmap(inode, content))
         if inode == ACTIVE:
