@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import trio
+from trio import _threads
 from trio._core import _thread_cache
 from trio.testing import wait_all_tasks_blocked
 
@@ -19,21 +20,20 @@ def offloader() -> Offloader:
 
 @pytest.fixture
 def refuse(monkeypatch):
-    """Let no thread be started, the next so many times."""
-    start, left = threading.Thread.start, [0]
+    """Let no thread be had, the next so many times."""
+    start, left = _threads.start_thread_soon, [0]
 
-    def refused(thread: threading.Thread) -> None:
+    def refused(*arguments: object) -> None:
         if left[0]:
             left[0] -= 1
             raise RuntimeError("can't start new thread")
-        start(thread)
+        start(*arguments)
 
     def refuse(times: int) -> None:
         left[0] = times
 
-    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(_threads, "start_thread_soon", refused)
     monkeypatch.setattr(offload, "RETRY_SECONDS", 0.001)
-    monkeypatch.setattr(_thread_cache.THREAD_CACHE, "_idle_workers", {})
     return refuse
 
 
@@ -41,7 +41,6 @@ async def test_a_call_waits_for_a_thread_that_cannot_be_started(offloader, refus
     refuse(3)
     assert 7 == await in_thread(int, "7")
     calls: list[int] = []
-    _thread_cache.THREAD_CACHE._idle_workers.clear()
     refuse(2 * TRIPS)
     async with trio.open_nursery() as nursery:
         for number in range(100):
@@ -49,13 +48,19 @@ async def test_a_call_waits_for_a_thread_that_cannot_be_started(offloader, refus
     assert list(range(100)) == sorted(calls)
 
 
-async def test_one_thread_is_kept_for_when_there_are_no_others(refuse):
-    async with trio.open_nursery() as nursery:
-        await nursery.start(keep_thread)
-        refuse(1 << 60)
-        for number in range(20):
-            assert number == await in_thread(int, str(number))
-        nursery.cancel_scope.cancel()
+async def test_one_thread_is_kept_for_when_there_are_no_others(nursery, monkeypatch):
+    assert offload.KEEP_SECONDS < _thread_cache.IDLE_TIMEOUT
+    used: list[object] = []
+
+    async def use(call):
+        used.append(call)
+        await trio.sleep(0)
+
+    monkeypatch.setattr(offload, "in_thread", use)
+    monkeypatch.setattr(offload, "KEEP_SECONDS", 0.001)
+    await nursery.start(keep_thread)
+    while len(used) < 3:
+        await trio.sleep(0.001)
 
 
 async def test_what_has_failed_for_its_caller_is_not_done_later(offloader, monkeypatch):
