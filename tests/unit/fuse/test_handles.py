@@ -15,9 +15,11 @@ ACTIVE = 2
 OWN, SOMEBODY = 7, 8  # threads
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded() -> None:
-    requestfilter.load()
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code, whose handles are the process's, hears of none."""
+    for name in ("handle_opened", "handle_closed"):
+        monkeypatch.setattr(requestfilter, name, lambda *_arguments: None)
 
 
 class FakeCache:
