@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounted import PATIENCE, SNAPFS, Mounted, mounts_below, run
+from tests.support.mounted import PATIENCE, SNAPFS, Mounted, let_others_in, mounts_below, run
 
 pytestmark = pytest.mark.mount
 
@@ -91,7 +91,8 @@ def test_exit_statuses_are_those_of_mount(disk, helper, tmp_path):
 
 
 @pytest.mark.skipif("os.geteuid()", reason="another user is needed")
-def test_another_users_mount_is_explained(disk):
+def test_another_users_mount_is_explained(disk, tmp_path):
+    let_others_in(tmp_path)
     disk.start()
     os.chmod(disk.image, 0o644)
     refused = run(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounted import Mounted
+from tests.support.mounted import Mounted, let_others_in
 from tests.support.patched import Patched
 
 pytestmark = [
@@ -50,11 +50,7 @@ def refused(*command) -> bool:
 @pytest.fixture
 def open_to_all(mount, tmp_path):
     """An image that everybody may read and write, mounted with options."""
-    path = tmp_path
-    while path != path.parent:  # pytest keeps it for us alone
-        if not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o011)
-        path = path.parent
+    let_others_in(tmp_path)
 
     def factory(*options: str, mode: int = 0o666) -> Mounted:
         disk = mount(b"1" * 4 * K64, *options, start=False)

@@ -123,6 +123,14 @@ def helpers_of(daemon: int) -> list[int]:
     return found
 
 
+def let_others_in(path: Path) -> None:
+    """Let other users reach what is below a directory, which pytest keeps for us alone."""
+    while path != path.parent:
+        if not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o011)
+        path = path.parent
+
+
 def mounts_below(path: Path) -> list[str]:
     found = [each.mountpoint for each in mountinfo.mounts()]
     return [each for each in found if each.startswith(str(path))]
