@@ -24,7 +24,7 @@ def files(tmp_path):
         for name in ("done", "access")
     }
     mappings["losses"] = statefiles.map_record(directory, "losses", LOSSES_BYTES, create=True)
-    made = LayerFiles.open(directory, MemoryImage(), mappings, BITS, trio.CapacityLimiter(1))
+    made = LayerFiles.open((directory, "."), MemoryImage(), mappings, BITS, trio.CapacityLimiter(1))
     yield made
     made.close()
     os.close(directory)
