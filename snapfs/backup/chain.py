@@ -67,6 +67,7 @@ class Point:
     data_bytes: int = field(validator=ge(0))
     zero_bytes: int = field(validator=ge(0))
     digest: str  # of POINT.sums
+    machine: str = ""  # on which `image` was, see belonging.py
 
     def __attrs_post_init__(self) -> None:
         if self.time.tzinfo is None:

@@ -25,8 +25,8 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from ..client.wire import Client, RemoteError
-from ..errors import ExitCode, PartialCopy, SnapfsError, SnapshotIncomplete
-from . import folding, qemu, records
+from ..errors import ExitCode, PartialCopy, SnapfsError, SnapshotIncomplete, UsageError
+from . import belonging, folding, qemu, records
 from .chain import MANIFEST, Directory, Point, new_token, opened
 from .copying import Copied, Copying, check_room, describe_ranges
 from .plan import Kind, Plan
@@ -54,6 +54,7 @@ def backup(mountpoint: str, path: str, options: BackupOptions) -> dict[str, Any]
         qemu.find_program(program)
     with opened(path, change=True) as directory:
         run = _Run(mountpoint, directory, options)
+        run.refuse_stranger()
         run.clean_up()
         return run.make_point()
 
@@ -63,9 +64,31 @@ class _Run:
         self._mountpoint = mountpoint
         self._directory = directory
         self._options = options
+        self._strange: str | None = None
         with Client(mountpoint) as client:
             self._image = client.call("status")["image"]
         refuse_served(os.path.join(directory.path, MANIFEST), "back up")
+
+    def refuse_stranger(self) -> None:
+        """Raises UsageError for an image that the directory does not belong to.
+
+        Before anything else: the bitmaps of a copy of our image are named as ours are.
+        """
+        chain, image = self._directory.chain, self._image["path"]
+        with Client(self._mountpoint) as client:
+            bitmaps = {each["name"] for each in client.call("bitmap_list")["bitmaps"]}
+        why = belonging.why_strange(chain, image, bitmaps)
+        if why is None:
+            return
+        owner = chain.points[-1].image
+        if not self._options.force:
+            raise UsageError(
+                f"{self._directory.path} holds backups of {owner}, and {image}, which is mounted "
+                f"on {self._mountpoint}, is another image: {why}.  Give it a directory of its own "
+                "(snapfs backup --init); or, if it is to take the other's place, --force makes a "
+                "full point of it"
+            )
+        self._strange = f"{image} takes the place of {owner}: {why}"
 
     def clean_up(self) -> None:
         """Remove what an interrupted run left, here and at the daemon."""
@@ -116,6 +139,8 @@ class _Run:
     def _base(self) -> tuple[Point | None, str | None]:
         """The point that this one can be an increment to, or None and why not."""
         chain = self._directory.chain
+        if self._strange is not None:
+            return None, self._strange
         if self._options.full:
             return None, "asked for"
         if not chain.points:
@@ -191,6 +216,7 @@ class _Run:
                 size=described["size"],
                 parent=None if parent is None else parent.name,
                 image=self._image["path"],
+                machine=belonging.machine_id(),
                 data_bytes=copied.data,
                 zero_bytes=copied.zero,
                 digest=digest_of(sums),

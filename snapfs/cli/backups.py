@@ -39,7 +39,9 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument("directory", metavar="DIR", nargs="?")
     verb.add_argument("--init", action="store_true", help="make DIR a backup directory")
     verb.add_argument("--full", action="store_true", help="copy everything")
-    verb.add_argument("--force", action="store_true", help="do not check for room")
+    verb.add_argument(
+        "--force", action="store_true", help="another image takes DIR over; do not check for room"
+    )
     _add_rate(verb)
     verb.set_defaults(run=backup)
 

@@ -233,14 +233,64 @@ def test_two_rotated_directories_each_get_every_change(disk, tmp_path):
     other.check_all()
 
 
-def test_a_lost_or_foreign_bitmap_gives_a_full_point_and_says_so(disk, mount):
+def test_another_image_is_refused_and_both_are_named(disk, mount):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    other = mount(os.urandom(MIB))
+    before = it.manifest()
+    command = ["backup", other.mountpoint, it.directory]
+    done = other.snapfs(*command, check=False)
+    assert 2 == done.returncode
+    for word in (it.directory, it.mounted.image, other.image, "--init", "--force"):
+        assert str(word) in done.stderr, done.stderr
+    assert before == it.manifest()
+    assert "incremental" == it.backup()["kind"]
+    first, it.mounted = it.mounted, other
+    summary = it.backup("--force")
+    assert ("full", True) == (summary["kind"], "takes the place of" in summary["reason"])
+    assert "incremental" == it.backup()["kind"]
+    assert 2 == first.snapfs("backup", first.mountpoint, it.directory, check=False).returncode
+    it.check_all()
+
+
+def test_an_image_is_the_same_after_it_was_moved_and_its_copy_is_another(disk, mount, tmp_path):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    it.mounted.stop()
+    image, moved = it.mounted.image, tmp_path / "moved.img"
+    image.rename(moved)
+    it.mounted.state.rename(f"{moved}.snapfs")
+    it.mounted.image = moved
+    it.mounted.start()
+    it.change(1)
+    assert "incremental" == it.backup()["kind"]
+    it.mounted.stop()
+    run("cp", "-a", moved, image)
+    run("cp", "-a", f"{moved}.snapfs", f"{image}.snapfs")
+    clone = Mounted(image, it.mounted.mountpoint).start()
+    done = clone.snapfs("backup", clone.mountpoint, it.directory, check=False)
+    assert (2, True) == (done.returncode, f"a copy of {moved}" in done.stderr), done.stderr
+    assert 1 == len(names(it, "bitmaps"))  # it was not even tidied
+    clone.stop()
+    it.mounted.start()
+    assert "incremental" == it.backup()["kind"]
+    it.check_all()
+
+
+def test_a_lost_bitmap_gives_a_full_point_and_says_so(disk):
     it = disk(os.urandom(MIB))
     it.backup()
     it.mounted.snapfs("bitmap", "remove", it.mounted.mountpoint, names(it, "bitmaps")[0])
     summary = it.backup()
     assert "full" == summary["kind"]
     assert "has no bitmap" in summary["reason"]
-    it.mounted = mount(os.urandom(MIB))  # another image
+    it.mounted.stop()
+    shutil.rmtree(it.mounted.state)
+    it.mounted.start()
+    assert "full" == it.backup()["kind"]
+    it.mounted.stop()
+    run(*SNAPFS, "restore", it.directory, it.mounted.image, "--at", "1", "--force")
+    it.mounted.start()
     assert "full" == it.backup()["kind"]
     it.check_all()
 
