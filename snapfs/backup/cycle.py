@@ -92,7 +92,10 @@ class _Run:
 
     def clean_up(self) -> None:
         """Remove what an interrupted run left, here and at the daemon."""
-        folding.finish(self._directory)
+        try:
+            folding.finish(self._directory)
+        except (SnapfsError, OSError) as error:  # the point to come is on top of what reads right
+            self._options.say(f"what a prune has begun stays unfinished: {error}")
         self._directory.sweep()
         chain = self._directory.chain
         base = chain.prefix + chain.points[-1].token if chain.points else None

@@ -1,35 +1,102 @@
-"""Folding an old point into the next one; the steps and their crash windows are in chain.py."""
+"""Taking points out: those that nothing stands on are deleted, others folded into the next.
+
+The steps of folding, and their crash windows, are in chain.py.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from attrs import evolve
 
-from ..errors import PointDamaged
+from ..errors import BackupError, PointDamaged
 from . import qemu, records
-from .chain import Directory, Fold, Point
+from .chain import Chain, Directory, Fold, Point
 from .sums import Part, Unit, digest_of, dump, left_of
 
+METADATA_BYTES = 2 << 20  # what a fold takes besides data: tables, checksums, the manifest
 
-def drop(directory: Directory, name: str) -> None:
-    """Take a point out; all others read as before, whatever happens meanwhile."""
+
+def loose(chain: Chain, kept: Collection[str]) -> list[str]:
+    """The points that none of `kept` stands on: whole chains, and the ends of others."""
+    needed = {each.name for name in kept for each in chain.lineage(chain.find(name))}
+    return [point.name for point in chain.points if point.name not in needed]
+
+
+def delete(directory: Directory, names: Collection[str]) -> None:
+    """Delete points that no other one stands on, whatever state their files are in.
+
+    What is freed first are the files, if there is not even room for the manifest that says
+    so: should we die then, the points are damaged ones that are deleted the next time.
+    """
+    if not names:
+        return
+    chain = directory.chain
+    points = tuple(point for point in chain.points if point.name not in names)
+    garbage = (*chain.garbage, *names)
+    begun = chain.fold
+    if begun is not None and begun.into in names:
+        garbage = (*garbage, begun.old)
+        begun = None
+    without = evolve(chain, points=points, garbage=garbage, fold=begun)
+    try:
+        directory.save(without)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        for name in names:
+            records.remove(directory.image_of(name))
+        directory.save(without)
+    directory.sweep()
+
+
+def fold(directory: Directory, name: str) -> None:
+    """Fold a point into the one on top of it; all others read as before, whatever happens."""
     chain = directory.chain
     child = chain.child(name)
-    if child is None:
-        points = tuple(point for point in chain.points if point.name != name)
-        directory.save(evolve(chain, points=points, garbage=(*chain.garbage, name)))
-        directory.sweep()
-        return
-    _begin(directory, chain.find(name), child)
+    assert child is not None
+    old = chain.find(name)
+    directory.refuse_partial(old)
+    directory.refuse_partial(child)
+    _check_room(directory, old.name, child.name)
+    _begin(directory, old, child)
     finish(directory)
+
+
+def _check_room(directory: Directory, old: str, into: str) -> None:
+    """Raises BackupError if the file of `old` cannot take what that of `into` has."""
+    there = _allocated(directory.image_of(old))
+    needed = sum(stop - start for start, stop in _allocated(directory.image_of(into)))
+    index = 0
+    for start, stop in _allocated(directory.image_of(into)):
+        while index < len(there) and there[index][1] <= start:
+            index += 1
+        for first, end in there[index:]:
+            if first >= stop:
+                break
+            needed -= min(stop, end) - max(start, first)
+    room = os.statvfs(directory.path)
+    free = room.f_bavail * room.f_frsize
+    if needed + METADATA_BYTES > free:
+        raise BackupError(
+            f"folding {old} into {into} takes up to {needed + METADATA_BYTES} bytes, and "
+            f"{directory.path} has {free} free; keep fewer points of other chains, or make room"
+        )
+
+
+def _allocated(path: str) -> list[tuple[int, int]]:
+    """(start, stop) of what has data in a file itself, ascending."""
+    return [
+        (each["start"], each["start"] + each["length"])
+        for each in qemu.layer_map(path)
+        if each["data"]
+    ]
 
 
 def _begin(directory: Directory, old: Point, into: Point) -> None:
     """Work the checksums out, as long as `old` reads as it did, and put the fold on record."""
-    directory.refuse_partial(old)
-    directory.refuse_partial(into)
     merged = list(_merge(directory, old, into))
     sums = dump(merged)
     records.replace_durably(f"{directory.sums_of(into.name)}.fold", sums)
@@ -78,13 +145,17 @@ def _sums_of_parts(image: str, parts: list[Part]) -> Iterator[Unit]:
 
 
 def finish(directory: Directory) -> None:
-    """Do the rest of a fold that is on record; nothing if there is none."""
+    """Do the rest of a fold that is on record; nothing if there is none.
+
+    Raises what is in the way; all points read as they should meanwhile.
+    """
     fold = directory.chain.fold
     if fold is None:
         return
     old, into = directory.image_of(fold.old), directory.image_of(fold.into)
     size = directory.chain.find(fold.into).size
     if os.path.exists(old):
+        _check_room(directory, fold.old, fold.into)
         if qemu.info(old)["virtual-size"] < size:
             qemu.resize(old, size)
         # -d: leave `into` as it is, it must read the same until it is replaced.

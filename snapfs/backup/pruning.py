@@ -52,23 +52,28 @@ def _week(point: Point) -> Hashable:
 def prune(
     path: str, policy: Policy, *, dry_run: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Fold the points that the policy does not keep; returns what was kept and dropped."""
+    """Take out the points that the policy does not keep; returns what was kept and dropped."""
     if not (policy.last or policy.daily or policy.weekly):
         raise UsageError("say what to keep: --keep-last, --keep-daily or --keep-weekly")
     qemu.find_program("qemu-img")
     with opened(path, change=not dry_run) as directory:
-        if not dry_run:
-            folding.finish(directory)
-            directory.sweep()
-        points = directory.chain.points
+        chain = directory.chain
+        points = chain.points
         kept = policy.kept(points)
-        dropped = [point.name for point in points if point.name not in kept]
-        for name in dropped:
-            say(f"{'would drop' if dry_run else 'dropping'} {name}")
-            if not dry_run:
-                folding.drop(directory, name)
+        deleted = folding.loose(chain, kept)
+        folded = [each.name for each in points if each.name not in kept | set(deleted)]
+        verb = "would drop" if dry_run else "dropping"
+        for name in (*deleted, *folded):
+            say(f"{verb} {name}")
+        if not dry_run:
+            # What frees space comes before anything that needs some.
+            directory.sweep()
+            folding.delete(directory, deleted)
+            folding.finish(directory)
+            for name in folded:
+                folding.fold(directory, name)
         return {
             "kept": [point.name for point in points if point.name in kept],
-            "dropped": dropped,
+            "dropped": [point.name for point in points if point.name not in kept],
             "dry_run": dry_run,
         }

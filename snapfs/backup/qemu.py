@@ -97,6 +97,19 @@ def image_map(path: str) -> Iterator[dict[str, Any]]:
     yield from json.loads(run("map", "-U", "-f", "qcow2", "--output=json", image_name(path)))
 
 
+def layer_name(path: str) -> str:
+    """One qcow2 file by itself, without those below: what it does not have reads as zeros."""
+    file = {"driver": "file", "filename": image_name(path)}
+    return "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": file})
+
+
+def layer_map(path: str) -> Iterator[dict[str, Any]]:
+    """The extents that a qcow2 file has itself, ascending: start, length, zero, data."""
+    for each in json.loads(run("map", "-U", "--output=json", layer_name(path))):
+        if each["present"]:
+            yield each
+
+
 class Server:
     """A qemu-nbd that serves one qcow2 image to us alone, for as long as we live.
 

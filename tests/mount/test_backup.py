@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from attrs import define, field
 
-from tests.support.filesystems import make_ext4, mounted_loop
+from tests.support.filesystems import make_ext4, mounted_loop, tmpfs
 from tests.support.mounted import DYING, SNAPFS, Mounted, run
 from tests.support.patched import Program, held_copy
 
@@ -514,6 +514,76 @@ def test_prune_keeps_what_it_says(disk):
     assert [3, 4] == [point["number"] for point in it.manifest()["points"]]
     check_tidy(it)
     it.check_all()
+
+
+def test_a_broken_chain_that_nobody_keeps_is_deleted(disk):
+    it = disk(os.urandom(MIB))
+    for number in range(4):
+        it.change(number)
+        it.backup("--full") if number == 2 else it.backup()
+    broken = [it.directory / f"{point['name']}.qcow2" for point in it.manifest()["points"][:2]]
+    broken[0].unlink()
+    broken[1].write_bytes(b"no image")
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "2")
+    assert [3, 4] == [point["number"] for point in it.manifest()["points"]]
+    check_tidy(it)
+    it.check_all()
+
+
+def test_prune_needs_no_room_for_what_it_deletes_and_asks_for_it_before_it_folds(disk, tmp_path):
+    it = disk(os.urandom(6 * MIB))
+    with tmpfs(tmp_path / "small", "64m") as small:
+        it.directory = small / "backup"
+        run(*SNAPFS, "backup", "--init", it.directory)
+        it.backup()
+        it.backup("--full")
+        os.truncate(it.mounted.active, 12 * MIB)
+        it.mounted.write(6 * MIB, os.urandom(6 * MIB))
+        it.backup()
+        with open(small / "ballast", "wb", buffering=0) as ballast:
+            left = os.statvfs(small).f_bavail * 4096
+            ballast.write(bytes(left))  # not a byte is left
+        done = run(*SNAPFS, "prune", it.directory, "--keep-last", "1", check=False)
+        assert (1, True) == (done.returncode, "folding 0002" in done.stderr), done.stderr
+        assert [2, 3] == [point["number"] for point in it.manifest()["points"]]
+        with open(small / "ballast", "ab", buffering=0) as ballast:
+            ballast.write(bytes(os.statvfs(small).f_bavail * 4096 - 3 * MIB))
+        free = os.statvfs(small).f_bavail
+        done = run(*SNAPFS, "prune", it.directory, "--keep-last", "1", check=False)
+        assert (1, free) == (done.returncode, os.statvfs(small).f_bavail), done.stderr
+        assert "incremental" == it.backup()["kind"]
+        (small / "ballast").unlink()
+        run(*SNAPFS, "prune", it.directory, "--keep-last", "1")
+        check_tidy(it)
+        it.check_all()
+
+
+def test_an_unfinished_fold_never_blocks_a_backup(disk, tmp_path):
+    it = disk(os.urandom(6 * MIB))
+    with tmpfs(tmp_path / "small", "64m") as small:
+        it.directory = small / "backup"
+        run(*SNAPFS, "backup", "--init", it.directory)
+        it.backup()
+        os.truncate(it.mounted.active, 12 * MIB)
+        it.mounted.write(6 * MIB, os.urandom(6 * MIB))
+        it.backup()
+        command = ["prune", it.directory, "--keep-last", "1"]
+        step = 1
+        while not it.manifest()["fold"]:
+            run(*DYING, str(step), *command, check=False)
+            step += 1
+        with open(small / "ballast", "wb", buffering=0) as ballast:
+            ballast.write(bytes(os.statvfs(small).f_bavail * 4096 - 3 * MIB))
+        it.mounted.write(0, b"new")
+        assert "incremental" == it.backup()["kind"]
+        assert it.manifest()["fold"]
+        assert it.moments[2] == it.restored(2)
+        assert it.moments[3] == it.restored(3)
+        run(*SNAPFS, "verify", it.directory)
+        (small / "ballast").unlink()
+        assert "incremental" == it.backup()["kind"]
+        check_tidy(it)
+        it.check_all()
 
 
 def spoil(path: Path, old: bytes) -> None:
