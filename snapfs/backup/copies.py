@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from typing import Any
 
 from attrs import asdict, evolve, field, frozen
@@ -22,7 +23,7 @@ from .devices import DeviceTarget
 from .plan import Kind, Plan
 from .progress import Progress
 from .source import Source, refuse_served
-from .targets import Qcow2Target, RawTarget, Target
+from .targets import Qcow2Target, RawTarget, Target, lock
 
 VERSION = 1
 
@@ -159,8 +160,6 @@ def _begin_or_resume(wanted: Journal, found: Journal | None, dest: str, source: 
         return evolve(found, incomplete=False)
     counts = source.described["clusters"]
     if counts["accessible"] == counts["total"] and wanted.backing is None:
-        if os.path.exists(dest) and wanted.format == "qcow2":
-            os.unlink(dest)
         return wanted  # the whole image: whatever was there does not matter
     instead = "" if devices.is_device(dest) else f"delete {dest} and {Journal.path_of(dest)} and "
     raise PartialCopy(
@@ -215,21 +214,36 @@ def _check_device(dest: str, size: int, options: CopyOptions) -> None:
 
 
 def _open(journal: Journal, dest: str, options: CopyOptions, *, whole_head: bool) -> Target:
-    new = not os.path.exists(dest)
     if devices.is_device(dest):
         mark = records.unstructure(journal)
         return DeviceTarget(dest, journal.size, mark, whole_head=whole_head)
     if journal.format == "raw":
-        journal.write(dest)
-        return RawTarget(dest, journal.size)
+        return RawTarget(dest, journal.size, lambda: journal.write(dest))
     if journal.position == 0:
-        journal.write(dest)
-        if not new:
-            os.unlink(dest)
-        qemu.create(dest, journal.size, options.backing)
+        _make_qcow2(journal, dest, options)
     else:
         qemu.free_leaks(dest)
     return Qcow2Target(dest, journal.size, resumable=True)
+
+
+def _make_qcow2(journal: Journal, dest: str, options: CopyOptions) -> None:
+    """An empty image, marked, in place of what nobody has open; raises InUse if somebody has."""
+    fd = -1
+    try:
+        with suppress(FileNotFoundError):
+            fd = os.open(dest, os.O_RDWR | os.O_CLOEXEC)
+            lock(fd, dest)
+        journal.write(dest)
+        records.remove(dest)
+        try:
+            qemu.create(dest, journal.size, options.backing)
+        except BaseException:
+            records.remove(dest)
+            records.remove(Journal.path_of(dest))
+            raise
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _run(

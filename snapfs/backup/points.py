@@ -69,8 +69,7 @@ def restore(path: str, dest: str, options: RestoreOptions) -> dict[str, Any]:
 def _open(dest: str, size: int, journal: Journal) -> RawTarget:
     if devices.is_device(dest):
         return DeviceTarget(dest, size, records.unstructure(journal), whole_head=True)
-    journal.write(dest)
-    return RawTarget(dest, 0)
+    return RawTarget(dest, 0, lambda: journal.write(dest))
 
 
 def _refuse_inside(directory: Directory, dest: str) -> None:
@@ -87,7 +86,8 @@ def _check_dest(
         status = os.stat(dest)
     except FileNotFoundError:
         status = None
-    if status is not None and not options.force:
+    empty = status is not None and stat.S_ISREG(status.st_mode) and not status.st_size
+    if status is not None and not (options.force or empty):
         journal = Journal.read(dest)
         ours = journal is not None and journal.source.startswith("restore ")
         if not (ours and stat.S_ISREG(status.st_mode)):

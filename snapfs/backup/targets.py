@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from ..errors import InUse
 from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..storage.locks import lock_exclusively, lock_image
 from . import qemu
-from .records import sync_file
+from .records import remove, sync_file
 
 SECTOR = 512  # the unit of the sizes of qcow2 images
 
@@ -50,30 +50,49 @@ def _naming(path: str) -> Iterator[None]:
         raise
 
 
+def _open_or_create(path: str) -> tuple[int, bool]:
+    """A descriptor to write a file, and whether it is new."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+    except FileExistsError:
+        return os.open(path, flags), False
+
+
+def lock(fd: int, path: str) -> None:
+    """Lock an image that is going to be written; raises InUse if another program has it."""
+    try:
+        free = lock_exclusively(fd) and lock_image(fd, writable=True)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+            raise
+        free = True  # no such locks there
+    if not free:
+        raise InUse(f"{path} is in use by another program, a virtual machine perhaps")
+
+
 class RawTarget:
     """A raw image: a regular file, made exactly `size` bytes long, or a block device."""
 
-    def __init__(self, path: str, size: int) -> None:
-        """Open, create if need be, and lock; raises InUse if another program has it."""
+    def __init__(self, path: str, size: int, ours: Callable[[], None] | None = None) -> None:
+        """Open, create if need be, and lock; raises InUse if another program has it.
+
+        `ours` is called when it is locked and as it was; if that fails it stays so.
+        """
         self._path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd, new = _open_or_create(path)
         try:
             status = os.fstat(self._fd)
             self._device = stat.S_ISBLK(status.st_mode)
-            if not (lock_exclusively(self._fd) and self._lock()):
-                raise InUse(f"{path} is in use by another program, a virtual machine perhaps")
+            lock(self._fd, path)
+            if ours is not None:
+                ours()
             if not self._device:
                 os.ftruncate(self._fd, size)
         except BaseException:
             os.close(self._fd)
-            raise
-
-    def _lock(self) -> bool:
-        try:
-            return lock_image(self._fd, writable=True)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
-                return True  # no such locks there
+            if new:
+                remove(path)
             raise
 
     def write(self, offset: int, data: Data) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from attrs import define, field
 
+from snapfs.storage.locks import lock_image
 from tests.support.filesystems import make_ext4, mounted_loop, tmpfs
 from tests.support.mounted import DYING, SNAPFS, Mounted, run
 from tests.support.patched import Program, held_copy
@@ -665,6 +666,21 @@ def test_restore_does_not_overwrite_unasked(disk, tmp_path):
     assert it.moments[1] == dest.read_bytes()
     assert 5 == run(*SNAPFS, "restore", it.directory, dest, "--at", "7", check=False).returncode
     run(*SNAPFS, "restore", it.directory, tmp_path / "now", "--at", "2999-01-01")
+
+
+def test_a_refused_restore_leaves_the_image_unmarked(disk, tmp_path):
+    """With a mark beside it the next restore, without --force, would have overwritten it."""
+    it = disk(os.urandom(MIB))
+    it.backup()
+    dest = tmp_path / "live"
+    dest.write_bytes(b"live" * K64)
+    with open(dest, "r+b") as file:
+        assert lock_image(file.fileno(), writable=True)
+        done = run(*SNAPFS, "restore", it.directory, dest, "--force", check=False)
+        assert (1, True) == (done.returncode, "in use" in done.stderr), done.stderr
+    assert not (tmp_path / "live.partial").exists()
+    assert 2 == run(*SNAPFS, "restore", it.directory, dest, check=False).returncode
+    assert b"live" * K64 == dest.read_bytes()
 
 
 def test_a_restored_image_is_sparse(disk, tmp_path):

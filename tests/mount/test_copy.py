@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,41 @@ def test_the_image_itself_and_its_mount_are_no_destination(mount):
     done = disk.snapfs("copy", disk.active, "/nonexistent/x", check=False)
     assert 2 == done.returncode
     assert "not a snapshot" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_an_image_in_use_stays_as_it_is_and_unmarked(mount, tmp_path, form):
+    """With a mark beside it the next copy would have taken it for an unfinished one of its own."""
+    disk = mount(os.urandom(MIB))
+    disk.create("s")
+    dest = tmp_path / "copy"
+    run("qemu-img", "create", "-q", "-f", form, dest, "1M")
+    run("qemu-io", "-f", form, "-c", "write -q -P 7 0 1M", dest)
+    before = dest.read_bytes()
+    user = subprocess.Popen(
+        ["qemu-io", "-f", form, str(dest)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert user.stdin is not None
+        assert user.stdout is not None
+        user.stdin.write(b"length\n")
+        user.stdin.flush()
+        user.stdout.readline()  # it is open now
+        done = copy(disk, "s", dest, "--force", "--format", form, check=False)
+        assert (1, True) == (done.returncode, "in use" in done.stderr), done.stderr
+        assert before == dest.read_bytes()
+        assert not (tmp_path / "copy.partial").exists()
+    finally:
+        user.communicate()
+
+
+def test_a_mark_that_cannot_be_made_leaves_nothing(mount, tmp_path):
+    disk = mount(os.urandom(MIB))
+    disk.create("s")
+    (tmp_path / "copy.partial.new").mkdir()
+    for form in ("raw", "qcow2"):
+        assert 1 == copy(disk, "s", tmp_path / "copy", "--format", form, check=False).returncode
+        assert not (tmp_path / "copy").exists()
 
 
 def test_a_descriptor_that_is_not_open_is_no_place_for_progress(mount, tmp_path):
