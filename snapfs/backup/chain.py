@@ -144,31 +144,6 @@ class Chain:
             found.append(self.find(found[-1].parent))
         return found[::-1]
 
-    def at(self, text: str | None) -> Point:
-        """The point that a number, a name or a time means; raises NotFound.
-
-        A time means the last point that is not later.  Without a time zone it is UTC.
-        """
-        if not self.points:
-            raise NotFound("the backup has no points yet")
-        if text is None:
-            return self.points[-1]
-        for point in self.points:
-            if text in (point.name, str(point.number)):
-                return point
-        try:
-            wanted = datetime.fromisoformat(text)
-        except ValueError:
-            raise NotFound(
-                f"{text} is neither a number, a name nor a time of a point; the points are "
-                + ", ".join(point.name for point in self.points[-20:])
-            ) from None
-        wanted = wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC)
-        before = [point for point in self.points if point.time <= wanted]
-        if not before:
-            raise NotFound(f"the oldest point, {self.points[0].name}, is later than {text}")
-        return before[-1]
-
     def new_name(self, now: datetime) -> str:
         """A name for the next point."""
         return f"{self.next_number:04d}-{now.astimezone(UTC):%Y-%m-%dT%H-%M-%SZ}"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from attrs import evolve, field, frozen
@@ -109,16 +109,13 @@ class _Run:
 
     def make_point(self) -> dict[str, Any]:
         """Snapshot, copy, manifest, and only then the new bitmap counts."""
-        chain = self._directory.chain
-        name, token = chain.new_name(datetime.now(UTC)), new_token()
-        self._directory.save(
-            evolve(chain, next_number=chain.next_number + 1, garbage=(*chain.garbage, name))
-        )
-        label = chain.prefix + token
+        token = new_token()
+        label = self._directory.chain.prefix + token
         parent, why = self._base()
         committed = False
         try:
-            parent, why = self._take_snapshot(label, parent, why)
+            parent, why, snapshot = self._take_snapshot(label, parent, why)
+            name = self._announce(snapshot)
             point, copied = self._copy(name, token, label, parent)
             chain = self._directory.chain
             garbage = tuple(each for each in chain.garbage if each != name)
@@ -138,6 +135,15 @@ class _Run:
             "copied_bytes": copied.data,
             "zero_bytes": copied.zero,
         }
+
+    def _announce(self, snapshot: dict[str, Any]) -> str:
+        """A name for the point, after the moment of its snapshot, in the manifest as garbage."""
+        chain = self._directory.chain
+        name = chain.new_name(datetime.fromisoformat(snapshot["created"]))
+        self._directory.save(
+            evolve(chain, next_number=chain.next_number + 1, garbage=(*chain.garbage, name))
+        )
+        return name
 
     def _base(self) -> tuple[Point | None, str | None]:
         """The point that this one can be an increment to, or None and why not."""
@@ -164,22 +170,22 @@ class _Run:
 
     def _take_snapshot(
         self, label: str, parent: Point | None, why: str | None
-    ) -> tuple[Point | None, str | None]:
+    ) -> tuple[Point | None, str | None, dict[str, Any]]:
         with Client(self._mountpoint) as client:
             if parent is not None:
                 bitmap = self._directory.chain.prefix + parent.token
                 try:
                     snapshot = client.call("create", name=label, bitmap=bitmap, next=label)
                     if snapshot["size"]:
-                        return parent, None
-                    return None, "the image is empty"  # qcow2 cannot be shrunk to that
+                        return parent, None, snapshot
+                    return None, "the image is empty", snapshot  # qcow2 cannot be shrunk to that
                 except RemoteError as error:
                     if error.exit_status != ExitCode.BITMAP_UNUSABLE:
                         raise
                     why = str(error)
-            client.call("create", name=label, next=label)
+            snapshot = client.call("create", name=label, next=label)
         self._options.say(f"a full backup: {why}")
-        return None, why
+        return None, why, snapshot
 
     def _copy(
         self, name: str, token: str, label: str, parent: Point | None

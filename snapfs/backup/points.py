@@ -17,6 +17,7 @@ from attrs import field, frozen
 from ..errors import BackupError, PointDamaged, SnapfsError, UsageError
 from . import devices, qemu, records
 from .chain import Directory, Point, opened
+from .choosing import choose
 from .copies import VERSION, Journal
 from .copying import ZERO_BYTES, check_room
 from .devices import DeviceTarget
@@ -45,7 +46,7 @@ def restore(path: str, dest: str, options: RestoreOptions) -> dict[str, Any]:
     """Rebuild a point at DEST, with its exact size; returns the summary."""
     qemu.find_program("qemu-nbd")
     with opened(path, change=False) as directory:
-        point = directory.chain.at(options.at)
+        point = choose(directory.chain, options.at)
         lineage = directory.chain.lineage(point)
         for each in lineage:
             directory.refuse_partial(each)
@@ -155,7 +156,7 @@ def verify(path: str, at: str | None, progress_fd: int | None, json: bool) -> di
     bad: set[str] = set()
     with opened(path, change=False) as directory:
         chain = directory.chain
-        points = list(chain.points) if at is None else chain.lineage(chain.at(at))
+        points = list(chain.points) if at is None else chain.lineage(choose(chain, at))
         total = sum(point.data_bytes + point.zero_bytes for point in points)
         with Progress("verify", total, fd=progress_fd, json_lines=json) as progress:
             for point in points:

@@ -11,7 +11,7 @@ from attrs import evolve
 from snapfs.backup import records
 from snapfs.backup.chain import MANIFEST, VERSION, Chain, Fold, Point, init, opened
 from snapfs.backup.pruning import Policy
-from snapfs.errors import BackupError, InUse, NotFound
+from snapfs.errors import BackupError, InUse
 
 START = datetime(2026, 11, 2, 12, tzinfo=UTC)  # a Monday
 
@@ -80,19 +80,6 @@ def test_a_manifest_that_is_not_one_is_refused(change):
         stored["points"] = None
     with pytest.raises(BackupError):
         load(stored)
-
-
-def test_points_are_found_by_number_name_and_time():
-    chain = chain_of(3)
-    assert chain.points[2] == chain.at(None)
-    assert chain.points[0] == chain.at("1")
-    assert chain.points[1] == chain.at("0002-2026")
-    assert chain.points[1] == chain.at("2026-11-03T12:00:00Z")
-    assert chain.points[0] == chain.at("2026-11-03T11:59")
-    assert chain.points[2] == chain.at("2027-01-01")
-    for text in ("2026-11-01", "7", "never"):
-        with pytest.raises(NotFound):
-            chain.at(text)
 
 
 def test_a_directory_that_was_not_made_one_is_refused_and_stays_empty(tmp_path):
