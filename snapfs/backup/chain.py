@@ -38,7 +38,7 @@ from attrs.validators import ge, matches_re
 from ..errors import BackupError, InUse, NotFound, PartialCopy, PointDamaged
 from . import records
 from .copies import Journal
-from .qemu import file_format
+from .qemu import header
 from .source import refuse_served
 from .sums import Unit, digest_of, load
 
@@ -199,6 +199,10 @@ class Directory:
 
     def units(self, point: Point) -> list[Unit]:
         """What a point holds, with checksums; raises PointDamaged if that is not what it was."""
+        return load(self.refuse_other_sums(point), point.size, self.sums_of(point.name))
+
+    def refuse_other_sums(self, point: Point) -> bytes:
+        """The file of checksums of a point; raises PointDamaged if it is not what it was."""
         path = self.sums_of(point.name)
         fold = self.chain.fold
         if fold is not None and fold.into == point.name and os.path.exists(f"{path}.fold"):
@@ -210,7 +214,14 @@ class Directory:
             raise PointDamaged(f"point {point.name}: {path} is missing") from None
         if digest_of(data) != point.digest:
             raise PointDamaged(f"point {point.name}: {path} is not what it was")
-        return load(data, point.size, path)
+        return data
+
+    def layer_of(self, point: Point) -> tuple[str, ...]:
+        """The files that have what a point has over the one below: two while it is folded."""
+        path, fold = self.image_of(point.name), self.chain.fold
+        if fold is not None and fold.into == point.name and os.path.exists(self.image_of(fold.old)):
+            return path, self.image_of(fold.old)
+        return (path,)
 
     def refuse_partial(self, point: Point) -> None:
         """Raises PartialCopy or PointDamaged unless the file of a point is there and whole."""
@@ -219,8 +230,10 @@ class Directory:
             raise PartialCopy(f"{path} is marked as unfinished by {Journal.path_of(path)}")
         if not os.path.isfile(path):
             raise PointDamaged(f"point {point.name}: {path} is missing")
-        if file_format(path) != "qcow2":
-            raise PointDamaged(f"point {point.name}: {path} is no qcow2 image any more")
+        try:
+            header(path)
+        except BackupError as error:
+            raise PointDamaged(f"point {point.name}: {error}") from None
 
     def sweep(self) -> None:
         """Remove what interrupted runs left."""

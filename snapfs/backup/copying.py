@@ -17,7 +17,7 @@ from attrs import define, field
 from ..errors import BackupError
 from .plan import Kind, Plan, pieces
 from .source import Source
-from .sums import UNIT_BYTES, Unit, digest_of
+from .sums import UNIT_BYTES, Unit, unit_of
 from .targets import Target
 
 CHECKPOINT_BYTES = 128 << 20  # of data, between two flushes
@@ -128,8 +128,8 @@ class Copying:
                     self._target.zero(start + offset, end - offset)
                 else:
                     self._target.write(start + offset, view[offset:end])
-            digest = digest_of(view) if self._checksums else ""
-        self._note(Unit(start, len(data), digest))
+            unit = unit_of(start, view) if self._checksums else Unit(start, len(data), "")
+        self._note(unit)
         self._since_flush += len(data)
         if self._rate:
             now = time.monotonic()

@@ -25,8 +25,15 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from ..client.wire import Client, RemoteError
-from ..errors import ExitCode, PartialCopy, SnapfsError, SnapshotIncomplete, UsageError
-from . import belonging, folding, qemu, records
+from ..errors import (
+    ExitCode,
+    PartialCopy,
+    PointDamaged,
+    SnapfsError,
+    SnapshotIncomplete,
+    UsageError,
+)
+from . import belonging, folding, qemu, records, verified
 from .chain import MANIFEST, Directory, Point, new_token, opened
 from .copying import Copied, Copying, check_room, describe_ranges
 from .plan import Kind, Plan
@@ -156,9 +163,8 @@ class _Run:
             return None, "the first point"
         last = chain.points[-1]
         try:
-            for point in chain.lineage(last):
-                self._directory.refuse_partial(point)
-        except SnapfsError as error:
+            self._refuse_damaged(last)
+        except (SnapfsError, OSError) as error:
             return None, str(error)
         with Client(self._mountpoint) as client:
             for bitmap in client.call("bitmap_list")["bitmaps"]:
@@ -167,6 +173,16 @@ class _Run:
                         return None, "the bitmap is inconsistent since the machine went down"
                     return last, None
         return None, f"the image has no bitmap of point {last.name}"
+
+    def _refuse_damaged(self, point: Point) -> None:
+        """Raises what is wrong with a point, as far as can be seen without reading it all."""
+        directory = self._directory
+        why = verified.why_damaged(directory, point)
+        if why is not None:
+            raise PointDamaged(why)
+        for each in directory.chain.lineage(point):
+            directory.refuse_partial(each)
+            directory.refuse_other_sums(each)
 
     def _take_snapshot(
         self, label: str, parent: Point | None, why: str | None

@@ -14,7 +14,7 @@ from attrs import evolve
 from ..errors import BackupError, PointDamaged
 from . import qemu, records
 from .chain import Chain, Directory, Fold, Point
-from .sums import Part, Unit, digest_of, dump, left_of
+from .sums import Part, Unit, damaged, digest_of, dump, left_of, unit_of
 
 METADATA_BYTES = 2 << 20  # what a fold takes besides data: tables, checksums, the manifest
 
@@ -127,7 +127,7 @@ def _merge(directory: Directory, old: Point, into: Point) -> Iterator[Unit]:
 
 
 def _sums_of_parts(image: str, parts: list[Part]) -> Iterator[Unit]:
-    """What is left of units that newer ones cut, checked as a whole before they are cut."""
+    """What is left of units that newer ones cut; what is damaged of them must not be left."""
     if not any(part.unit.digest for part in parts):
         for part in parts:
             yield Unit(part.start, part.stop - part.start, None)
@@ -135,13 +135,14 @@ def _sums_of_parts(image: str, parts: list[Part]) -> Iterator[Unit]:
     with qemu.Server(image, read_only=True) as server:
         for part in parts:
             unit = part.unit
-            digest = None
-            if unit.digest is not None:
-                data = memoryview(server.client.read(unit.start, unit.length))
-                if digest_of(data) != unit.digest:
-                    raise PointDamaged(f"{image} is damaged at {unit.start}; nothing was pruned")
-                digest = digest_of(data[part.start - unit.start : part.stop - unit.start])
-            yield Unit(part.start, part.stop - part.start, digest)
+            if unit.digest is None:
+                yield Unit(part.start, part.stop - part.start, None)
+                continue
+            data = memoryview(server.client.read(unit.start, unit.length))
+            for first, stop in damaged(unit, data):
+                if first < part.stop and part.start < stop:
+                    raise PointDamaged(f"{image} is damaged at {first}; it was not folded")
+            yield unit_of(part.start, data[part.start - unit.start : part.stop - unit.start])
 
 
 def finish(directory: Directory) -> None:
@@ -156,11 +157,11 @@ def finish(directory: Directory) -> None:
     size = directory.chain.find(fold.into).size
     if os.path.exists(old):
         _check_room(directory, fold.old, fold.into)
-        if qemu.info(old)["virtual-size"] < size:
+        if qemu.header(old)[0] < size:
             qemu.resize(old, size)
         # -d: leave `into` as it is, it must read the same until it is replaced.
         qemu.run("commit", "-q", "-d", "-f", "qcow2", qemu.image_name(into))
-        if qemu.info(old)["virtual-size"] > size:
+        if qemu.header(old)[0] > size:
             qemu.resize(old, size)
         records.sync_file(old)
         os.rename(old, into)

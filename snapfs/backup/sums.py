@@ -1,7 +1,12 @@
 """The checksums of a point: one line for each range that it holds.
 
-    OFFSET LENGTH DIGEST     data; the digest is XXH3-128 in hex
-    OFFSET LENGTH zero       zeros
+    OFFSET LENGTH DIGEST PIECES    data; the digest is XXH3-128 in hex
+    OFFSET LENGTH DIGEST           the same, as old versions wrote it
+    OFFSET LENGTH zero             zeros
+
+PIECES has the low 32 bits of XXH3-64 of each piece, eight hex digits each; pieces end at the
+multiples of PIECE_BYTES.  They prove nothing while the digest is right: they tell which
+pieces of damaged data are good, and so what a point that has newer data for the others reads.
 
 Offsets and lengths are bytes in decimal, lines ascend and do not overlap.  What
 is in no line is as the point before has it.
@@ -16,18 +21,24 @@ from typing import NamedTuple
 import xxhash
 
 from ..errors import BackupError
+from .plan import pieces
 
 UNIT_BYTES = 4 << 20  # data is read, and has a checksum, in pieces of this size at most
 
-_LINE = re.compile(rb"(0|[1-9]\d{0,18}) ([1-9]\d{0,18}) ([0-9a-f]{32}|zero)")
+PIECE_BYTES = 64 << 10  # of data that is damaged, this much is given up
+
+_LINE = re.compile(
+    rb"(0|[1-9]\d{0,18}) ([1-9]\d{0,18}) (?:zero|([0-9a-f]{32})(?: ((?:[0-9a-f]{8})+))?)"
+)
 
 
 class Unit(NamedTuple):
-    """Bytes [start, start+length); `digest` None: zeros."""
+    """Bytes [start, start+length); `digest` None: zeros.  `pieces`: four bytes for each."""
 
     start: int
     length: int
     digest: str | None
+    pieces: bytes | None = None
 
     @property
     def stop(self) -> int:
@@ -40,10 +51,42 @@ def digest_of(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def unit_of(start: int, data: bytes | bytearray | memoryview) -> Unit:
+    """The unit of some data."""
+    view = memoryview(data)
+    found = b"".join(
+        (xxhash.xxh3_64_intdigest(view[first - start : end - start]) & 0xFFFFFFFF).to_bytes(4)
+        for first, end in pieces(start, start + len(view), PIECE_BYTES)
+    )
+    return Unit(start, len(view), digest_of(view), found)
+
+
+def damaged(unit: Unit, data: bytes | bytearray | memoryview) -> list[tuple[int, int]]:
+    """(start, stop) of what is not what it was of the data of a unit, ascending."""
+    if digest_of(data) == unit.digest:
+        return []
+    if unit.pieces is None:
+        return [(unit.start, unit.stop)]
+    now = unit_of(unit.start, data).pieces
+    assert now is not None
+    found = [
+        each
+        for index, each in enumerate(pieces(unit.start, unit.stop, PIECE_BYTES))
+        if now[4 * index : 4 * index + 4] != unit.pieces[4 * index : 4 * index + 4]
+    ]
+    return found or [(unit.start, unit.stop)]
+
+
 def dump(units: Iterable[Unit]) -> bytes:
     """The file that says so."""
     return b"".join(
-        b"%d %d %s\n" % (unit.start, unit.length, (unit.digest or "zero").encode())
+        b"%d %d %s%s\n"
+        % (
+            unit.start,
+            unit.length,
+            (unit.digest or "zero").encode(),
+            b" " + unit.pieces.hex().encode() if unit.pieces else b"",
+        )
         for unit in units
     )
 
@@ -56,15 +99,22 @@ def load(data: bytes, size: int, where: str) -> list[Unit]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise BackupError(f"{where}: line {number} is no checksum")
-        digest = match[3].decode()
-        unit = Unit(int(match[1]), int(match[2]), None if digest == "zero" else digest)
+        digest = None if match[3] is None else match[3].decode()
+        parts = None if match[4] is None else bytes.fromhex(match[4].decode())
+        unit = Unit(int(match[1]), int(match[2]), digest, parts)
         if unit.start < end or unit.stop > size:
             raise BackupError(f"{where}: line {number} overlaps the one before or the end")
         if unit.digest is not None and unit.length > UNIT_BYTES:
             raise BackupError(f"{where}: line {number} is longer than {UNIT_BYTES} bytes")
+        if parts is not None and len(parts) != 4 * _count(unit):
+            raise BackupError(f"{where}: line {number} has checksums of {len(parts) // 4} pieces")
         end = unit.stop
         units.append(unit)
     return units
+
+
+def _count(unit: Unit) -> int:
+    return (unit.stop - 1) // PIECE_BYTES - unit.start // PIECE_BYTES + 1
 
 
 class Part(NamedTuple):

@@ -50,6 +50,9 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument("dest", metavar="DEST", help="a new file; a block device takes --force")
     verb.add_argument("--at", metavar="POINT", help="number, name or time; default: the newest")
     verb.add_argument("--force", action="store_true", help="overwrite; do not check for room")
+    verb.add_argument(
+        "--salvage", action="store_true", help="restore what is good and name what is not"
+    )
     _add_progress(verb)
     verb.set_defaults(run=restore)
 
@@ -179,37 +182,47 @@ def backup(arguments: argparse.Namespace) -> int:
 
 
 def restore(arguments: argparse.Namespace) -> int:
-    """snapfs restore DIR DEST."""
-    from ..backup import points  # noqa: PLC0415
+    """snapfs restore DIR DEST: 3 if something is missing that was salvaged around."""
+    from ..backup import restoring  # noqa: PLC0415
 
-    options = points.RestoreOptions(
+    options = restoring.RestoreOptions(
         at=arguments.at,
         force=arguments.force,
+        salvage=arguments.salvage,
         progress_fd=arguments.progress,
         json=arguments.json,
     )
-    _long_job(
+
+    def describe(result: Result) -> str:
+        lines = [f"{result['dest']}: point {result['point']}, {human(result['size'])}"]
+        lines += [f"    not good: offset {start}, length {n}" for start, n in result["damaged"]]
+        return "\n".join(lines)
+
+    result = _long_job(
         arguments,
-        lambda: points.restore(arguments.directory, arguments.dest, options),
-        lambda result: f"{result['dest']}: point {result['point']}, {human(result['size'])}",
+        lambda: restoring.restore(arguments.directory, arguments.dest, options),
+        describe,
     )
-    return ExitCode.OK
+    return ExitCode.PARTIAL if result["damaged"] else ExitCode.OK
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """snapfs verify DIR."""
-    from ..backup import points  # noqa: PLC0415
+    from ..backup import verifying  # noqa: PLC0415
 
     def describe(result: Result) -> str:
         lines = []
         for point in result["points"]:
             lines.append(f"{point['point']}: {'good' if point['ok'] else 'DAMAGED'}")
             lines += [f"    {problem}" for problem in point["problems"]]
+        if result["damaged"]:
+            first = result["good_from"]
+            lines.append(f"from {first} on all is good" if first else "the newest point is damaged")
         return "\n".join(lines) or "there are no points yet"
 
     result = _long_job(
         arguments,
-        lambda: points.verify(
+        lambda: verifying.verify(
             arguments.directory, arguments.at, arguments.progress, arguments.json
         ),
         describe,

@@ -113,7 +113,7 @@ def check_tidy(disk: Disk) -> None:
     expected = {"snapfs-backup.json", "snapfs-backup.lock"}
     for point in manifest["points"]:
         expected |= {f"{point['name']}.qcow2", f"{point['name']}.sums"}
-    assert expected == {path.name for path in disk.directory.iterdir()}
+    assert expected == {path.name for path in disk.directory.iterdir()} - {"snapfs-backup.verified"}
 
 
 def test_full_first_then_what_changed(disk):
@@ -455,7 +455,7 @@ def test_prune_killed_at_every_step_leaves_every_kept_point_whole(disk, tmp_path
         it.check_images(trial)
         run(*SNAPFS, "verify", trial)
         left = {path.name for path in trial.iterdir()}
-        assert 2 + 2 == len(left), left
+        assert 2 + 3 == len(left), left
         shutil.rmtree(trial)
         if done.returncode != -signal.SIGKILL:
             assert 0 == done.returncode, done.stderr
@@ -607,6 +607,7 @@ def test_verify_and_restore_find_a_changed_byte(disk, tmp_path):
     assert 4 == done.returncode
     assert f"{names_[0]}: good" in done.stdout
     assert f"{names_[1]}: DAMAGED" in done.stdout
+    assert "the newest point is damaged" in done.stdout
     assert "offset 196608" in done.stdout
     done = run(*SNAPFS, "restore", it.directory, tmp_path / "r", check=False)
     assert 4 == done.returncode
@@ -640,6 +641,104 @@ def test_verify_finds_zeros_that_are_none_a_missing_file_and_another_base(disk):
     assert f"stands on {names_[0]}.qcow2" in verified()
     files[0].unlink()
     assert "is missing" in verified()
+
+
+def test_damage_that_a_later_point_replaced_does_not_matter_any_more(disk, tmp_path):
+    it = disk(os.urandom(MIB) + b"a needle" * 8192 + os.urandom(MIB))
+    it.backup()
+    it.mounted.write(MIB, os.urandom(K64))
+    it.backup()
+    it.change(3)
+    it.backup()
+    first = next(it.directory.glob("0001-*.qcow2"))
+    spoil(first, b"a needlea needle")
+    for number in (2, 3):
+        assert it.moments[number] == it.restored(number)
+    done = run(*SNAPFS, "restore", it.directory, tmp_path / "r", "--at", "1", check=False)
+    assert (4, True) == (done.returncode, f"{MIB}+{K64}" in done.stderr), done.stderr
+    done = run(*SNAPFS, "verify", it.directory, check=False)
+    assert 4 == done.returncode
+    assert f"offset {MIB}, length {K64}: the checksum differs" in done.stdout
+    assert re.search(r"0001-.*DAMAGED.*0002-.*good\n0003-.*good\nfrom 0002-.* on all is good",
+                     done.stdout, re.DOTALL)  # fmt: skip
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "2")
+    it.moments.pop(1)
+    assert "incremental" == it.backup()["kind"]
+    it.check_all()
+
+
+def test_salvage_restores_what_is_good_and_names_what_is_not(disk, tmp_path):
+    it = disk(os.urandom(MIB) + b"a needle" * 8192 + os.urandom(MIB))
+    it.backup()
+    it.mounted.write(8 * K64, os.urandom(K64))
+    it.backup()
+    files = [it.directory / f"{point['name']}.qcow2" for point in it.manifest()["points"]]
+    spoil(files[0], b"a needlea needle")
+    dest = tmp_path / "r"
+
+    def salvaged() -> list[list[int]]:
+        command = ["restore", it.directory, dest, "--salvage", "--json", "--force"]
+        done = run(*SNAPFS, *command, check=False)
+        assert 3 == done.returncode, done.stderr
+        assert not Path(f"{dest}.partial").exists()
+        damaged = json.loads(done.stdout.splitlines()[-1])["damaged"]
+        expected = bytearray(it.moments[2])
+        for start, length in damaged:
+            expected[start : start + length] = bytes(length)
+        assert bytes(expected) == dest.read_bytes()
+        return damaged
+
+    assert [[MIB, K64]] == salvaged()
+    done = run(*SNAPFS, "restore", it.directory, dest, "--salvage", "--force", check=False)
+    assert (3, True) == (done.returncode, f"offset {MIB}, length {K64}" in done.stdout)
+    files[1].unlink()
+    assert [[8 * K64, K64], [MIB, K64]] == salvaged()
+    files[0].write_bytes(b"QFI\xfb" + bytes(1000))
+    assert [[0, 2 * MIB + K64]] == salvaged()
+
+
+def test_salvage_without_checksums_names_all_that_nothing_proves(disk, tmp_path):
+    it = disk(os.urandom(MIB))
+    it.backup()
+    it.mounted.write(0, os.urandom(K64))
+    it.backup()
+    sums = [it.directory / f"{point['name']}.sums" for point in it.manifest()["points"]]
+    sums[1].write_bytes(b"0 65536 zero\n")
+    command = ["restore", it.directory, tmp_path / "r", "--salvage", "--json"]
+    done = run(*SNAPFS, *command, check=False)
+    assert (3, [[0, K64]]) == (
+        done.returncode, json.loads(done.stdout.splitlines()[-1])["damaged"],
+    )  # fmt: skip
+    assert it.moments[2] == (tmp_path / "r").read_bytes()
+    next(it.directory.glob("0002-*.qcow2")).unlink()
+    done = run(*SNAPFS, *command, "--force", check=False)
+    assert (3, [[0, MIB]]) == (done.returncode, json.loads(done.stdout.splitlines()[-1])["damaged"])
+    assert it.moments[1] == (tmp_path / "r").read_bytes()
+
+
+def test_a_base_that_is_known_to_be_damaged_gives_a_full_point(disk, tmp_path):
+    it = disk(os.urandom(MIB) + b"a needle" * 8192)
+    it.backup()
+    it.change(1)
+    it.backup()
+    first, second = (it.directory / f"{each['name']}.qcow2" for each in it.manifest()["points"])
+    spoil(first, b"a needlea needle")
+    assert 4 == run(*SNAPFS, "verify", it.directory, check=False).returncode
+    summary = it.backup()
+    assert ("full", True) == (summary["kind"], "was found damaged on" in summary["reason"])
+    assert "incremental" == it.backup()["kind"]
+    sums = next(it.directory.glob("0004-*.sums"))
+    kept = sums.read_bytes()
+    sums.write_bytes(kept + b"\n")
+    summary = it.backup()
+    assert ("full", True) == (summary["kind"], "is not what it was" in summary["reason"])
+    sums.write_bytes(kept)
+    it.backup()
+    for number in (3, 4, 5, 6):
+        assert it.moments[number] == it.restored(number)
+    done = run(*SNAPFS, "restore", it.directory, tmp_path / "r", check=False)
+    assert 0 == done.returncode
+    assert second.exists()
 
 
 def test_restore_and_verify_refuse_a_partial_point(disk, tmp_path):

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs.backup.sums import UNIT_BYTES, Unit, digest_of, dump, left_of, load
+from snapfs.backup.sums import (
+    PIECE_BYTES,
+    UNIT_BYTES,
+    Unit,
+    damaged,
+    digest_of,
+    dump,
+    left_of,
+    load,
+    unit_of,
+)
 from snapfs.errors import BackupError
 
 DIGEST = digest_of(b"x")
@@ -66,3 +76,24 @@ def test_what_is_left_is_all_that_is_below_and_in_nothing_newer(old, new, size):
     for part in parts:
         assert part.unit.start <= part.start < part.stop <= part.unit.stop
         assert part.whole == (part.stop - part.start == part.unit.length)
+
+
+@given(st.integers(0, 3 * PIECE_BYTES), st.integers(1, 4 * PIECE_BYTES), st.data())
+def test_damage_is_found_to_the_piece(start, length, data):
+    content = bytearray(b"0123456789" * (length // 10 + 1))[:length]
+    unit = unit_of(start, content)
+    assert [unit] == load(dump([unit]), start + length, "x.sums")
+    assert [] == damaged(unit, content)
+    spoilt = data.draw(st.integers(0, length - 1))
+    content[spoilt] ^= 1
+    ((first, stop),) = damaged(unit, content)
+    assert first <= start + spoilt < stop
+    assert stop - first <= PIECE_BYTES
+    assert [(start, start + length)] == damaged(unit._replace(pieces=None), content)
+
+
+def test_a_line_has_a_checksum_for_each_of_its_pieces():
+    unit = unit_of(PIECE_BYTES - 1, b"ab")
+    assert 8 == len(unit.pieces)
+    with pytest.raises(BackupError, match="1 pieces"):
+        load(dump([unit._replace(pieces=unit.pieces[:4])]), 1 << 20, "x.sums")
