@@ -26,6 +26,7 @@ from .source import Source, refuse_served
 from .targets import Qcow2Target, RawTarget, Target, lock
 
 VERSION = 1
+MISSING_SHOWN = 50  # ranges in a journal: the mark of a device is small
 
 
 @frozen
@@ -39,6 +40,8 @@ class Journal:
     backing: str | None = None
     position: int = field(default=0, validator=ge(0))
     incomplete: bool = False
+    missing: tuple[tuple[int, int], ...] = ()  # before `position`: offset and length of the first
+    missing_more: int = 0  # and how many more
 
     @staticmethod
     def path_of(dest: str) -> str:
@@ -66,6 +69,16 @@ class Journal:
             return records.structure(found[1], cls, dest, VERSION)
         except BackupError:
             return cls(VERSION, "", 0, "raw")  # torn by a power cut: of nobody knows what
+
+    def with_missing(self, ranges: list[tuple[int, int]]) -> Journal:
+        """With more ranges that DEST does not have, named as long as there is room."""
+        both = [*self.missing, *ranges]
+        more = self.missing_more + len(both[MISSING_SHOWN:])
+        return evolve(self, missing=tuple(both[:MISSING_SHOWN]), missing_more=more)
+
+    def anew(self) -> Journal:
+        """The same copy, at its beginning."""
+        return evolve(self, position=0, incomplete=False, missing=(), missing_more=0)
 
     def write(self, dest: str) -> None:
         """Store it beside a file, durably."""
@@ -156,7 +169,7 @@ def _refuse_own(source: Source, dest: str) -> None:
 def _begin_or_resume(wanted: Journal, found: Journal | None, dest: str, source: Source) -> Journal:
     if found is None:
         return wanted
-    if evolve(found, position=0, incomplete=False) == wanted and os.path.exists(dest):
+    if found.anew() == wanted and os.path.exists(dest):
         return evolve(found, incomplete=False)
     counts = source.described["clusters"]
     if counts["accessible"] == counts["total"] and wanted.backing is None:
@@ -264,7 +277,11 @@ def _run(
     with Progress(source.name, total, fd=options.progress_fd, json_lines=options.json) as progress:
 
         def durable(position: int) -> None:
-            evolve(journal, position=max(journal.position, position)).store(dest, target)
+            gone = copying.copied.missing
+            if source.described["state"] != "ok":
+                gone = [*gone, *(each for each in most.ranges(Kind.MISSING) if each[0] < position)]
+            now = evolve(journal.with_missing(gone), position=max(journal.position, position))
+            now.store(dest, target)
 
         copying = Copying(
             source,
@@ -297,10 +314,11 @@ def _end(
     state = source.look()
     if state["state"] != "ok":
         ranges = [each for plan in plans for each in plan.ranges(Kind.MISSING)]
+        journal = journal.with_missing([*ranges, *copied.missing])
         problem = SnapshotIncomplete(
             f"snapshot {source.name} is {state['state']} ({state['reason']}): all that there is "
             f"was copied, and {mark}; missing, as offset+length: "
-            f"{describe_ranges(sorted([*ranges, *copied.missing]))}"
+            f"{describe_ranges(sorted(journal.missing), journal.missing_more)}"
         )
         evolve(journal, position=source.size, incomplete=True).store(dest, target)
     elif copied.missing:

@@ -157,11 +157,11 @@ def _split_zeros(view: memoryview) -> list[tuple[tuple[int, int], bool]]:
     return found
 
 
-def describe_ranges(ranges: list[tuple[int, int]]) -> str:
-    """Some ranges in a message: the first ones in full."""
+def describe_ranges(ranges: list[tuple[int, int]], more: int = 0) -> str:
+    """Some ranges in a message, the first ones in full; `more` are not among them."""
     shown = ", ".join(f"{start}+{length}" for start, length in ranges[:10])
-    more = f" and {len(ranges) - 10} more" if len(ranges) > 10 else ""
-    return f"{shown}{more}"
+    more += len(ranges[10:])
+    return f"{shown} and {more} more" if more else shown
 
 
 def check_room(free: int, needed: int, where: str) -> None:

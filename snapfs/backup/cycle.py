@@ -40,7 +40,7 @@ from .plan import Kind, Plan
 from .progress import Progress
 from .source import Source, refuse_served
 from .sums import digest_of, dump
-from .targets import Qcow2Target
+from .targets import QCOW2_CLUSTER, Qcow2Target
 
 
 @frozen
@@ -216,10 +216,10 @@ class _Run:
                 room = os.statvfs(directory.path)
                 needed = plan.total(Kind.DATA)
                 check_room(room.f_bavail * room.f_frsize, needed, directory.path)
-            qemu.create(
-                partial, source.size, None if parent is None else directory.image_of(parent.name)
-            )
-            target = Qcow2Target(partial, source.size, resumable=False)
+            alone = int(self._image["cluster_size"]) % QCOW2_CLUSTER == 0
+            below = None if parent is None else directory.image_of(parent.name)
+            qemu.create(partial, source.size, below, alone=alone)
+            target = Qcow2Target(partial, source.size, resumable=False, alone=alone)
             try:
                 copied = self._run_copy(source, target, plan)
                 target.finish()

@@ -132,7 +132,7 @@ def _sums_of_parts(image: str, parts: list[Part]) -> Iterator[Unit]:
         for part in parts:
             yield Unit(part.start, part.stop - part.start, None)
         return
-    with qemu.Server(image, read_only=True) as server:
+    with qemu.Server(image, alone=True, read_only=True) as server:
         for part in parts:
             unit = part.unit
             if unit.digest is None:

@@ -19,6 +19,7 @@ from ..storage.linux import end_with_parent
 from .nbd import NbdClient
 
 PACKAGE = "qemu-utils"  # of Debian, for all programs used here
+LOCKED = "Is another process using the image"  # what QEMU says of a lock that it does not get
 LOCK_SECONDS = 15.0  # for the server of a killed run to finish and let the image go
 START_SECONDS = 5.0  # for a server that does not answer to say why
 END_SECONDS = 600.0  # for a server to write what is left
@@ -66,7 +67,7 @@ def run(*arguments: str, directory: str | None = None) -> str:
             umask=0o077,
             preexec_fn=end_with_parent(signal.SIGKILL),
         )
-        if not done.returncode or "lock" not in done.stderr or time.monotonic() > end:
+        if not done.returncode or LOCKED not in done.stderr or time.monotonic() > end:
             break
         time.sleep(0.2)  # the programs of a run that was killed end in a moment
     if done.returncode:
@@ -75,11 +76,15 @@ def run(*arguments: str, directory: str | None = None) -> str:
     return done.stdout
 
 
-def create(path: str, size: int, backing: str | None = None) -> None:
-    """A new qcow2 image of `size` bytes, rounded up to 512, over `backing` or empty."""
+def create(path: str, size: int, backing: str | None = None, *, alone: bool = False) -> None:
+    """A new qcow2 image of `size` bytes, rounded up to 512, over `backing` or empty.
+
+    `alone`: what is below is not opened, however many files that may be.
+    """
     over = []
     if backing is not None:
         over = ["-b", backing_name(backing, path), "-F", file_format(backing)]
+        over += ["-u"] if alone else []
     run("create", "-q", "-f", "qcow2", *over, image_name(path), str(size))
 
 
@@ -138,8 +143,14 @@ class Server:
     flushed is safe, and the rest is at worst space that is in use for nothing.
     """
 
-    def __init__(self, *paths: str, read_only: bool = False, unordered: bool = False) -> None:
-        """Of several paths, and of one that is only read, nothing below is opened.
+    def __init__(
+        self,
+        *paths: str,
+        alone: bool = False,
+        read_only: bool = False,
+        unordered: bool = False,
+    ) -> None:
+        """`alone`: nothing below `paths` is opened, however many files that may be.
 
         `unordered`: never sync the file, not even to have metadata in an order.
 
@@ -147,7 +158,7 @@ class Server:
         it; after a power cut before that the image may be spoilt altogether.
         """
         self._path = paths[0]
-        alone = len(paths) > 1 or read_only
+        assert alone or len(paths) == 1
         self._image = [layer_name(paths)] if alone else ["--format=qcow2", image_name(paths[0])]
         cache = "--cache=unsafe" if unordered else "--cache=writeback"
         self._how = "--read-only" if read_only else cache
@@ -160,7 +171,7 @@ class Server:
             try:
                 return self._start()
             except BackupError as error:
-                if "lock" not in str(error) or time.monotonic() > end:
+                if LOCKED not in str(error) or time.monotonic() > end:
                     raise
                 time.sleep(0.2)
 

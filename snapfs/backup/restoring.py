@@ -267,7 +267,8 @@ class _Reader:
         if self._server is None:
             try:
                 self._directory.refuse_partial(self._point)
-                self._server = qemu.Server(*self._directory.layer_of(self._point), read_only=True)
+                files = self._directory.layer_of(self._point)
+                self._server = qemu.Server(*files, alone=True, read_only=True)
             except SnapfsError as error:
                 self._broken = error
                 raise

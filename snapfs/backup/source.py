@@ -21,6 +21,8 @@ def refuse_served(path: str, what: str) -> None:
     Files made in a mount would be snapshots; and a disk cannot hold its own backup.
     """
     directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    while not os.path.lexists(directory) and directory != os.path.dirname(directory):
+        directory = os.path.dirname(directory)  # where it is going to be made
     for each in (directory, *mountinfo.lives_on(directory)):
         try:
             found, _ = mountinfo.split(each)

@@ -15,6 +15,7 @@ from ..storage.locks import lock_exclusively, lock_image
 from . import qemu
 from .records import remove, sync_file
 
+QCOW2_CLUSTER = 64 << 10  # what qemu-img creates; a write to a part fills up the rest
 SECTOR = 512  # the unit of the sizes of qcow2 images
 
 Data = bytes | bytearray | memoryview
@@ -147,10 +148,11 @@ class Qcow2Target:
     of the image that something is written to.
     """
 
-    def __init__(self, path: str, size: int, *, resumable: bool) -> None:
+    def __init__(self, path: str, size: int, *, resumable: bool, alone: bool = False) -> None:
+        """`alone`: only whole clusters of QCOW2_CLUSTER are written, so nothing below is read."""
         self._path = path
         self._size = size
-        self._server = qemu.Server(path, unordered=not resumable)
+        self._server = qemu.Server(path, alone=alone, unordered=not resumable)
 
     def write(self, offset: int, data: Data) -> None:
         """See `Target`.  The last sector is filled up with zeros."""

@@ -20,10 +20,9 @@ from .extents import Extents
 from .plan import pieces
 from .progress import Progress
 from .sums import UNIT_BYTES, Unit, damaged
-from .targets import SECTOR
+from .targets import QCOW2_CLUSTER, SECTOR
 from .verified import note
 
-QCOW2_CLUSTER = 64 << 10  # what qemu-img creates; a write to a part fills up the rest
 _SHOWN = 20  # problems of one point
 
 
@@ -150,7 +149,7 @@ def _examine(
         _find_strangers(extents, units, findings)
     data = Extents(_span(each) for each in extents if not each["zero"])
     present = Extents(_span(each) for each in extents)
-    with qemu.Server(*files, read_only=True) as server:
+    with qemu.Server(*files, alone=True, read_only=True) as server:
         for unit in units:
             if unit.digest is not None:
                 content = server.client.read(unit.start, unit.length)

@@ -6,6 +6,7 @@ The programs of snapfs.backup are imported when they are used.
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -92,13 +93,15 @@ def _long_job(
     describe: Callable[[Result], str],
     out: TextIO | None = None,
 ) -> Result:
-    """Run a job that SIGTERM ends as Ctrl-C does, and say how it went.
+    """Run a job that SIGTERM and SIGHUP end as Ctrl-C does, and say how it went.
 
     With --json its end is a line of JSON, whatever the end is.
     """
     from ..backup.progress import emit  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, _interrupted)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
+        signal.signal(signal.SIGHUP, _interrupted)
     try:
         result = job()
     except (SnapfsError, OSError) as error:
@@ -112,7 +115,10 @@ def _long_job(
     if arguments.json:
         emit("summary", result)
     else:
-        print(describe(result), file=out)
+        stream = sys.stdout if out is None else out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names are bytes, as the system has it
+        print(describe(result), file=stream)
     return result
 
 

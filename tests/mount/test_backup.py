@@ -172,8 +172,9 @@ def test_a_mount_and_a_disk_in_it_are_no_place_for_backups(disk, tmp_path):
     assert [] == names(it, "snapshots")
     make_ext4(it.mounted.active)
     with mounted_loop(it.mounted.active, tmp_path / "fs") as where:
-        done = run(*SNAPFS, "backup", "--init", where, check=False)
-        assert (2, True) == (done.returncode, "on a disk that is in the mount" in done.stderr)
+        for place in (where, where / "new", where / "a" / "new"):
+            done = run(*SNAPFS, "backup", "--init", place, check=False)
+            assert (2, True) == (done.returncode, "on a disk that is in the mount" in done.stderr)
         it.mounted.create("s")
         done = it.mounted.snapfs("copy", it.mounted.snapshots / "s", where / "copy", check=False)
         assert (2, True) == (done.returncode, "on a disk that is in the mount" in done.stderr)
@@ -357,7 +358,7 @@ def held_backup(it: Disk) -> Program:
     return backup
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_backup_ended_by_a_signal_leaves_every_change_to_the_next_one(disk, number):
     it = disk(os.urandom(16 * MIB))
     it.backup()
@@ -788,6 +789,28 @@ def test_a_restored_image_is_sparse(disk, tmp_path):
     it.backup()
     run(*SNAPFS, "restore", it.directory, tmp_path / "r")
     assert (tmp_path / "r").stat().st_blocks * 512 <= 4 * K64
+
+
+def test_paths_need_not_be_utf_8(disk, tmp_path, monkeypatch):
+    it = disk(os.urandom(MIB))
+    it.directory = tmp_path / os.fsdecode(b"back\xffup")
+    run(*SNAPFS, "backup", "--init", it.directory)
+    it.backup()
+    it.change(1)
+    it.backup()
+    it.check_all()
+    dest = tmp_path / os.fsdecode(b"im\xffage")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    for json_too in ([], ["--json"]):
+        done = run(*SNAPFS, "restore", it.directory, dest, "--force", *json_too, binary=True)
+        assert (b"\\udcff" if json_too else b"im\xffage") in done.stdout
+        assert it.moments[2] == dest.read_bytes()
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "1")
+    done = run(*SNAPFS, "restore", it.directory, dest, check=False)
+    assert (2, True) == (done.returncode, "im\\udcffage exists" in done.stderr), done.stderr
+    it.mounted.create("s")
+    command = ["copy", it.mounted.snapshots / "s", f"{dest}2", "--format", "qcow2"]
+    run(*SNAPFS, *command, binary=True)
 
 
 def test_a_missing_program_is_named_with_its_package(disk):

@@ -207,6 +207,19 @@ def test_a_restore_takes_force_and_ends_with_the_head(mount, tmp_path, device, s
     assert content + b"\xff" * (SIZE + MIB - size) == content_of(device)
 
 
+def test_a_disk_that_shrank_goes_back_to_a_device_of_its_size(mount, tmp_path):
+    disk = mount(os.urandom(4 * MIB))
+    directory = tmp_path / "backup"
+    run(*SNAPFS, "backup", "--init", directory)
+    disk.snapfs("backup", disk.mountpoint, directory)
+    os.truncate(disk.active, 2 * MIB)
+    disk.snapfs("backup", disk.mountpoint, directory)
+    (tmp_path / "two").write_bytes(bytes(2 * MIB))
+    with loop_device(tmp_path / "two") as device:
+        run(*SNAPFS, "restore", directory, device, "--force")
+        assert disk.active.read_bytes() == content_of(device)
+
+
 def test_a_restore_that_finds_damage_leaves_no_disk(mount, tmp_path, device):
     disk = mount(b"the head" * 8192 + os.urandom(4 * MIB))
     disk.write(3 * MIB, b"a needle in the hay")

@@ -2,6 +2,7 @@
 
 mounted.py       Mounted: an image and its mount by the real daemon; how tests run programs
 calls.py         one call on such a mount, or question to it: punch, map, copy, state, errno
+points.py        Backup: a backup directory and its points, made without a mount
 patterns.py      contents of images, such as that of the cases in the semantics
 devices.py       Device: a file system that is shut down, frozen, and mounted again
 filesystems.py   file systems on `active` and under the state: loop devices, tmpfs
