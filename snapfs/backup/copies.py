@@ -201,7 +201,8 @@ def _check_destination(source: Source, plan: Plan, dest: str, options: CopyOptio
             )
         occupied = status.st_blocks * 512
     missing = plan.total(Kind.MISSING)
-    stands_alone = options.backing is None and (status is None or options.format == "qcow2")
+    new = status is None or not status.st_size
+    stands_alone = options.backing is None and (new or options.format == "qcow2")
     whole = source.described["state"] == "ok"  # else all that is left of it is copied
     if missing and stands_alone and whole and not options.allow_missing:
         raise UsageError(
@@ -209,11 +210,32 @@ def _check_destination(source: Source, plan: Plan, dest: str, options: CopyOptio
             "whole image; apply it to an existing copy, give --backing PREVIOUS with "
             "--format qcow2, or use --allow-missing"
         )
+    if options.format == "raw" and not (new or partial or options.force):
+        assert status is not None
+        _refuse_no_image(status.st_size, source, plan, dest, options)
     if options.backing is not None:
         refuse_partial(options.backing)
     if not options.force:
         room = os.statvfs(os.path.dirname(os.path.abspath(dest)))
         check_room(room.f_bavail * room.f_frsize + occupied, plan.total(Kind.DATA), dest)
+
+
+def _refuse_no_image(
+    size: int, source: Source, plan: Plan, dest: str, options: CopyOptions
+) -> None:
+    """Raises UsageError if a file can hardly be a copy of the image that is to be renewed."""
+    left_out = plan.ranges(Kind.MISSING)
+    if left_out and source.described["state"] == "ok" and not options.allow_missing:
+        reach = sum(left_out[-1])
+        if size < reach:
+            raise UsageError(
+                f"{dest} has {size} bytes, and what {source.name} leaves out reaches to {reach}: "
+                "it is no copy of the image; use --force to write to it nevertheless"
+            )
+    elif size != source.size:
+        raise UsageError(
+            f"{dest} exists, and is no image of {source.size} bytes; use --force to overwrite it"
+        )
 
 
 def _check_device(dest: str, size: int, options: CopyOptions) -> None:

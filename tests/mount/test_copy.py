@@ -83,6 +83,29 @@ def test_what_may_not_be_read_is_left_alone_in_an_existing_file(mount, tmp_path)
     assert bytes(expected) == found  # zeros over what was there, and cut to size
 
 
+@pytest.mark.parametrize("increment", [False, True])
+def test_a_file_that_is_no_image_of_that_size_is_not_overwritten_unasked(
+    mount, tmp_path, increment
+):
+    disk = mount(pattern(4 * MIB))
+    disk.create("s")
+    if increment:
+        run("fallocate", "-p", "-o", str(MIB), "-l", str(MIB), disk.snapshots / "s")
+    dest = tmp_path / "notes.txt"
+    dest.write_text("remember the milk\n")
+    done = copy(disk, "s", dest, check=False)
+    assert (2, True) == (done.returncode, "--force" in done.stderr), done.stderr
+    assert "remember the milk\n" == dest.read_text()
+    assert ["notes.txt"] == [each.name for each in tmp_path.glob("notes*")]
+    dest.write_bytes(b"")  # mktemp(1): there is nothing to lose, and no image either
+    assert (2 if increment else 0) == copy(disk, "s", dest, check=False).returncode
+    dest.write_bytes(b"\xaa" * 4 * MIB)
+    copy(disk, "s", dest)
+    dest.write_text("remember the milk\n")
+    copy(disk, "s", dest, "--force")
+    assert 4 * MIB == dest.stat().st_size
+
+
 def test_a_new_file_that_would_not_be_the_whole_image_is_refused(mount, tmp_path):
     disk = mount(pattern(4 * MIB))
     disk.create("s")
