@@ -38,9 +38,10 @@ from attrs.validators import ge, matches_re
 from ..errors import BackupError, InUse, NotFound, PartialCopy, PointDamaged
 from . import records
 from .copies import Journal
+from .extents import Extents
 from .qemu import header
 from .source import refuse_served
-from .sums import Unit, digest_of, load
+from .sums import Unit, digest_of, load, spans
 
 VERSION = 1
 MANIFEST = "snapfs-backup.json"
@@ -215,6 +216,18 @@ class Directory:
         if digest_of(data) != point.digest:
             raise PointDamaged(f"point {point.name}: {path} is not what it was")
         return data
+
+    def data_of(self, point: Point) -> Extents:
+        """What of a point may be other than zeros; raises PointDamaged as `units` does."""
+        found = Extents()
+        for each in self.chain.lineage(point):
+            found.cut(each.size)
+            for start, stop, data in spans(self.refuse_other_sums(each)):
+                if data:
+                    found.add(start, stop)
+                else:
+                    found.remove(start, stop)
+        return found
 
     def layer_of(self, point: Point) -> tuple[str, ...]:
         """The files that have what a point has over the one below: two while it is folded."""

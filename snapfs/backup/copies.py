@@ -20,10 +20,11 @@ from ..errors import BackupError, PartialCopy, SnapfsError, SnapshotIncomplete, 
 from . import devices, qemu, records
 from .copying import Copied, Copying, check_room, describe_ranges
 from .devices import DeviceTarget
+from .extents import Extents
 from .plan import Kind, Plan
 from .progress import Progress
 from .source import Source, refuse_served
-from .targets import Qcow2Target, RawTarget, Target, lock
+from .targets import Qcow2Target, RawTarget, Target, lock, qcow2_bytes
 
 VERSION = 1
 MISSING_SHOWN = 50  # ranges in a journal: the mark of a device is small
@@ -217,7 +218,10 @@ def _check_destination(source: Source, plan: Plan, dest: str, options: CopyOptio
         refuse_partial(options.backing)
     if not options.force:
         room = os.statvfs(os.path.dirname(os.path.abspath(dest)))
-        check_room(room.f_bavail * room.f_frsize + occupied, plan.total(Kind.DATA), dest)
+        needed = plan.total(Kind.DATA)
+        if options.format == "qcow2":
+            needed = qcow2_bytes(plan, _below(source.size, options.backing))
+        check_room(room.f_bavail * room.f_frsize + occupied, needed, dest)
 
 
 def _refuse_no_image(
@@ -258,7 +262,13 @@ def _open(journal: Journal, dest: str, options: CopyOptions, *, whole_head: bool
         _make_qcow2(journal, dest, options)
     else:
         qemu.free_leaks(dest)
-    return Qcow2Target(dest, journal.size, resumable=True)
+    below = _below(journal.size, options.backing)
+    return Qcow2Target(dest, journal.size, resumable=True, below=below)
+
+
+def _below(size: int, backing: str | None) -> Extents:
+    """What may be below a qcow2 DEST: nothing, or we do not know what."""
+    return Extents() if backing is None else Extents([(0, size)])
 
 
 def _make_qcow2(journal: Journal, dest: str, options: CopyOptions) -> None:

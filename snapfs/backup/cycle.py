@@ -36,11 +36,12 @@ from ..errors import (
 from . import belonging, folding, qemu, records, verified
 from .chain import MANIFEST, Directory, Point, new_token, opened
 from .copying import Copied, Copying, check_room, describe_ranges
+from .extents import Extents
 from .plan import Kind, Plan
 from .progress import Progress
 from .source import Source, refuse_served
 from .sums import digest_of, dump
-from .targets import QCOW2_CLUSTER, Qcow2Target
+from .targets import QCOW2_CLUSTER, Qcow2Target, qcow2_bytes
 
 
 @frozen
@@ -212,14 +213,15 @@ class _Run:
         partial = f"{final}.partial"
         with Source(path, discard=True) as source:
             plan = source.plan()
+            below = Extents() if parent is None else directory.data_of(parent)
             if not options.force:
                 room = os.statvfs(directory.path)
-                needed = plan.total(Kind.DATA)
+                needed = qcow2_bytes(plan, below)
                 check_room(room.f_bavail * room.f_frsize, needed, directory.path)
             alone = int(self._image["cluster_size"]) % QCOW2_CLUSTER == 0
-            below = None if parent is None else directory.image_of(parent.name)
-            qemu.create(partial, source.size, below, alone=alone)
-            target = Qcow2Target(partial, source.size, resumable=False, alone=alone)
+            backing = None if parent is None else directory.image_of(parent.name)
+            qemu.create(partial, source.size, backing, alone=alone)
+            target = Qcow2Target(partial, source.size, resumable=False, alone=alone, below=below)
             try:
                 copied = self._run_copy(source, target, plan)
                 target.finish()

@@ -14,9 +14,10 @@ from attrs import evolve
 from ..errors import BackupError, PointDamaged
 from . import qemu, records
 from .chain import Chain, Directory, Fold, Point
+from .extents import Extents
 from .sums import Part, Unit, damaged, digest_of, dump, left_of, unit_of
 
-METADATA_BYTES = 2 << 20  # what a fold takes besides data: tables, checksums, the manifest
+METADATA_BYTES = 2 << 20  # what a fold takes besides: checksums, the manifest, odds and ends
 
 
 def loose(chain: Chain, kept: Collection[str]) -> list[str]:
@@ -67,32 +68,27 @@ def fold(directory: Directory, name: str) -> None:
 
 def _check_room(directory: Directory, old: str, into: str) -> None:
     """Raises BackupError if the file of `old` cannot take what that of `into` has."""
-    there = _allocated(directory.image_of(old))
-    needed = sum(stop - start for start, stop in _allocated(directory.image_of(into)))
-    index = 0
-    for start, stop in _allocated(directory.image_of(into)):
-        while index < len(there) and there[index][1] <= start:
-            index += 1
-        for first, end in there[index:]:
-            if first >= stop:
-                break
-            needed -= min(stop, end) - max(start, first)
+    there, new = _data(directory.image_of(old)), _data(directory.image_of(into))
+    tables = os.stat(directory.image_of(into)).st_blocks * 512 - new.total()
+    needed = METADATA_BYTES + max(0, tables)
+    for start, stop in new:
+        needed += sum(end - first for first, end in there.outside(start, stop))
     room = os.statvfs(directory.path)
     free = room.f_bavail * room.f_frsize
-    if needed + METADATA_BYTES > free:
+    if needed > free:
         raise BackupError(
-            f"folding {old} into {into} takes up to {needed + METADATA_BYTES} bytes, and "
+            f"folding {old} into {into} takes up to {needed} bytes, and "
             f"{directory.path} has {free} free; keep fewer points of other chains, or make room"
         )
 
 
-def _allocated(path: str) -> list[tuple[int, int]]:
-    """(start, stop) of what has data in a file itself, ascending."""
-    return [
+def _data(path: str) -> Extents:
+    """What has data in a file itself."""
+    return Extents(
         (each["start"], each["start"] + each["length"])
         for each in qemu.layer_map(path)
         if each["data"]
-    ]
+    )
 
 
 def _begin(directory: Directory, old: Point, into: Point) -> None:

@@ -113,6 +113,22 @@ def load(data: bytes, size: int, where: str) -> list[Unit]:
     return units
 
 
+def spans(data: bytes) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, is it data) of a file of checksums that is what it was; neighbours merged."""
+    start = stop = 0
+    kind = False
+    for line in data.splitlines():
+        first, length, digest = line.split(b" ", 3)[:3]
+        offset, is_data = int(first), digest != b"zero"
+        if offset != stop or is_data != kind:
+            if start < stop:
+                yield start, stop, kind
+            start, kind = offset, is_data
+        stop = offset + int(length)
+    if start < stop:
+        yield start, stop, kind
+
+
 def _count(unit: Unit) -> int:
     return (unit.stop - 1) // PIECE_BYTES - unit.start // PIECE_BYTES + 1
 

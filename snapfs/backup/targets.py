@@ -13,9 +13,12 @@ from ..errors import InUse
 from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..storage.locks import lock_exclusively, lock_image
 from . import qemu
+from .extents import Extents
+from .plan import Kind, Plan
 from .records import remove, sync_file
 
 QCOW2_CLUSTER = 64 << 10  # what qemu-img creates; a write to a part fills up the rest
+TABLE_BYTES = 512 << 20  # of the image, for which one table of a cluster says where they are
 SECTOR = 512  # the unit of the sizes of qcow2 images
 
 Data = bytes | bytearray | memoryview
@@ -38,6 +41,22 @@ class Target(Protocol):
 
     def abandon(self) -> None:
         """Close, after an error, one of `finish` as well."""
+
+
+def qcow2_bytes(plan: Plan, below: Extents) -> int:
+    """What a qcow2 image and the checksums of it take at most, with the tables of qcow2."""
+    data = 0
+    tables: set[int] = set()
+    for start, stop, kind in plan:
+        if kind is Kind.DATA:
+            data += stop - start
+            tables.update(range(start // TABLE_BYTES, (stop - 1) // TABLE_BYTES + 1))
+        elif kind is Kind.ZERO:
+            for first, end in below.inside(start, stop):
+                tables.update(range(first // TABLE_BYTES, (end - 1) // TABLE_BYTES + 1))
+    fixed = 10 * QCOW2_CLUSTER + plan.end // TABLE_BYTES * 8
+    # Reference counts take two bytes for a cluster, checksums less than a byte for 4 KiB.
+    return data + len(tables) * QCOW2_CLUSTER + (data >> 12) + fixed
 
 
 @contextmanager
@@ -148,10 +167,23 @@ class Qcow2Target:
     of the image that something is written to.
     """
 
-    def __init__(self, path: str, size: int, *, resumable: bool, alone: bool = False) -> None:
-        """`alone`: only whole clusters of QCOW2_CLUSTER are written, so nothing below is read."""
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        *,
+        resumable: bool,
+        alone: bool = False,
+        below: Extents,
+    ) -> None:
+        """`alone`: only whole clusters of QCOW2_CLUSTER are written, so nothing below is read.
+
+        `below`: what may be other than zeros of the images below.  Elsewhere zeros need not
+        be written, whose tables take a byte for 8 KiB of them.
+        """
         self._path = path
         self._size = size
+        self._below = below
         self._server = qemu.Server(path, alone=alone, unordered=not resumable)
 
     def write(self, offset: int, data: Data) -> None:
@@ -164,10 +196,14 @@ class Qcow2Target:
 
     def zero(self, offset: int, length: int) -> None:
         """See `Target`."""
-        if offset + length == self._size:
-            length += -self._size % SECTOR
+        end = offset + length
+        if end == self._size:
+            end += -self._size % SECTOR
         with _naming(self._path):
-            self._server.client.zero(offset, length)
+            for first, stop in self._below.inside(offset, end):
+                first = max(offset, first // QCOW2_CLUSTER * QCOW2_CLUSTER)  # noqa: PLW2901
+                stop = min(end, -(-stop // QCOW2_CLUSTER) * QCOW2_CLUSTER)  # noqa: PLW2901
+                self._server.client.zero(first, stop - first)
 
     def flush(self) -> None:
         """See `Target`."""

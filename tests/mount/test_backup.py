@@ -813,6 +813,78 @@ def test_paths_need_not_be_utf_8(disk, tmp_path, monkeypatch):
     run(*SNAPFS, *command, binary=True)
 
 
+def test_zeros_take_no_space_however_many(disk, tmp_path):
+    """A table for each 512 MiB of zeros made 128 MiB of them, which nobody checked for."""
+    it = disk(1 << 40)
+    first = os.urandom(MIB)
+    it.mounted.write(600 << 30, first)
+
+    def used() -> int:
+        return sum(path.stat().st_blocks * 512 for path in it.directory.iterdir())
+
+    with tmpfs(tmp_path / "small", "10m") as small:
+        it.directory = small / "backup"
+        run(*SNAPFS, "backup", "--init", it.directory)
+        for kind in ("full", "incremental"):
+            done = it.mounted.snapfs("backup", it.mounted.mountpoint, it.directory, "--json")
+            assert kind == json.loads(done.stdout.splitlines()[-1])["kind"]
+            run("fallocate", "-p", "-o", "0", "-l", str(1 << 40), it.mounted.active)
+            it.mounted.write(100 << 30, first)
+        assert used() < 6 * MIB
+        for number, (full, empty) in ((1, (600, 100)), (2, (100, 600))):
+            command = ["restore", it.directory, tmp_path / "r", "--at", str(number), "--force"]
+            run(*SNAPFS, *command)
+            with open(tmp_path / "r", "rb") as file:
+                assert first == os.pread(file.fileno(), MIB, full << 30)
+                assert bytes(MIB) == os.pread(file.fileno(), MIB, empty << 30)
+            assert (tmp_path / "r").stat().st_blocks * 512 < 2 * MIB
+        newest = next(it.directory.glob("0002-*.qcow2"))
+        reading = ["-c", "read -P 0 600G 1M", "-c", "read -P 0 99G 1M"]
+        shown = run("qemu-io", "-r", "-f", "qcow2", *reading, newest)
+        assert "verification failed" not in shown.stdout
+        run(*SNAPFS, "verify", it.directory)
+        run(*SNAPFS, "prune", it.directory, "--keep-last", "1")
+        run(*SNAPFS, "verify", it.directory)
+        done = it.mounted.snapfs(
+            "copy", "--format", "qcow2", it.mounted.snapshots / it.mounted.create("s").name,
+            small / "copy",
+        )  # fmt: skip
+        assert (small / "copy").stat().st_blocks * 512 < 2 * MIB
+
+
+def test_zeros_hide_what_is_below(disk):
+    it = disk(os.urandom(4 * MIB))
+    it.backup()
+    run("fallocate", "-p", "-o", "0", "-l", str(3 * MIB), it.mounted.active)
+    it.backup()
+    run("fallocate", "-p", "-o", "0", "-l", str(4 * MIB), it.mounted.active)
+    it.mounted.write(MIB + 5000, b"x" * 100)
+    it.backup()
+    os.truncate(it.mounted.active, MIB)
+    it.backup()
+    os.truncate(it.mounted.active, 4 * MIB)
+    it.mounted.write(2 * MIB + 5000, b"x" * 100)
+    it.backup()
+    it.check_all()
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "3")
+    it.check_all()
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "1")
+    it.check_all()
+
+
+def test_small_clusters_are_filled_up_from_below(disk):
+    it = disk(os.urandom(MIB), "cluster-size=4K")
+    it.backup()
+    it.mounted.write(5 * 4096 + 7, b"x")
+    run("fallocate", "-p", "-o", str(9 * 4096), "-l", "8192", it.mounted.active)
+    it.backup()
+    run("fallocate", "-p", "-o", str(9 * 4096), "-l", "16384", it.mounted.active)
+    it.backup()
+    it.check_all()
+    run(*SNAPFS, "prune", it.directory, "--keep-last", "1")
+    it.check_all()
+
+
 def test_a_missing_program_is_named_with_its_package(disk):
     it = disk(MIB)
     command = [*SNAPFS, "backup", str(it.mounted.mountpoint), str(it.directory)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from attrs import define, evolve, field
 
 from snapfs.backup import chain, qemu, records
+from snapfs.backup.extents import Extents
 from snapfs.backup.sums import Unit, digest_of, dump, unit_of
 from snapfs.backup.targets import Qcow2Target
 
@@ -55,7 +56,8 @@ class Backup:
         name = known.new_name(created)
         image = self.directory.image_of(name)
         qemu.create(image, size, None if full else self.directory.image_of(before.name), alone=True)
-        target = Qcow2Target(image, size, resumable=False, alone=True)
+        below = Extents() if full else self.directory.data_of(before)
+        target = Qcow2Target(image, size, resumable=False, alone=True, below=below)
         for unit in units:
             if unit.digest is None:
                 target.zero(unit.start, unit.length)

@@ -15,6 +15,7 @@ from snapfs.backup.sums import (
     dump,
     left_of,
     load,
+    spans,
     unit_of,
 )
 from snapfs.errors import BackupError
@@ -49,7 +50,7 @@ def test_everything_else_is_refused(text):
         load(dump([Unit(0, UNIT_BYTES + 1, DIGEST)]), 1 << 30, "x.sums")
 
 
-def spans(pairs: list[tuple[int, int]]) -> list[Unit]:
+def units_of(pairs: list[tuple[int, int]]) -> list[Unit]:
     """Units from gaps and lengths."""
     units, end = [], 0
     for gap, length in pairs:
@@ -58,12 +59,18 @@ def spans(pairs: list[tuple[int, int]]) -> list[Unit]:
     return units
 
 
+def test_the_spans_of_a_file_are_merged():
+    units = [unit_of(5, b"ab"), unit_of(7, b"c"), Unit(8, 4, None), unit_of(20, b"d")]
+    assert [(5, 8, True), (8, 12, False), (20, 21, True)] == list(spans(dump(units)))
+    assert [] == list(spans(b""))
+
+
 PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 8)), max_size=12)
 
 
 @given(PAIRS, PAIRS, st.integers(0, 120))
 def test_what_is_left_is_all_that_is_below_and_in_nothing_newer(old, new, size):
-    old_units, new_units = spans(old), [each for each in spans(new) if each.stop <= size]
+    old_units, new_units = units_of(old), [each for each in units_of(new) if each.stop <= size]
     covered = {offset for unit in new_units for offset in range(unit.start, unit.stop)}
     expected = [
         offset
