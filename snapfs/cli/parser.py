@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 
 from .. import __version__
-from . import backups, bitmaps, checking, mounting, snapshots, trimming
+from . import backups, bitmaps, checking, mounting, points, snapshots, trimming
 
-FAMILIES = (mounting, snapshots, trimming, bitmaps, checking, backups)
+FAMILIES = (mounting, snapshots, trimming, bitmaps, checking, backups, points)
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

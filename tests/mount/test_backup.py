@@ -53,7 +53,7 @@ class Disk:
         offset = chance.randrange(size // K64 + 1) * K64
         run("fallocate", "-p", "-o", str(offset), "-l", str(2 * K64), self.mounted.active)
 
-    def restored(self, number: int, directory: Path | None = None) -> bytes:
+    def restored(self, number: int | str, directory: Path | None = None) -> bytes:
         dest = self.scratch / "restored"
         dest.unlink(missing_ok=True)
         run(*SNAPFS, "restore", directory or self.directory, dest, "--at", str(number))
@@ -811,6 +811,38 @@ def test_paths_need_not_be_utf_8(disk, tmp_path, monkeypatch):
     it.mounted.create("s")
     command = ["copy", it.mounted.snapshots / "s", f"{dest}2", "--format", "qcow2"]
     run(*SNAPFS, *command, binary=True)
+
+
+def test_points_tells_what_at_takes_and_what_verify_found(disk):
+    it = disk(os.urandom(MIB) + b"a needle" * 8192)
+    it.backup()
+    it.change(1)
+    it.backup()
+
+    def points() -> list[dict]:
+        shown = json.loads(run(*SNAPFS, "points", it.directory, "--json").stdout)
+        assert "points" == shown["output_version"]["command"]
+        return shown["points"]
+
+    first, second = points()
+    assert (1, "full", None, None) == tuple(
+        first[key] for key in ("number", "kind", "parent", "verified")
+    )
+    assert (2, "incremental", 1) == tuple(second[key] for key in ("number", "kind", "parent"))
+    assert [each["name"] for each in it.manifest()["points"]] == [first["name"], second["name"]]
+    assert MIB < first["disk_bytes"] < 3 * MIB
+    for each in (first, second):
+        for text in (each["time"], each["name"], f"{each['number']:04d}"):
+            assert it.moments[each["number"]] == it.restored(text)
+    run(*SNAPFS, "verify", it.directory)
+    assert [True, True] == [each["verified"]["good"] for each in points()]
+    spoil(next(it.directory.glob("0001-*.qcow2")), b"a needlea needle")
+    run(*SNAPFS, "verify", it.directory, check=False)
+    table = run(*SNAPFS, "points", it.directory).stdout.splitlines()
+    assert ["NUMBER", "TIME", "KIND"] == table[0].split()[:3]
+    assert 3 == len(table)
+    assert ["1", first["time"][:19] + "Z", "full"] == table[1].split()[:3]
+    assert "DAMAGED" in table[1]
 
 
 def test_zeros_take_no_space_however_many(disk, tmp_path):

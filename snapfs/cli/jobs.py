@@ -1,0 +1,66 @@
+"""Long jobs: how they end, and how that is said."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from ..client.wire import RemoteError
+from ..errors import ExitCode, SnapfsError
+from .arguments import add_json, descriptor
+
+Result = dict[str, Any]
+
+
+def add_progress(verb: argparse.ArgumentParser) -> None:
+    """Add --progress and --json."""
+    verb.add_argument("--progress", type=descriptor, metavar="FD", help="write lines N/100 there")
+    add_json(verb)
+
+
+def _interrupted(*_signal: object) -> None:
+    raise KeyboardInterrupt
+
+
+def long_job(
+    arguments: argparse.Namespace,
+    job: Callable[[], Result],
+    describe: Callable[[Result], str],
+    out: TextIO | None = None,
+) -> Result:
+    """Run a job that SIGTERM and SIGHUP end as Ctrl-C does, and say how it went.
+
+    With --json its end is a line of JSON, whatever the end is.
+    """
+    from ..backup.progress import emit  # noqa: PLC0415
+
+    signal.signal(signal.SIGTERM, _interrupted)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
+        signal.signal(signal.SIGHUP, _interrupted)
+    try:
+        result = job()
+    except (SnapfsError, OSError) as error:
+        if arguments.json:
+            if isinstance(error, RemoteError):
+                code = error.exit_status
+            else:
+                code = int(error.exit_code) if isinstance(error, SnapfsError) else ExitCode.ERROR
+            emit("error", {"message": str(error), "exit_code": int(code)})
+        raise
+    if arguments.json:
+        emit("summary", result)
+    else:
+        stream = sys.stdout if out is None else out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names are bytes, as the system has it
+        print(describe(result), file=stream)
+    return result
+
+
+def say(message: str) -> None:
+    """Say something that is no result."""
+    print("snapfs:", message, file=sys.stderr)
