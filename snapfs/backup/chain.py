@@ -1,7 +1,9 @@
-"""A backup directory: its manifest, its points, its lock.
+"""A backup directory: its manifest, its points, its locks.
 
     DIR/snapfs-backup.json      the manifest; a directory without it is no backup
-    DIR/snapfs-backup.lock      held by the one that changes DIR, shared by readers
+    DIR/snapfs-backup.lock      held by the one that changes DIR
+    DIR/snapfs-backup.readers   shared by those that read points, held by the one that takes
+                                points out or folds them; a point is added beside readers
     DIR/POINT.qcow2             what changed up to a point, over the point before
     DIR/POINT.sums              its checksums (sums.py)
 
@@ -28,6 +30,7 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -46,6 +49,8 @@ from .sums import Unit, digest_of, load, spans
 VERSION = 1
 MANIFEST = "snapfs-backup.json"
 LOCK = "snapfs-backup.lock"
+READERS = "snapfs-backup.readers"
+LOCK_SECONDS = 0.2  # between two looks at a lock that is waited for
 
 _NAME = r"\d{4,}-[0-9TZ-]+"
 _TOKEN = r"[0-9a-f]{12}"
@@ -177,6 +182,12 @@ class Directory:
                 f"mounted?  For a new one: snapfs backup --init {self.path}"
             ) from None
 
+    @contextmanager
+    def without_readers(self, wait: float = 0.0) -> Iterator[None]:
+        """While points are folded or taken out; raises InUse if somebody reads them."""
+        with _locked(self.path, READERS, fcntl.LOCK_EX, wait):
+            yield
+
     def save(self, chain: Chain) -> None:
         """Replace the manifest, durably."""
         records.replace_durably(
@@ -274,21 +285,49 @@ def init(path: str) -> Directory:
 
 
 @contextmanager
-def opened(path: str, *, change: bool) -> Iterator[Directory]:
-    """A backup directory, locked: for us alone if we change it.  Raises InUse, BackupError."""
+def opened(path: str, *, change: bool, wait: float = 0.0) -> Iterator[Directory]:
+    """A backup directory, locked: to change it, or to have its points stay as they are.
+
+    `wait`: seconds for the lock.  Raises InUse, BackupError.
+    """
     Directory(path)  # first: a lock file in an empty mountpoint helps nobody
-    where = os.path.join(path, LOCK)
+    if change:
+        with _locked(path, LOCK, fcntl.LOCK_EX, wait):
+            yield Directory(path)
+    else:
+        with _locked(path, READERS, fcntl.LOCK_SH, wait):
+            yield Directory(path)
+
+
+@contextmanager
+def _locked(path: str, name: str, kind: int, wait: float) -> Iterator[None]:
+    fd = _open_lock(path, name, kind)
     try:
-        fd = os.open(where, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        if change:
-            raise
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # read-only: no changes
-    try:
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_EX if change else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUse(f"another snapfs is working in {path}; try again when it is done") from None
-        yield Directory(path)
+        end = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise InUse(
+                        f"another snapfs is working in {path}; try again when it is done, or "
+                        "wait for it with --wait"
+                    ) from None
+            time.sleep(LOCK_SECONDS)
+        yield
     finally:
         os.close(fd)
+
+
+def _open_lock(path: str, name: str, kind: int) -> int:
+    where = os.path.join(path, name)
+    try:
+        return os.open(where, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        if kind == fcntl.LOCK_EX:
+            raise
+    try:
+        return os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a medium that is read-only: nobody changes it
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

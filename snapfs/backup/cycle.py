@@ -50,6 +50,7 @@ class BackupOptions:
 
     full: bool = False
     force: bool = False
+    wait: float = 0.0
     bytes_per_second: int | None = None
     progress_fd: int | None = None
     json: bool = False
@@ -60,7 +61,7 @@ def backup(mountpoint: str, path: str, options: BackupOptions) -> dict[str, Any]
     """Add a point to a backup directory; returns the summary."""
     for program in ("qemu-img", "qemu-nbd"):
         qemu.find_program(program)
-    with opened(path, change=True) as directory:
+    with opened(path, change=True, wait=options.wait) as directory:
         run = _Run(mountpoint, directory, options)
         run.refuse_stranger()
         run.clean_up()
@@ -101,7 +102,9 @@ class _Run:
     def clean_up(self) -> None:
         """Remove what an interrupted run left, here and at the daemon."""
         try:
-            folding.finish(self._directory)
+            if self._directory.chain.fold is not None:
+                with self._directory.without_readers():
+                    folding.finish(self._directory)
         except (SnapfsError, OSError) as error:  # the point to come is on top of what reads right
             self._options.say(f"what a prune has begun stays unfinished: {error}")
         self._directory.sweep()

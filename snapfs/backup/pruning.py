@@ -50,13 +50,13 @@ def _week(point: Point) -> Hashable:
 
 
 def prune(
-    path: str, policy: Policy, *, dry_run: bool, say: Callable[[str], None]
+    path: str, policy: Policy, *, dry_run: bool, say: Callable[[str], None], wait: float = 0.0
 ) -> dict[str, Any]:
     """Take out the points that the policy does not keep; returns what was kept and dropped."""
     if not (policy.last or policy.daily or policy.weekly):
         raise UsageError("say what to keep: --keep-last, --keep-daily or --keep-weekly")
     qemu.find_program("qemu-img")
-    with opened(path, change=not dry_run) as directory:
+    with opened(path, change=not dry_run, wait=wait) as directory:
         chain = directory.chain
         points = chain.points
         kept = policy.kept(points)
@@ -68,10 +68,11 @@ def prune(
         if not dry_run:
             # What frees space comes before anything that needs some.
             directory.sweep()
-            folding.delete(directory, deleted)
-            folding.finish(directory)
-            for name in folded:
-                folding.fold(directory, name)
+            with directory.without_readers(wait):
+                folding.delete(directory, deleted)
+                folding.finish(directory)
+                for name in folded:
+                    folding.fold(directory, name)
         return {
             "kept": [point.name for point in points if point.name in kept],
             "dropped": [point.name for point in points if point.name not in kept],

@@ -44,6 +44,7 @@ class RestoreOptions:
     at: str | None = None
     force: bool = False
     salvage: bool = False
+    wait: float = 0.0
     progress_fd: int | None = None
     json: bool = False
     say: Callable[[str], None] = field(default=print)
@@ -55,7 +56,7 @@ def restore(path: str, dest: str, options: RestoreOptions) -> dict[str, Any]:
     `damaged` in it is what is not the point's, as (offset, length): only with `salvage`.
     """
     qemu.find_program("qemu-nbd")
-    with opened(path, change=False) as directory:
+    with opened(path, change=False, wait=options.wait) as directory:
         point = choose(directory.chain, options.at)
         _refuse_inside(directory, dest)
         layers = _Layers(directory, point, salvage=options.salvage)

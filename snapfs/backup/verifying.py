@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from ..errors import SnapfsError
 from . import qemu
@@ -46,7 +46,17 @@ class _Findings:
         self.problems.append(f"offset {start}, length {stop - start}: {what}")
 
 
-def verify(path: str, at: str | None, progress_fd: int | None, json: bool) -> dict[str, Any]:
+@frozen
+class VerifyOptions:
+    """What the command line says."""
+
+    at: str | None = None
+    wait: float = 0.0
+    progress_fd: int | None = None
+    json: bool = False
+
+
+def verify(path: str, options: VerifyOptions) -> dict[str, Any]:
     """Prove the checksums of all points, or of those that one stands on.
 
     Returns for each point whether it is good and what is wrong, and from which one on all
@@ -55,13 +65,17 @@ def verify(path: str, at: str | None, progress_fd: int | None, json: bool) -> di
     qemu.find_program("qemu-nbd")
     rows: list[dict[str, Any]] = []
     goods: dict[Point, bool] = {}
-    with opened(path, change=False) as directory:
+    with opened(path, change=False, wait=options.wait) as directory:
         chain = directory.chain
-        points = list(chain.points) if at is None else chain.lineage(choose(chain, at))
+        points = (
+            list(chain.points) if options.at is None else chain.lineage(choose(chain, options.at))
+        )
         total = sum(point.data_bytes + point.zero_bytes for point in points)
         shown: dict[str | None, _Shown] = {}
         try:
-            with Progress("verify", total, fd=progress_fd, json_lines=json) as progress:
+            with Progress(
+                "verify", total, fd=options.progress_fd, json_lines=options.json
+            ) as progress:
                 for point in points:
                     below = shown.pop(point.parent, _Shown()) if point.parent else _Shown()
                     problems = _look(directory, point, below, progress.advance)

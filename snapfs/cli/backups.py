@@ -10,7 +10,7 @@ import sys
 
 from ..errors import ExitCode, UsageError
 from .arguments import Verbs, rate
-from .jobs import Result, add_progress, long_job, say
+from .jobs import Result, add_progress, add_wait, long_job, say
 from .output import dump, human
 
 
@@ -37,6 +37,7 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument(
         "--force", action="store_true", help="another image takes DIR over; do not check for room"
     )
+    add_wait(verb)
     _add_rate(verb)
     verb.set_defaults(run=backup)
 
@@ -48,6 +49,7 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument(
         "--salvage", action="store_true", help="restore what is good and name what is not"
     )
+    add_wait(verb)
     add_progress(verb)
     verb.set_defaults(run=restore)
 
@@ -105,6 +107,7 @@ def backup(arguments: argparse.Namespace) -> int:
     options = cycle.BackupOptions(
         full=arguments.full,
         force=arguments.force,
+        wait=arguments.wait,
         bytes_per_second=arguments.bwlimit,
         progress_fd=arguments.progress,
         json=arguments.json,
@@ -126,6 +129,7 @@ def restore(arguments: argparse.Namespace) -> int:
         at=arguments.at,
         force=arguments.force,
         salvage=arguments.salvage,
+        wait=arguments.wait,
         progress_fd=arguments.progress,
         json=arguments.json,
     )

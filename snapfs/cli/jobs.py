@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +21,22 @@ def add_progress(verb: argparse.ArgumentParser) -> None:
     """Add --progress and --json."""
     verb.add_argument("--progress", type=descriptor, metavar="FD", help="write lines N/100 there")
     add_json(verb)
+
+
+def add_wait(verb: argparse.ArgumentParser) -> None:
+    """Add --wait."""
+    verb.add_argument(
+        "--wait", type=_seconds, nargs="?", const=math.inf, default=0.0, metavar="SECONDS",
+        help="for another snapfs that works in DIR; without SECONDS as long as it takes",
+    )  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of seconds; put --wait behind the other arguments"
+        )
+    return float(text)
 
 
 def _interrupted(*_signal: object) -> None:

@@ -9,7 +9,7 @@ import argparse
 
 from ..errors import ExitCode
 from .arguments import Verbs, add_json, count
-from .jobs import Result, add_progress, long_job, say
+from .jobs import Result, add_progress, add_wait, long_job, say
 from .output import dump, human, print_table
 
 
@@ -23,6 +23,7 @@ def add_to(verbs: Verbs) -> None:
     verb = verbs.add_parser("verify", help="prove the checksums of a backup")
     verb.add_argument("directory", metavar="DIR")
     verb.add_argument("--at", metavar="POINT", help="only what this point takes")
+    add_wait(verb)
     add_progress(verb)
     verb.set_defaults(run=verify)
 
@@ -32,6 +33,7 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument("--keep-daily", type=count, default=0, metavar="N", help="one a day")
     verb.add_argument("--keep-weekly", type=count, default=0, metavar="N", help="one a week")
     verb.add_argument("--dry-run", action="store_true", help="say what would be dropped")
+    add_wait(verb)
     add_json(verb)
     verb.set_defaults(run=prune)
 
@@ -79,13 +81,13 @@ def verify(arguments: argparse.Namespace) -> int:
             lines.append(f"from {first} on all is good" if first else "the newest point is damaged")
         return "\n".join(lines) or "there are no points yet"
 
-    result = long_job(
-        arguments,
-        lambda: verifying.verify(
-            arguments.directory, arguments.at, arguments.progress, arguments.json
-        ),
-        describe,
+    options = verifying.VerifyOptions(
+        at=arguments.at,
+        wait=arguments.wait,
+        progress_fd=arguments.progress,
+        json=arguments.json,
     )
+    result = long_job(arguments, lambda: verifying.verify(arguments.directory, options), describe)
     return ExitCode.SNAPSHOT_UNUSABLE if result["damaged"] else ExitCode.OK
 
 
@@ -96,7 +98,9 @@ def prune(arguments: argparse.Namespace) -> int:
     policy = pruning.Policy(arguments.keep_last, arguments.keep_daily, arguments.keep_weekly)
     long_job(
         arguments,
-        lambda: pruning.prune(arguments.directory, policy, dry_run=arguments.dry_run, say=say),
+        lambda: pruning.prune(
+            arguments.directory, policy, dry_run=arguments.dry_run, say=say, wait=arguments.wait
+        ),
         lambda result: f"{len(result['kept'])} points kept, {len(result['dropped'])} dropped",
     )
     return ExitCode.OK

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from attrs import evolve
 
+from snapfs.backup import chain as chain_module
 from snapfs.backup import records
 from snapfs.backup.chain import MANIFEST, VERSION, Chain, Fold, Point, init, opened
 from snapfs.backup.pruning import Policy
@@ -88,14 +90,41 @@ def test_a_directory_that_was_not_made_one_is_refused_and_stays_empty(tmp_path):
     assert [] == list(tmp_path.iterdir())
 
 
-def test_one_changes_many_read(tmp_path):
+def test_one_changes_beside_many_that_read(tmp_path):
     init(str(tmp_path))
-    with opened(str(tmp_path), change=False), opened(str(tmp_path), change=False):
+    with (
+        opened(str(tmp_path), change=False),
+        opened(str(tmp_path), change=False),
+        opened(str(tmp_path), change=True) as directory,
+        opened(str(tmp_path), change=False),
+    ):
         with pytest.raises(InUse), opened(str(tmp_path), change=True):
             pass
-    with opened(str(tmp_path), change=True):
+        with pytest.raises(InUse), directory.without_readers():
+            pass
+    with opened(str(tmp_path), change=True) as directory, directory.without_readers():
         with pytest.raises(InUse), opened(str(tmp_path), change=False):
             pass
+
+
+def test_a_lock_is_waited_for(tmp_path, monkeypatch):
+    init(str(tmp_path))
+    other = opened(str(tmp_path), change=True)
+    other.__enter__()
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            other.__exit__(None, None, None)
+
+    monkeypatch.setattr(chain_module.time, "sleep", sleep)
+    with opened(str(tmp_path), change=True, wait=math.inf):
+        assert 3 == len(slept)
+        monkeypatch.setattr(chain_module.time, "monotonic", lambda: sum(slept))
+        with pytest.raises(InUse), opened(str(tmp_path), change=True, wait=60):
+            pass
+        assert 60 <= sum(slept) < 62
 
 
 def test_a_directory_gets_its_id_once(tmp_path):

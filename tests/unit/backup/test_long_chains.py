@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from snapfs.backup.restoring import RestoreOptions, restore
-from snapfs.backup.verifying import verify
+from snapfs.backup.verifying import VerifyOptions, verify
 from tests.support.mounted import K64, SNAPFS
 from tests.support.points import Backup
 
@@ -43,4 +43,4 @@ def test_what_a_smaller_disk_cut_off_is_not_restored(tmp_path):
         (tmp_path / "r").write_bytes(b"x" * 9 * K64)
         restore(str(tmp_path / "b"), str(tmp_path / "r"), options)
         assert moment == (tmp_path / "r").read_bytes()
-    assert 0 == verify(str(tmp_path / "b"), None, None, json=False)["damaged"]
+    assert 0 == verify(str(tmp_path / "b"), VerifyOptions())["damaged"]
