@@ -163,6 +163,11 @@ def new_token() -> str:
     return secrets.token_hex(6)
 
 
+def is_backups_own(name: str) -> bool:
+    """Is it the name of a snapshot, or a bitmap, that some backup made?"""
+    return re.fullmatch(rf"backup-{_TOKEN}-{_TOKEN}", name) is not None
+
+
 class Directory:
     """A backup directory, locked.  `chain` is what its manifest says."""
 

@@ -1,80 +1,104 @@
-"""`snapfs prune`: which points stay, and folding the others into the next ones."""
+"""`snapfs prune`: taking out what the rules do not keep, points of a backup or snapshots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from datetime import UTC
+from collections.abc import Callable
+from datetime import datetime
+from fnmatch import fnmatchcase
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
+from ..client.wire import Client, RemoteError
 from ..errors import UsageError
 from . import folding, qemu
-from .chain import Point, opened
+from .chain import is_backups_own, opened
+from .retention import Policy
 
 
 @frozen
-class Policy:
-    """How many to keep: the newest ones, and the newest of each day and week (UTC) with points."""
+class PruneOptions:
+    """What the command line says.  `pattern` is for snapshots."""
 
-    last: int = 0
-    daily: int = 0
-    weekly: int = 0
-
-    def kept(self, points: Sequence[Point]) -> set[str]:
-        """The names of the points that stay; the newest one always does."""
-        newest_first = sorted(points, key=lambda point: point.number, reverse=True)
-        kept = {point.name for point in newest_first[: max(1, self.last)]}
-        kept |= _newest_of_each(newest_first, self.daily, _day)
-        kept |= _newest_of_each(newest_first, self.weekly, _week)
-        return kept
+    policy: Policy
+    pattern: str | None = None
+    dry_run: bool = False
+    wait: float = 0.0
+    say: Callable[[str], None] = field(default=print)
 
 
-def _newest_of_each(
-    newest_first: list[Point], count: int, period: Callable[[Point], Hashable]
-) -> set[str]:
-    found: dict[Hashable, str] = {}
-    for point in newest_first:
-        if len(found) == count and period(point) not in found:
-            break
-        found.setdefault(period(point), point.name)
-    return set(found.values())
-
-
-def _day(point: Point) -> Hashable:
-    return point.time.astimezone(UTC).date()
-
-
-def _week(point: Point) -> Hashable:
-    return point.time.astimezone(UTC).isocalendar()[:2]
-
-
-def prune(
-    path: str, policy: Policy, *, dry_run: bool, say: Callable[[str], None], wait: float = 0.0
-) -> dict[str, Any]:
-    """Take out the points that the policy does not keep; returns what was kept and dropped."""
-    if not (policy.last or policy.daily or policy.weekly):
-        raise UsageError("say what to keep: --keep-last, --keep-daily or --keep-weekly")
+def prune(path: str, options: PruneOptions) -> dict[str, Any]:
+    """Take out the points that the policy does not keep; returns what was kept by which rule."""
+    options.policy.refuse_empty()
+    if options.pattern is not None:
+        raise UsageError("--pattern is for the snapshots of a mount; a backup has points")
     qemu.find_program("qemu-img")
-    with opened(path, change=not dry_run, wait=wait) as directory:
+    dry_run = options.dry_run
+    with opened(path, change=not dry_run, wait=options.wait) as directory:
         chain = directory.chain
         points = chain.points
-        kept = policy.kept(points)
-        deleted = folding.loose(chain, kept)
-        folded = [each.name for each in points if each.name not in kept | set(deleted)]
-        verb = "would drop" if dry_run else "dropping"
-        for name in (*deleted, *folded):
-            say(f"{verb} {name}")
+        rules = options.policy.kept(points)
+        deleted = folding.loose(chain, rules.keys())
+        folded = [each.name for each in points if each.name not in {*rules, *deleted}]
         if not dry_run:
             # What frees space comes before anything that needs some.
             directory.sweep()
-            with directory.without_readers(wait):
+            with directory.without_readers(options.wait):
                 folding.delete(directory, deleted)
                 folding.finish(directory)
                 for name in folded:
+                    options.say(f"folding {name} into the next point")
                     folding.fold(directory, name)
-        return {
-            "kept": [point.name for point in points if point.name in kept],
-            "dropped": [point.name for point in points if point.name not in kept],
-            "dry_run": dry_run,
-        }
+    rows = [
+        {"number": point.number, "name": point.name, "time": point.created,
+         "kept_by": rules.get(point.name)}
+        for point in points
+    ]  # fmt: skip
+    return _summary("points", rows, options)
+
+
+@frozen
+class _Snapshot:
+    name: str
+    time: datetime
+
+
+def prune_snapshots(mountpoint: str, options: PruneOptions) -> dict[str, Any]:
+    """The same for the snapshots of a mount whose names the pattern matches.
+
+    Those of backups under way are never meant.  `failed` has those that could not be deleted.
+    """
+    options.policy.refuse_empty()
+    if options.pattern is None:
+        raise UsageError("say which snapshots: --pattern 'auto-*'")
+    failed: list[str] = []
+    with Client(mountpoint) as client:
+        listed = client.call("list")["snapshots"]
+        found = [
+            _Snapshot(each["name"], datetime.fromisoformat(each["created"]))
+            for each in listed
+            if fnmatchcase(each["name"], options.pattern) and not is_backups_own(each["name"])
+        ]
+        rules = options.policy.kept(found)
+        for each in found:
+            if each.name not in rules and not options.dry_run:
+                try:
+                    client.call("delete", name=each.name)
+                except RemoteError as error:
+                    options.say(str(error))
+                    failed.append(each.name)
+    rows = [
+        {"name": each.name, "time": each.time.isoformat().replace("+00:00", "Z"),
+         "kept_by": rules.get(each.name)}
+        for each in found
+    ]  # fmt: skip
+    return {**_summary("snapshots", rows, options), "failed": failed}
+
+
+def _summary(what: str, rows: list[dict[str, Any]], options: PruneOptions) -> dict[str, Any]:
+    return {
+        what: rows,
+        "kept": [row["name"] for row in rows if row["kept_by"] is not None],
+        "dropped": [row["name"] for row in rows if row["kept_by"] is None],
+        "dry_run": options.dry_run,
+    }

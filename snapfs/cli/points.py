@@ -6,8 +6,11 @@ The programs of snapfs.backup are imported when they are used.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from datetime import timedelta
 
-from ..errors import ExitCode
+from ..client import mountinfo
+from ..errors import ExitCode, NotMounted, UsageError
 from .arguments import Verbs, add_json, count
 from .jobs import Result, add_progress, add_wait, long_job, say
 from .output import dump, human, print_table
@@ -27,15 +30,34 @@ def add_to(verbs: Verbs) -> None:
     add_progress(verb)
     verb.set_defaults(run=verify)
 
-    verb = verbs.add_parser("prune", help="fold old points of a backup into the next ones")
-    verb.add_argument("directory", metavar="DIR")
-    verb.add_argument("--keep-last", type=count, default=0, metavar="N", help="the newest")
-    verb.add_argument("--keep-daily", type=count, default=0, metavar="N", help="one a day")
-    verb.add_argument("--keep-weekly", type=count, default=0, metavar="N", help="one a week")
+    verb = verbs.add_parser("prune", help="take out old points of a backup, or old snapshots")
+    verb.add_argument("where", metavar="DIR|MOUNTPOINT")
+    for rule in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
+        text = "the newest" if rule == "last" else f"the newest of each of N {_NOUNS[rule]}"
+        verb.add_argument(f"--keep-{rule}", type=count, default=0, metavar="N", help=text)
+    verb.add_argument(
+        "--keep-within", type=_within, metavar="30d", help="all not older than the newest by more"
+    )
+    verb.add_argument(
+        "--pattern", metavar="GLOB", help="the snapshots of MOUNTPOINT that are meant"
+    )
     verb.add_argument("--dry-run", action="store_true", help="say what would be dropped")
     add_wait(verb)
     add_json(verb)
     verb.set_defaults(run=prune)
+
+
+_NOUNS = {"hourly": "hours", "daily": "days", "weekly": "weeks", "monthly": "months",
+          "yearly": "years"}  # fmt: skip
+
+
+def _within(text: str) -> timedelta:
+    from ..backup.retention import parse_within  # noqa: PLC0415
+
+    try:
+        return parse_within(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def points(arguments: argparse.Namespace) -> int:
@@ -92,15 +114,49 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def prune(arguments: argparse.Namespace) -> int:
-    """snapfs prune DIR."""
-    from ..backup import pruning  # noqa: PLC0415
+    """snapfs prune DIR, and snapfs prune MOUNTPOINT: 3 if some snapshot could not be deleted."""
+    from ..backup import pruning, retention  # noqa: PLC0415
 
-    policy = pruning.Policy(arguments.keep_last, arguments.keep_daily, arguments.keep_weekly)
-    long_job(
-        arguments,
-        lambda: pruning.prune(
-            arguments.directory, policy, dry_run=arguments.dry_run, say=say, wait=arguments.wait
-        ),
-        lambda result: f"{len(result['kept'])} points kept, {len(result['dropped'])} dropped",
+    policy = retention.Policy(
+        last=arguments.keep_last,
+        hourly=arguments.keep_hourly,
+        daily=arguments.keep_daily,
+        weekly=arguments.keep_weekly,
+        monthly=arguments.keep_monthly,
+        yearly=arguments.keep_yearly,
+        within=arguments.keep_within,
     )
-    return ExitCode.OK
+    options = pruning.PruneOptions(
+        policy=policy,
+        pattern=arguments.pattern,
+        dry_run=arguments.dry_run,
+        wait=arguments.wait,
+        say=say,
+    )
+    job: Callable[[str, pruning.PruneOptions], Result]
+    try:
+        mountinfo.find_snapfs(arguments.where)
+    except NotMounted:
+        what, job = "points", pruning.prune
+    else:
+        what, job = "snapshots", pruning.prune_snapshots
+
+    def describe(result: Result) -> str:
+        verdict = "would go" if arguments.dry_run else "dropped"
+        print_table(
+            ("NUMBER" if what == "points" else "NAME", "TIME", "KEPT BY"),
+            (
+                (row.get("number", row["name"]), _second(row["time"]), _rules(row, verdict))
+                for row in result[what]
+            ),
+        )
+        return f"{len(result['kept'])} {what} kept, {len(result['dropped'])} {verdict}"
+
+    result = long_job(arguments, lambda: job(arguments.where, options), describe)
+    return ExitCode.PARTIAL if result.get("failed") else ExitCode.OK
+
+
+def _rules(row: Result, verdict: str) -> str:
+    if row["kept_by"] is None:
+        return f"- {verdict}"
+    return ", ".join(row["kept_by"]) or "the newest"

@@ -540,6 +540,48 @@ def test_prune_keeps_what_it_says(disk):
     it.check_all()
 
 
+def test_prune_says_by_which_rule_a_point_is_kept(disk):
+    it = disk(os.urandom(MIB))
+    for _ in range(3):
+        it.backup()
+    command = ["prune", it.directory, "--keep-last", "2", "--keep-yearly", "1", "--keep-within",
+               "0h", "--dry-run"]  # fmt: skip
+    lines = run(*SNAPFS, *command).stdout.splitlines()
+    assert ["NUMBER", "TIME", "KEPT BY"] == re.split(r"  +", lines[0])
+    assert [["1", "- would go"], ["2", "last"], ["3", "last, within, yearly"]] == [
+        [re.split(r" +", line.strip())[0], re.split(r"  +", line.strip())[-1]]
+        for line in lines[1:4]
+    ]
+    assert "2 points kept, 1 would go" == lines[4]
+    summary = json.loads(run(*SNAPFS, *command, "--json").stdout.splitlines()[-1])
+    assert [None, ["last"], ["last", "within", "yearly"]] == [
+        each["kept_by"] for each in summary["points"]
+    ]
+    assert 3 == len(it.manifest()["points"])
+
+
+def test_snapshots_are_pruned_by_pattern(disk):
+    it = disk(os.urandom(16 * MIB))
+    backup = held_backup(it)
+    for name in ("auto-1", "mine", "auto-2", "auto-3"):
+        it.mounted.create(name)
+    command = ["prune", it.mounted.mountpoint, "--keep-last", "2"]
+    assert 2 == it.mounted.snapfs(*command, check=False).returncode
+    (ours,) = set(names(it, "snapshots")) - {"auto-1", "mine", "auto-2", "auto-3"}
+    done = it.mounted.snapfs(*command, "--pattern", "auto-*", "--dry-run")
+    assert "2 snapshots kept, 1 would go" == done.stdout.splitlines()[-1]
+    it.mounted.snapfs(*command, "--pattern", "auto-*")
+    assert {"auto-2", "auto-3", "mine", ours} == set(names(it, "snapshots"))
+    it.mounted.snapfs("prune", it.mounted.mountpoint, "--keep-last", "1", "--pattern", "*")
+    assert {"auto-3", ours} == set(names(it, "snapshots"))
+    done = it.mounted.snapfs(
+        "prune", it.directory, "--keep-last", "1", "--pattern", "*", check=False
+    )
+    assert (2, True) == (done.returncode, "--pattern is for" in done.stderr)
+    backup.go()
+    assert 0 == backup.finish()[0]
+
+
 def test_a_broken_chain_that_nobody_keeps_is_deleted(disk):
     it = disk(os.urandom(MIB))
     for number in range(4):

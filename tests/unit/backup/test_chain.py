@@ -12,7 +12,6 @@ from attrs import evolve
 from snapfs.backup import chain as chain_module
 from snapfs.backup import records
 from snapfs.backup.chain import MANIFEST, VERSION, Chain, Fold, Point, init, opened
-from snapfs.backup.pruning import Policy
 from snapfs.errors import BackupError, InUse
 
 START = datetime(2026, 11, 2, 12, tzinfo=UTC)  # a Monday
@@ -142,29 +141,3 @@ def test_garbage_is_swept_by_name_and_nothing_else(tmp_path):
     directory.sweep()
     assert {"0002-2026.qcow2", "mine.txt", MANIFEST} == {each.name for each in tmp_path.iterdir()}
     assert () == directory.chain.garbage
-
-
-def numbers(policy: Policy, chain: Chain) -> list[int]:
-    kept = policy.kept(chain.points)
-    return [point.number for point in chain.points if point.name in kept]
-
-
-def test_the_newest_ones_are_kept():
-    assert [8, 9, 10] == numbers(Policy(last=3), chain_of(10))
-    assert [1, 2] == numbers(Policy(last=5), chain_of(2))
-
-
-def test_the_newest_of_each_day_is_kept():
-    chain = chain_of(10, step_hours=8)  # from noon: 2 on the first day, then 3 a day
-    assert [2, 5, 8, 10] == numbers(Policy(daily=4), chain)
-    assert [8, 10] == numbers(Policy(daily=2), chain)
-
-
-def test_the_newest_of_each_week_is_kept():
-    assert [7, 14, 16] == numbers(Policy(weekly=3), chain_of(16))
-    assert [7, 14, 15, 16] == numbers(Policy(last=2, weekly=9), chain_of(16))
-
-
-def test_the_newest_point_stays_whatever_the_policy():
-    assert [5] == numbers(Policy(), chain_of(5))
-    assert [] == numbers(Policy(last=1), Chain(VERSION, "0" * 12))
