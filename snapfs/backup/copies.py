@@ -120,6 +120,7 @@ class CopyOptions:
     bytes_per_second: int | None = None
     progress_fd: int | None = None
     json: bool = False
+    quiet: bool = False
 
 
 def copy(snapshot: str, dest: str, options: CopyOptions) -> dict[str, Any]:
@@ -306,7 +307,7 @@ def _run(
     if options.discard and journal.position:
         source.give_up_to(journal.position)  # copied before the interruption
     total = sum(plan.total(Kind.DATA) + plan.total(Kind.ZERO) for plan in plans)
-    with Progress(source.name, total, fd=options.progress_fd, json_lines=options.json) as progress:
+    with Progress(source.name, total, options) as progress:
 
         def durable(position: int) -> None:
             gone = copying.copied.missing
@@ -373,5 +374,6 @@ def _summary(source: Source, dest: str, resumed_at: int, copied: Copied) -> dict
         "size": source.size,
         "copied_bytes": counts["data"],
         "zero_bytes": counts["zero"],
+        "disk_bytes": None if devices.is_device(dest) else os.stat(dest).st_blocks * 512,
         "resumed_at": resumed_at,
     }

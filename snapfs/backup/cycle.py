@@ -37,6 +37,7 @@ from . import belonging, folding, qemu, records, verified
 from .chain import MANIFEST, Directory, Point, new_token, opened
 from .copying import Copied, Copying, check_room, describe_ranges
 from .extents import Extents
+from .listing import disk_bytes
 from .plan import Kind, Plan
 from .progress import Progress
 from .source import Source, refuse_served
@@ -54,7 +55,9 @@ class BackupOptions:
     bytes_per_second: int | None = None
     progress_fd: int | None = None
     json: bool = False
+    quiet: bool = False
     say: Callable[[str], None] = field(default=print)
+    chat: Callable[[str], None] = field(default=print)
 
 
 def backup(mountpoint: str, path: str, options: BackupOptions) -> dict[str, Any]:
@@ -144,6 +147,7 @@ class _Run:
             "parent": point.parent,
             "size": point.size,
             "copied_bytes": copied.data,
+            "disk_bytes": disk_bytes(self._directory, point.name),
             "zero_bytes": copied.zero,
         }
 
@@ -204,7 +208,8 @@ class _Run:
                         raise
                     why = str(error)
             snapshot = client.call("create", name=label, next=label)
-        self._options.say(f"a full backup: {why}")
+        expected = self._options.full or not self._directory.chain.points
+        (self._options.chat if expected else self._options.say)(f"a full backup: {why}")
         return None, why, snapshot
 
     def _copy(
@@ -257,7 +262,7 @@ class _Run:
     def _run_copy(self, source: Source, target: Qcow2Target, plan: Plan) -> Copied:
         options = self._options
         total = plan.total(Kind.DATA) + plan.total(Kind.ZERO)
-        with Progress("backup", total, fd=options.progress_fd, json_lines=options.json) as progress:
+        with Progress("backup", total, options) as progress:
             return Copying(
                 source,
                 target,

@@ -8,26 +8,41 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 LINE_SECONDS = 60.0  # between two plain lines
 STATUS_SECONDS = 1.0  # between two JSON lines
 
 
+class Wanted(Protocol):
+    """What the options of every long job say of its progress."""
+
+    @property
+    def progress_fd(self) -> int | None:
+        """Where to write lines `N/100`."""
+
+    @property
+    def json(self) -> bool:
+        """Lines of JSON on stdout."""
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing by itself."""
+
+
 class Progress:
     """Counts bytes up to `total`.  A context manager; `advance` is cheap.
 
-    `fd`: write lines `N/100` there.  SIGUSR1 prints a line.
+    SIGUSR1 prints a line.
     """
 
-    def __init__(
-        self, what: str, total: int, *, fd: int | None = None, json_lines: bool = False
-    ) -> None:
+    def __init__(self, what: str, total: int, wanted: Wanted) -> None:
         self._what = what
         self._total = total
         self._done = 0
-        self._fd = fd
-        self._json = json_lines
+        self._fd = wanted.progress_fd
+        self._json = wanted.json
+        self._quiet = wanted.quiet
         self._began = time.monotonic()
         self._shown_at = self._began
         self._percent = -1
@@ -37,7 +52,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._before = signal.signal(signal.SIGUSR1, lambda *_: self._print_line())
-        if fd_is_terminal(2) and not self._json and self._fd is None:
+        if fd_is_terminal(2) and not (self._json or self._quiet) and self._fd is None:
             self._start_bar()
         self.advance(0)
         return self
@@ -67,7 +82,8 @@ class Progress:
         if self._fd is not None:
             self._write_percent()
         now = time.monotonic()
-        if self._bar is None and now - self._shown_at >= self._interval():
+        silent = self._quiet and not self._json
+        if self._bar is None and not silent and now - self._shown_at >= self._interval():
             self._shown_at = now
             if self._json:
                 print(json.dumps(self._status()), flush=True)

@@ -25,6 +25,7 @@ class PruneOptions:
     dry_run: bool = False
     wait: float = 0.0
     say: Callable[[str], None] = field(default=print)
+    chat: Callable[[str], None] = field(default=print)
 
 
 def prune(path: str, options: PruneOptions) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def prune(path: str, options: PruneOptions) -> dict[str, Any]:
                 folding.delete(directory, deleted)
                 folding.finish(directory)
                 for name in folded:
-                    options.say(f"folding {name} into the next point")
+                    options.chat(f"folding {name} into the next point")
                     folding.fold(directory, name)
     rows = [
         {"number": point.number, "name": point.name, "time": point.created,

@@ -47,6 +47,7 @@ class RestoreOptions:
     wait: float = 0.0
     progress_fd: int | None = None
     json: bool = False
+    quiet: bool = False
     say: Callable[[str], None] = field(default=print)
 
 
@@ -193,7 +194,7 @@ def _replay(
     size = layers.size
     bad = Extents()
     target.truncate(size)
-    with Progress("restore", size, fd=options.progress_fd, json_lines=options.json) as progress:
+    with Progress("restore", size, options) as progress:
         for point, needed in layers:
             with _Reader(directory, point, salvage=options.salvage) as reader:
                 for unit, parts in needed:

@@ -54,6 +54,7 @@ class VerifyOptions:
     wait: float = 0.0
     progress_fd: int | None = None
     json: bool = False
+    quiet: bool = False
 
 
 def verify(path: str, options: VerifyOptions) -> dict[str, Any]:
@@ -73,9 +74,7 @@ def verify(path: str, options: VerifyOptions) -> dict[str, Any]:
         total = sum(point.data_bytes + point.zero_bytes for point in points)
         shown: dict[str | None, _Shown] = {}
         try:
-            with Progress(
-                "verify", total, fd=options.progress_fd, json_lines=options.json
-            ) as progress:
+            with Progress("verify", total, options) as progress:
                 for point in points:
                     below = shown.pop(point.parent, _Shown()) if point.parent else _Shown()
                     problems = _look(directory, point, below, progress.advance)

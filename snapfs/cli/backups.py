@@ -10,7 +10,7 @@ import sys
 
 from ..errors import ExitCode, UsageError
 from .arguments import Verbs, rate
-from .jobs import Result, add_progress, add_wait, long_job, say
+from .jobs import Result, add_progress, add_wait, chatter, long_job, say
 from .output import dump, human
 
 
@@ -72,6 +72,7 @@ def copy(arguments: argparse.Namespace) -> int:
         bytes_per_second=arguments.bwlimit,
         progress_fd=arguments.progress,
         json=arguments.json,
+        quiet=arguments.quiet,
     )
 
     def describe(result: Result) -> str:
@@ -82,13 +83,15 @@ def copy(arguments: argparse.Namespace) -> int:
         arguments,
         lambda: copies.copy(arguments.snapshot, arguments.dest, options),
         describe,
-        sys.stderr,  # stdout may be where --progress goes
+        interrupted="interrupted; the same command goes on where it was",
+        out=sys.stderr,  # stdout may be where --progress goes
     )
     return ExitCode.OK
 
 
 def _amounts(result: Result) -> str:
-    return f"{human(result['copied_bytes'])} copied, {human(result['zero_bytes'])} of zeros"
+    disk = "" if result["disk_bytes"] is None else f" ({human(result['disk_bytes'])} on the disk)"
+    return f"{human(result['copied_bytes'])} copied{disk}, {human(result['zero_bytes'])} of zeros"
 
 
 def backup(arguments: argparse.Namespace) -> int:
@@ -111,12 +114,15 @@ def backup(arguments: argparse.Namespace) -> int:
         bytes_per_second=arguments.bwlimit,
         progress_fd=arguments.progress,
         json=arguments.json,
+        quiet=arguments.quiet,
         say=say,
+        chat=chatter(arguments),
     )
     long_job(
         arguments,
         lambda: cycle.backup(arguments.where, arguments.directory, options),
         lambda result: f"{result['point']}: {result['kind']}, {_amounts(result)}",
+        interrupted="interrupted; no point was added, and the next run has what this one had",
     )
     return ExitCode.OK
 
@@ -132,6 +138,7 @@ def restore(arguments: argparse.Namespace) -> int:
         wait=arguments.wait,
         progress_fd=arguments.progress,
         json=arguments.json,
+        quiet=arguments.quiet,
     )
 
     def describe(result: Result) -> str:
@@ -143,5 +150,8 @@ def restore(arguments: argparse.Namespace) -> int:
         arguments,
         lambda: restoring.restore(arguments.directory, arguments.dest, options),
         describe,
+        interrupted=f"interrupted; {arguments.dest} is marked as unfinished if anything was "
+        "written, and the same command begins it again",
+        wrong=lambda result: bool(result["damaged"]),
     )
     return ExitCode.PARTIAL if result["damaged"] else ExitCode.OK

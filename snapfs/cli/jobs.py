@@ -18,9 +18,15 @@ Result = dict[str, Any]
 
 
 def add_progress(verb: argparse.ArgumentParser) -> None:
-    """Add --progress and --json."""
+    """Add --progress, --quiet and --json."""
+    add_quiet(verb)
     verb.add_argument("--progress", type=descriptor, metavar="FD", help="write lines N/100 there")
     add_json(verb)
+
+
+def add_quiet(verb: argparse.ArgumentParser) -> None:
+    """Add --quiet."""
+    verb.add_argument("--quiet", action="store_true", help="nothing unless something is wrong")
 
 
 def add_wait(verb: argparse.ArgumentParser) -> None:
@@ -47,11 +53,15 @@ def long_job(
     arguments: argparse.Namespace,
     job: Callable[[], Result],
     describe: Callable[[Result], str],
+    *,
+    interrupted: str,
+    wrong: Callable[[Result], bool] = lambda result: False,
     out: TextIO | None = None,
 ) -> Result:
     """Run a job that SIGTERM and SIGHUP end as Ctrl-C does, and say how it went.
 
-    With --json its end is a line of JSON, whatever the end is.
+    `interrupted` says then what is left, and how to go on.  With --json its end is a line of
+    JSON, whatever the end is; with --quiet nothing is said of a result that is not `wrong`.
     """
     from ..backup.progress import emit  # noqa: PLC0415
 
@@ -68,9 +78,15 @@ def long_job(
                 code = int(error.exit_code) if isinstance(error, SnapfsError) else ExitCode.ERROR
             emit("error", {"message": str(error), "exit_code": int(code)})
         raise
+    except KeyboardInterrupt:
+        if arguments.json:
+            emit("error", {"message": interrupted, "exit_code": int(ExitCode.INTERRUPTED)})
+        else:
+            say(interrupted)
+        raise
     if arguments.json:
         emit("summary", result)
-    else:
+    elif wrong(result) or not arguments.quiet:
         stream = sys.stdout if out is None else out
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # names are bytes, as the system has it
@@ -81,3 +97,8 @@ def long_job(
 def say(message: str) -> None:
     """Say something that is no result."""
     print("snapfs:", message, file=sys.stderr)
+
+
+def chatter(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """Says what nobody needs to know, unless --quiet was given."""
+    return (lambda _message: None) if arguments.quiet else say

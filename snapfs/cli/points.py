@@ -12,7 +12,7 @@ from datetime import timedelta
 from ..client import mountinfo
 from ..errors import ExitCode, NotMounted, UsageError
 from .arguments import Verbs, add_json, count
-from .jobs import Result, add_progress, add_wait, long_job, say
+from .jobs import Result, add_progress, add_quiet, add_wait, chatter, long_job, say
 from .output import dump, human, print_table
 
 
@@ -43,6 +43,7 @@ def add_to(verbs: Verbs) -> None:
     )
     verb.add_argument("--dry-run", action="store_true", help="say what would be dropped")
     add_wait(verb)
+    add_quiet(verb)
     add_json(verb)
     verb.set_defaults(run=prune)
 
@@ -96,6 +97,8 @@ def verify(arguments: argparse.Namespace) -> int:
     def describe(result: Result) -> str:
         lines = []
         for point in result["points"]:
+            if point["ok"] and arguments.quiet:
+                continue
             lines.append(f"{point['point']}: {'good' if point['ok'] else 'DAMAGED'}")
             lines += [f"    {problem}" for problem in point["problems"]]
         if result["damaged"]:
@@ -108,8 +111,15 @@ def verify(arguments: argparse.Namespace) -> int:
         wait=arguments.wait,
         progress_fd=arguments.progress,
         json=arguments.json,
+        quiet=arguments.quiet,
     )
-    result = long_job(arguments, lambda: verifying.verify(arguments.directory, options), describe)
+    result = long_job(
+        arguments,
+        lambda: verifying.verify(arguments.directory, options),
+        describe,
+        interrupted="interrupted; nothing but what verify has found by now was changed",
+        wrong=lambda result: bool(result["damaged"]),
+    )
     return ExitCode.SNAPSHOT_UNUSABLE if result["damaged"] else ExitCode.OK
 
 
@@ -132,6 +142,7 @@ def prune(arguments: argparse.Namespace) -> int:
         dry_run=arguments.dry_run,
         wait=arguments.wait,
         say=say,
+        chat=chatter(arguments),
     )
     job: Callable[[str, pruning.PruneOptions], Result]
     try:
@@ -152,7 +163,12 @@ def prune(arguments: argparse.Namespace) -> int:
         )
         return f"{len(result['kept'])} {what} kept, {len(result['dropped'])} {verdict}"
 
-    result = long_job(arguments, lambda: job(arguments.where, options), describe)
+    result = long_job(
+        arguments,
+        lambda: job(arguments.where, options),
+        describe,
+        interrupted="interrupted; what is left reads as before, and the same command goes on",
+    )
     return ExitCode.PARTIAL if result.get("failed") else ExitCode.OK
 
 

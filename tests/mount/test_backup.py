@@ -366,8 +366,10 @@ def test_a_backup_ended_by_a_signal_leaves_every_change_to_the_next_one(disk, nu
     it.mounted.write(0, os.urandom(8 * MIB))
     backup = held_backup(it)
     it.mounted.write(12 * MIB, b"meanwhile" * 1000)
-    backup.end(number)
+    backup.process.send_signal(number)
+    _, complaint = backup.finish()
     assert (130 if number != signal.SIGKILL else -number) == backup.process.returncode
+    assert (number != signal.SIGKILL) == ("the next run has what this one had" in complaint)
     if number != signal.SIGKILL:
         check_tidy(it)
     assert "incremental" == it.backup()["kind"]
@@ -875,6 +877,32 @@ def test_paths_need_not_be_utf_8(disk, tmp_path, monkeypatch):
     it.mounted.create("s")
     command = ["copy", it.mounted.snapshots / "s", f"{dest}2", "--format", "qcow2"]
     run(*SNAPFS, *command, binary=True)
+
+
+def test_quiet_says_nothing_unless_something_is_wrong(disk, tmp_path):
+    it = disk(os.urandom(MIB) + b"a needle" * 8192)
+    it.mounted.create("s")
+
+    def said(*command: str | Path, status: int = 0) -> str:
+        done = run(*SNAPFS, *command, "--quiet", check=False)
+        assert status == done.returncode, done.stderr
+        return done.stdout + done.stderr
+
+    backup = ["backup", it.mounted.mountpoint, it.directory]
+    assert "" == said(*backup)
+    assert "" == said(*backup)
+    assert "" == said("copy", it.mounted.snapshots / "s", tmp_path / "copy")
+    assert "" == said("restore", it.directory, tmp_path / "r")
+    assert "" == said("verify", it.directory)
+    assert "" == said("prune", it.directory, "--keep-last", "1")
+    it.mounted.snapfs("bitmap", "remove", it.mounted.mountpoint, *names(it, "bitmaps"))
+    assert "has no bitmap" in said(*backup)
+    done = run(*SNAPFS, *backup)
+    assert re.fullmatch(r"0004-\S+: incremental, 0 B copied \(.* KiB on the disk\), 0 B of zeros\n",
+                        done.stdout)  # fmt: skip
+    spoil(next(it.directory.glob("0002-*.qcow2")), b"a needlea needle")
+    text = said("verify", it.directory, status=4)
+    assert ("DAMAGED" in text, ": good" in text) == (True, False), text
 
 
 def test_points_tells_what_at_takes_and_what_verify_found(disk):
