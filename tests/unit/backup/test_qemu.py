@@ -35,7 +35,7 @@ def test_a_path_or_a_message_with_lock_in_it_is_no_lock(tmp_path, sleeps):
         qemu.run("resize", "-q", "-f", "qcow2", str(image), "1M")
     with pytest.raises(BackupError, match="block"):
         qemu.Server(str(image), alone=True, read_only=True)
-    assert [] == sleeps
+    assert 0.2 not in sleeps  # of the wait for a lock; subprocess has shorter ones
 
 
 def test_an_image_that_is_locked_is_waited_for(tmp_path, sleeps):
