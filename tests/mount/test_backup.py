@@ -873,7 +873,8 @@ def test_paths_need_not_be_utf_8(disk, tmp_path, monkeypatch):
         assert it.moments[2] == dest.read_bytes()
     run(*SNAPFS, "prune", it.directory, "--keep-last", "1")
     done = run(*SNAPFS, "restore", it.directory, dest, check=False)
-    assert (2, True) == (done.returncode, "im\\udcffage exists" in done.stderr), done.stderr
+    said = done.stderr.replace("\\udcff", "\udcff")  # escaped or not
+    assert (2, True) == (done.returncode, "im\udcffage exists" in said)
     it.mounted.create("s")
     command = ["copy", it.mounted.snapshots / "s", f"{dest}2", "--format", "qcow2"]
     run(*SNAPFS, *command, binary=True)
