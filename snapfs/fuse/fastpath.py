@@ -74,6 +74,8 @@ class FastPath:
             return None
         quarantined = self._page_cache.quarantined()
         done = state.done_file
+        files = [_file(each) for each in (state.image, *(layer.temp for layer in state.layers))]
+        systems = {file.system for file in files if file.system is not None}
         promised = state.promised if len(state.promised) <= MOST else [(0, EVERYTHING)]
         return (
             _file(state.image).fd,
@@ -105,6 +107,7 @@ class FastPath:
             self._activity,
             mapping.counter,
             state.failures,
+            [(system.fd, system.first) for system in systems],
         )
 
     def _finish(

@@ -71,6 +71,7 @@ Published = tuple[
     object,
     object,
     int,
+    list[tuple[int, int]],
 ]
 """The engine's state: descriptor of the image and of what hears that it was not written back (or
 -1), its size, log2 of the cluster size, whether writes may pass, whether a task is in a handler;
@@ -78,7 +79,9 @@ dirty bitmaps, and whether their bits must be durable; ranges of clusters that a
 copied, and promised; layers, oldest first (inode, size, the same two descriptors of the temp
 image, readable, live, access, done); if copies must survive a power cut, descriptor and bitmap
 of the file of done bits of the layer that receives them; pending; the page with the record of
-activity. Bitmaps and page are writable buffers."""
+activity; mapped pages that have failed, where they are counted and how many had; and of the file
+systems that count their errors a descriptor of the count, and what it was. Bitmaps and page are
+writable buffers."""
 
 LseekHandler = Callable[[int, int, int, int, int], object]
 """(request, ino, fh, offset, whence); whence is SEEK_DATA or SEEK_HOLE."""

@@ -71,6 +71,18 @@ static bool load_layers(PyObject *layers)
     return true;
 }
 
+static bool load_systems(PyObject *systems)
+{
+    if (!PyList_Check(systems))
+        return refuse("file systems");
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(systems) && i < MAX_SYSTEMS; i++) {
+        struct file_system *found = &state.systems[state.system_count++];
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(systems, i), "iL", &found->fd, &found->first))
+            return false;
+    }
+    return true;
+}
+
 static bool load_done_file(PyObject *published)
 {
     struct done_file *file = &state.done_file;
@@ -105,16 +117,16 @@ PyObject *published_activity_words(PyObject *module, PyObject *unused)
 
 bool published_load(PyObject *published)
 {
-    PyObject *dirty, *frozen, *copying, *promised, *layers, *done_file;
+    PyObject *dirty, *frozen, *copying, *promised, *layers, *done_file, *systems;
     unsigned long long size, failures;
     int writable, busy, dirty_durable;
 
     if (!PyTuple_Check(published))
         return refuse("not a tuple");
-    if (!PyArg_ParseTuple(published, "iiKIppOpOOOOOw*w*y*K", &state.image, &state.watch, &size,
+    if (!PyArg_ParseTuple(published, "iiKIppOpOOOOOw*w*y*KO", &state.image, &state.watch, &size,
                           &state.shift, &writable, &busy, &dirty, &dirty_durable, &frozen, &copying, &promised,
                           &layers, &done_file, &state.pending, &state.activity, &state.failures,
-                          &failures))
+                          &failures, &systems))
         return false;
     state.loaded = true; /* from here on published_unload() releases the buffers */
     state.receiver = -1;
@@ -132,7 +144,7 @@ bool published_load(PyObject *published)
         return refuse("the image");
     return load_ranges(&state.frozen, frozen) && load_ranges(&state.copying, copying) &&
            load_ranges(&state.promised, promised) && load_dirty(dirty) && load_layers(layers) &&
-           load_done_file(done_file);
+           load_done_file(done_file) && load_systems(systems);
 }
 
 void published_unload(void)
@@ -152,7 +164,7 @@ void published_unload(void)
     PyBuffer_Release(&state.activity);
     PyBuffer_Release(&state.failures);
     state.frozen.count = state.copying.count = state.promised.count = 0;
-    state.layer_count = state.dirty_count = 0;
+    state.layer_count = state.dirty_count = state.system_count = 0;
     state.loaded = false;
 }
 

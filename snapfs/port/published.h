@@ -24,6 +24,7 @@ enum published_limits {
     MAX_LAYERS = 256,
     MAX_BITMAPS = 256,
     MAX_RANGES = 256,
+    MAX_SYSTEMS = 8, /* more are not asked here, but by Python now and then */
 };
 
 struct range {
@@ -43,6 +44,12 @@ struct layer {
     int watch; /* a description of temp that is asked after reading for a snapshot; -1: none is */
     bool readable, live;
     Py_buffer access, done;
+};
+
+/* A file system that counts its errors (storage/systemerrors.py). */
+struct file_system {
+    int fd; /* of the count */
+    long long first; /* what it was */
 };
 
 /* Of the receiver. */
@@ -73,6 +80,8 @@ struct state {
     struct layer layers[MAX_LAYERS]; /* oldest first */
     Py_buffer dirty[MAX_BITMAPS];
     int layer_count, dirty_count;
+    struct file_system systems[MAX_SYSTEMS];
+    int system_count;
     int receiver; /* index of the newest live layer, -1: none */
     struct done_file done_file;
 };

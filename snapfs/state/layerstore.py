@@ -22,6 +22,7 @@ from ..storage.descriptors import Reserve
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_image
 from ..storage.mapping import failure_of_any
+from ..storage.systemerrors import ErrorsSince
 from ..storage.watch import failure_of
 from . import statefiles
 from .layerfiles import LayerFiles
@@ -191,21 +192,25 @@ class LayerDirectory:
         if not self.power:
             return LayerParts(
                 Bitmap(bits, access), Bitmap(bits, done), temp, losses,
-                failure=partial(self._failure, layer_id, failure_of_any(mappings.values())),
+                failure=partial(
+                    self._failure, layer_id, failure_of_any(mappings.values()), ErrorsSince(fd)
+                ),
             )  # fmt: skip
         place = self._fd, str(layer_id)
         files = LayerFiles.open(place, temp, mappings, bits, self._limiter, self._spare.serve)
         self._files[layer_id] = files
         return files.parts
 
-    def _failure(self, layer_id: int, mapped: Callable[[], OSError | None]) -> OSError | None:
+    def _failure(
+        self, layer_id: int, mapped: Callable[[], OSError | None], system: ErrorsSince
+    ) -> OSError | None:
         """What of the mapped files failed, if anything: see `LayerParts`.
 
         Not all of it with power: what could not be synced is made dirty again there, and
         counts as not done until it is (layerfiles.py).
         """
         # All are asked.
-        failures = [mapped()]
+        failures = [mapped(), system.failure()]
         failures += [failure_of(self._fd, f"{layer_id}/{name}") for name in MAPPED_FILES]
         return next((each for each in failures if each is not None), None)
 

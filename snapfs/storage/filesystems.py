@@ -7,7 +7,9 @@ umount and mount.  Neither st_dev nor f_fsid tells, they are the device's.  What
     ext4, xfs, btrfs   the directory in /sys/fs that the kernel makes when a file system
                        is mounted first, and removes when it is gone for good.  Its
                        inode number is never given again in this boot.  Bind mounts,
-                       other mount namespaces and remounts see the same one.  Of btrfs
+                       other mount namespaces and remounts see the same one.  Of ext4
+                       how many errors it has had, too: then it may lose what it was given
+                       without a word (systemerrors.py).  Of btrfs
                        the subvolume, too, which has an st_dev of its own meanwhile: a
                        snapshot of one is a copy in which files are of several moments
     network, FUSE      the same of its backing device, in /sys/class/bdi
@@ -82,19 +84,25 @@ def identity_of(fd: int) -> str:
     kind = kind_of(fd)
     if kind in (TMPFS, RAMFS):
         return f"tmpfs {os.fstat(fd).st_dev}"
-    directory = _directory_of(fd, kind)
+    directory = directory_of(fd)
     if directory is not None:
         try:
-            subvolume = f" {os.fstat(fd).st_dev}" if kind == BTRFS else ""
-            return f"{directory} {os.stat(directory).st_ino}{subvolume}"
+            name = f"{directory} {os.stat(directory).st_ino}"
+            if kind == BTRFS:
+                name += f" {os.fstat(fd).st_dev}"
+            if kind == EXT4:
+                with open(f"{directory}/errors_count") as file:
+                    name += f" {file.read().strip()}"
+            return name
         except OSError:
             pass  # /sys is not mounted, or hidden
     number = _mount_of(fd)
     return "" if number is None else f"mount {number}"
 
 
-def _directory_of(fd: int, kind: int) -> str | None:
+def directory_of(fd: int) -> str | None:
     """What the kernel has in /sys for this mounted file system only."""
+    kind = kind_of(fd)
     device = os.fstat(fd).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     if kind == BTRFS:

@@ -23,6 +23,7 @@ import trio
 from ..port._clustercopy import copy_clusters
 from .linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from .offload import Offloader, in_thread
+from .systemerrors import SystemErrors
 from .watch import Watch
 
 Buffer = bytes | bytearray | memoryview
@@ -343,6 +344,11 @@ class FileImage:
         if self._watch is None:
             return -1
         return self.fd if self._native_watch is None else self._native_watch.fd
+
+    @property
+    def system(self) -> SystemErrors | None:
+        """What native code asks beside that, if there is something."""
+        return None if self._watch is None else self._watch.system.system
 
     def sync(self) -> None:
         """`flush`, times included, for one who may block.

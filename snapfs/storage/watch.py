@@ -11,8 +11,8 @@ first write, and no two purposes share one.
 The call that asks here is sync_file_range(2) for a byte that no file has, with
 SYNC_FILE_RANGE_WAIT_BEFORE: it writes nothing and waits for nothing, and takes
 less than 1 us (found on Linux 6.18 with ext4, XFS, btrfs and FUSE; a page is taken
-for clean only after the error is noted).  What only a sync can know, such as a journal
-that was aborted, it does not tell.
+for clean only after the error is noted).  Of what ext4 drops when its journal is aborted it
+does not tell: for that the file system is asked (systemerrors.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import errno
 import os
 
 from .linux import SYNC_FILE_RANGE_WAIT_BEFORE, sync_file_range
+from .systemerrors import ErrorsSince
 
 BEYOND = 1 << 62  # an offset at which no file has a page; the same in transfer.c
 
@@ -31,6 +32,7 @@ class Watch:
     def __init__(self, fd: int) -> None:
         """`fd`: a descriptor that nobody else uses; owned from now on."""
         self.fd = fd
+        self.system = ErrorsSince(fd)
 
     @classmethod
     def beside(cls, fd: int) -> Watch:
@@ -43,7 +45,8 @@ class Watch:
         None, too, where the call is forbidden (a container's filter may): then only
         a sync tells.
         """
-        return _ask(self.fd)
+        found = _ask(self.fd), self.system.failure()  # both are asked
+        return next((each for each in found if each is not None), None)
 
     def close(self) -> None:
         """Close the description.  Idempotent."""

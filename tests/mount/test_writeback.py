@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.failing import Failing, drop, failing, thin, told, write_back
+from tests.support.failing import Failing, drop, failing, journaled, thin, told, write_back
 from tests.support.mounted import SNAPFS, Mounted, run
 from tests.support.patched import Patched
 
@@ -425,6 +426,34 @@ def test_programs_on_an_image_on_a_thin_file_system(mount, tmp_path, ways, progr
         disk.start()
         is_right(disk, "before", bytes(32 * MIB))
         umount(disk)
+
+
+def test_what_ext4_drops_without_a_word_when_its_journal_is_aborted(mount, tmp_path, ways):
+    where = tmp_path / "fs"
+    with journaled(where) as fill:
+        disk = mount(0, f"state={tmp_path}/state", *ways, start=False)
+        disk.image = where / "disk.img"
+        disk.image.write_bytes(OLD)
+        os.truncate(disk.image, 2 * len(OLD))
+        disk.start()
+        run("sync", "-f", where)
+        disk.write(len(OLD), b"1" * MIB)
+        now = disk.active.read_bytes()
+        disk.create("s")
+        reader = os.open(disk.snapshots / "s", os.O_RDONLY)
+        for number in range(200):  # for the journal
+            (where / str(number)).touch()
+        fill()
+        write_back(where)
+        with contextlib.suppress(OSError):
+            drop(where)  # of the image, it is tried here
+        try:
+            assert now == os.pread(reader, 2 * len(OLD), 0)
+        except OSError as error:
+            assert errno.EIO == error.errno
+            is_lost(disk)
+        os.close(reader)
+        assert 1 == umount(disk).returncode
 
 
 # The end

@@ -11,7 +11,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -97,6 +97,32 @@ def thin(where: Path, size: int, real: int) -> Iterator[Path]:
     finally:
         for path in (where, below):
             subprocess.run(["umount", path], check=False, capture_output=True)
+
+
+@contextmanager
+def journaled(where: Path) -> Iterator[Callable[[], None]]:
+    """ext4 with a journal; what it yields takes all space that it has not used yet."""
+    below = where.with_name(f"{where.name}-below")
+    for directory in (below, where):
+        directory.mkdir()
+
+    def fill() -> None:
+        with suppress(OSError), open(below / "filler", "wb", buffering=0) as file:
+            while file.write(bytes(1 << 16)):
+                pass
+
+    for command in (
+        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", below],
+        ["truncate", "-s", "400m", below / "device"],
+        ["mkfs.ext4", "-q", below / "device"],
+        ["mount", "-o", "loop", below / "device", where],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    try:
+        yield fill
+    finally:
+        for path in (where, below):
+            subprocess.run(["umount", "-l", path], check=False, capture_output=True)
 
 
 def told(fd: int) -> int:

@@ -27,7 +27,7 @@ def test_one_file_system_has_one_identity(here, tmp_path):
 def test_without_sysfs_the_mount_is_what_is_known(here, monkeypatch):
     if filesystems.kind_of(here) in (filesystems.TMPFS, filesystems.RAMFS):
         pytest.skip("a tmpfs needs none")
-    monkeypatch.setattr(filesystems, "_directory_of", lambda fd, kind: "/sys/fs/no/such")
+    monkeypatch.setattr(filesystems, "directory_of", lambda fd: "/sys/fs/no/such")
     assert filesystems.identity_of(here).startswith("mount ")
     monkeypatch.setattr(filesystems, "_mount_of", lambda fd: None)
     assert "" == filesystems.identity_of(here)
