@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.mounted import run
+from tests.support.mounted import PATIENCE, run
 
 FS_IOC_SHUTDOWN = 0x8004587D  # linux/fs.h
 NOLOGFLUSH = 2  # FS_SHUTDOWN_FLAGS_NOLOGFLUSH: nothing more is stored, not even the journal
@@ -29,7 +30,11 @@ class Device:
         run("mount", self._loop, self.where)
 
     def unmount(self) -> None:
-        run("umount", self.where)
+        """Once the processes of a dead daemon are gone, its witness the last of them."""
+        end = time.monotonic() + PATIENCE
+        while run("umount", self.where, check=False).returncode and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not os.path.ismount(self.where)
 
     def shut_down(self) -> None:
         """What is not stored is gone, and all calls fail from now on."""
