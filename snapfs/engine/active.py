@@ -46,6 +46,7 @@ _Arguments = TypeVarTuple("_Arguments")
 
 STEP = 64 << 20  # bytes of a long punch or zeroing that are made safe and done at a time
 MAX_SIZE = (1 << 63) - 1  # of a file: off_t
+MEND_SECONDS = 1.0  # after which the list is tried to be saved again, if nobody writes
 # What the image may grow to if nothing else is said, or to so many times its size: its bitmaps
 # grow with it, by 128 MiB each for as much with clusters of 64 KiB.
 DEFAULT_MAX_SIZE = 64 << 40
@@ -191,6 +192,7 @@ class ActiveImage:
             await self.writeback.mend()
         except OSError as error:
             log.error("cannot record the state of the snapshots: %s", error)
+            await trio.sleep(MEND_SECONDS)
         finally:
             self._mending = False
 

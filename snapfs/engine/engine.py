@@ -121,6 +121,8 @@ class Engine(ActiveImage):
                         # new temp image, unless there is no end to it.
                         layer = await self._successor(layer)
                     await self._make_durable(layer)
+                    # Its pages may have failed when nobody asked them: it was in no stack yet.
+                    self.writeback.check_source(layer)
                     await self._keeper.save()
                     self._check_image()
                     if layer.state == "lost":

@@ -133,8 +133,9 @@ class WriteBack:
         Raises OSError if it cannot be saved: then nothing may be written that relies on bits.
         """
         while not self.is_sound():
-            seen, hopeless = self._failures(), self._hopeless
+            seen = self._failures()
             self._check_mapped()
+            hopeless = list(self._hopeless)  # what is lost while the list is saved is not in it
             await self._save()
             self._copier.promises.forget(*hopeless)
             self._hopeless = [each for each in self._hopeless if each not in hopeless]

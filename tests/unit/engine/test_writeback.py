@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from attrs import evolve
 
+from snapfs.engine.active import MEND_SECONDS
+from snapfs.engine.durability import GroupCommit
+from snapfs.engine.geometry import Geometry
+from snapfs.engine.layer import LayerParts
 from snapfs.errors import BitmapUnusable, SnapshotLost, StateError
 from tests.support.fakes import Bench, MemoryStore, pattern
 from tests.support.images import CLUSTER, MemoryImage, os_error
@@ -311,3 +316,53 @@ async def test_a_bitmap_with_such_a_page_is_inconsistent(nursery):
     with pytest.raises(BitmapUnusable):
         bitmap.usable(1)
     assert bench.store.bitmap_records[0].reason is not None
+
+
+async def test_what_is_lost_while_the_list_is_saved_keeps_its_promises(nursery):
+    """The list that is being saved does not tell of it."""
+    bench = Bench.make(nursery, OLD)
+    engine = bench.engine
+    layer = await engine.create_snapshot("a")
+    commit = GroupCommit(trio.sleep_forever)
+    stall = bench.store.stall("save")
+    lose_page(bench, layer)
+    async with trio.open_nursery() as writing:
+        writing.start_soon(engine.writeback.mend)
+        await stall.reached.wait()
+        engine.copier.promises.make(commit, 0, 1)
+        engine.writeback._hopeless.append(commit)
+        stall.release()
+    assert [(0, 1)] == engine.copier.promises.ranges
+
+
+async def test_a_page_that_failed_before_the_snapshot_was_there_lets_its_creation_fail(nursery):
+    bench = Bench.make(nursery, OLD)
+    real = bench.store.create
+
+    async def create(layer_id: int, geometry: Geometry) -> LayerParts:
+        parts = await real(layer_id, geometry)
+        told = iter([os_error(EIO)])
+        bench.store.failed_pages += 1
+        await bench.engine.writeback.mend()  # somebody else's, who does not know of this layer
+        return evolve(parts, failure=lambda: next(told, None))
+
+    bench.store.create = create  # type: ignore[method-assign]
+    with pytest.raises(StateError):
+        await bench.engine.create_snapshot("a")
+    assert () == bench.engine.snapshots
+
+
+async def test_a_list_that_cannot_be_saved_is_not_tried_at_each_request(nursery, autojump_clock):
+    bench = Bench.make(nursery, OLD)
+    layer = await bench.engine.create_snapshot("a")
+    fault = bench.store.fail("save")
+    lose_page(bench, layer)
+    for _ in range(5):
+        bench.engine.mend()
+        await trio.testing.wait_all_tasks_blocked()
+    assert 2 >= fault.caught  # ours, and that of what was lost
+    bench.store.faults.remove(fault)
+    await trio.sleep(2 * MEND_SECONDS)
+    bench.engine.mend()
+    await trio.testing.wait_all_tasks_blocked()
+    assert bench.engine.writeback.is_sound()
