@@ -52,7 +52,7 @@ class Watch:
         """Close the description.  Idempotent."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            os.close(fd)
+            _close(fd)
 
 
 def failure_of(directory: int, name: str) -> OSError | None:
@@ -66,10 +66,17 @@ def failure_of(directory: int, name: str) -> OSError | None:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
     except OSError:
         return None
+    found = _ask(fd), _close(fd)
+    return next((each for each in found if each is not None), None)
+
+
+def _close(fd: int) -> OSError | None:
+    """Close a descriptor, which some file systems (FUSE, NFS) take for a question, too."""
     try:
-        return _ask(fd)
-    finally:
-        os.close(fd)
+        os.close(fd)  # on Linux it is closed whatever this says
+    except OSError as error:
+        return error
+    return None
 
 
 def _ask(fd: int) -> OSError | None:

@@ -477,6 +477,22 @@ def test_umount_tells_of_a_sync_that_failed_at_the_end(on, storage, what, ways):
         assert "lost" == snapshot(disk)["state"] or OLD == (disk.snapshots / "s").read_bytes()
 
 
+def test_the_daemon_outlives_state_files_that_cannot_even_be_closed(on, storage):
+    disk = on("state")
+    disk.create("s")
+    disk.write(0, b"1" * MIB)
+    process = os.pidfd_open(disk.pid)
+    storage.break_down("*.temp", "done", "access", "losses")
+    while snapshot(disk)["state"] == "ok":
+        os.sched_yield()
+    disk.write(MIB, b"2" * MIB)
+    assert b"1" * MIB + b"2" * MIB + OLD[2 * MIB :] == disk.active.read_bytes()
+    assert ([], [], []) == select.select([process], [], [], 0)
+    os.close(process)
+    assert "not all of it is stored" in umount(disk).stderr
+    storage.break_down()
+
+
 def test_umount_and_systemd_are_told_by_exit_status(on, storage, tmp_path):
     disk = on("temp")
     umount(disk)
