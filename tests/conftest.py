@@ -7,6 +7,7 @@ HYPOTHESIS_PROFILE=soak     a lot, for a night
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -36,6 +37,21 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         default = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
         signal.signal(_number, default)
+
+
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # sched.h, sys/mount.h
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of tests that run side by side each process has mounts of its own.
+
+    Else a test that makes a mount namespace holds the mounts of the others, which say so at
+    their end.  What a worker has mounted ends with it, so each test looks for its leftovers.
+    """
+    if hasattr(config, "workerinput") and not os.geteuid():
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.unshare(CLONE_NEWNS) or libc.mount(b"", b"/", None, MS_REC | MS_PRIVATE, None)
+        assert not done, os.strerror(ctypes.get_errno())
 
 
 @pytest.fixture(autouse=True)

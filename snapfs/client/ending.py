@@ -41,10 +41,11 @@ def end(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
                 f"{mount.mountpoint} is unmounted, but its daemon had died, or cannot be asked: "
                 "what was not durable before may not be; mount the image again, and unmount it"
             )
-        if not lazy or not unmounting.is_served(mount):
+        waits = daemon.waits_for(mount) if lazy else None
+        if waits is None:
             daemon.wait_end(mount, others)
         else:
-            text = "is in use, and not all of it is stored before that ends"
+            text = f"is unmounted, and all of it is stored once {waits}"
             print(f"snapfs: {mount.mountpoint} {text}", file=sys.stderr)
     finally:
         if daemon is not None:
@@ -90,6 +91,14 @@ class Daemon:
     def answers(self) -> bool:
         """Does it answer within ASK_SECONDS?"""
         return self._client.answers(ASK_SECONDS)
+
+    def waits_for(self, mount: Mount) -> str | None:
+        """What its end after a lazy unmount may wait for; None: it is ending."""
+        if unmounting.is_served(mount):
+            return "nobody uses it any more"
+        if self._stopped():
+            return f"its daemon goes on, which is stopped: kill -CONT {self._client.pid}"
+        return None
 
     def wait_end(self, mount: Mount, before: list[str]) -> None:
         """Return when it has ended, after the unmount.

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import sanitized
+from tests.support.mounted import run
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with snapfs in it, its C under sanitizers; built once."""
     return sanitized.build(tmp_path_factory.mktemp("sanitized"))
+
+
+@pytest.fixture
+def connections() -> Iterator[None]:
+    """The file system that tells which FUSE mounts there are, as systemd mounts it."""
+    where = "/sys/fs/fuse/connections"
+    if os.path.ismount(where):
+        yield
+        return
+    run("mount", "-t", "fusectl", "fusectl", where)
+    yield
+    run("umount", "-l", where)

@@ -236,9 +236,15 @@ def test_a_daemon_that_is_stopped_keeps_no_mount(stopped, option, tmp_path):
     assert [] == mounts_below(tmp_path)
     if option == "-l":
         assert 0 == done.returncode
+        assert "is unmounted, and all of it is stored once" in done.stderr
     else:
         assert MOUNT_FAILURE == done.returncode
         assert f"kill -CONT {stopped.pid}" in done.stderr
+
+
+def test_a_lazy_umount_says_that_the_daemon_is_stopped(stopped, connections):
+    done = stopped.snapfs("umount", "--lazy", stopped.mountpoint)
+    assert f"kill -CONT {stopped.pid}" in done.stderr
 
 
 def test_force_frees_who_waits_for_a_daemon_that_is_stopped(stopped, tmp_path):

@@ -19,11 +19,11 @@ NOLOGFLUSH = 2  # FS_SHUTDOWN_FLAGS_NOLOGFLUSH: nothing more is stored, not even
 class Device:
     """A file system on a loop device, which is mounted on `where`."""
 
-    def __init__(self, file: Path, where: Path, kind: str = "ext4") -> None:
+    def __init__(self, file: Path, where: Path, kind: str, options: tuple[str, ...]) -> None:
         self.where = where
         self._loop = run("losetup", "--find", "--show", file).stdout.strip()
         where.mkdir(exist_ok=True)
-        run(f"mkfs.{kind}", "-q", self._loop)
+        run(f"mkfs.{kind}", "-q", *options, self._loop)
         self.mount()
 
     def mount(self) -> None:
@@ -59,12 +59,14 @@ class Device:
 
 
 @contextmanager
-def device(where: Path, kind: str = "ext4", mib: int = 400) -> Iterator[Device]:
-    """A new one during the block, in a file beside it."""
+def device(
+    where: Path, kind: str = "ext4", mib: int = 400, options: tuple[str, ...] = ()
+) -> Iterator[Device]:
+    """A new one during the block, in a file beside it; `options` are those of mkfs."""
     file = where.with_name(f"{where.name}.device")
     with open(file, "wb") as new:
         new.truncate(mib << 20)
-    made = Device(file, where, kind)
+    made = Device(file, where, kind, options)
     try:
         yield made
     finally:
