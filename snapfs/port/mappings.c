@@ -179,6 +179,9 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         Py_DECREF(self);
         return PyErr_SetFromErrno(PyExc_OSError);
     }
+    /* A page that could not be written back stays as it is until memory is short: not before we
+     * have asked.  Beyond what an ordinary user may lock that has to do without. */
+    (void)mlock2(address, (size_t)size, MLOCK_ONFAULT);
     self->address = address;
     self->length = (size_t)size;
     lock();

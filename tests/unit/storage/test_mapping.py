@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,19 @@ def test_a_mapping_is_the_file_and_takes_no_descriptor(file):
     assert (7, b"abc", 0) == (mapping[0], mapping[PAGE : PAGE + 3], mapping[-1])
     assert b"abc" == os.pread(file, 3, PAGE)
     assert not mapping.failed
+    mapping.close()
+
+
+def test_a_page_that_was_touched_stays_in_memory(file):
+    """Else one that could not be stored might be read anew before anybody has asked."""
+    os.truncate(file, 2 * PAGE)
+    mapping = Mapping(file, 2 * PAGE)
+    mapping[0] = 1
+    with memoryview(mapping) as view:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    of_it = Path("/proc/self/smaps").read_text().partition(f"{address:x}-")[2]
+    locked = next(line for line in of_it.splitlines() if line.startswith("Locked:"))
+    assert ["4", "kB"] == locked.split()[1:], "of the page that was touched, and of no other"
     mapping.close()
 
 
