@@ -308,7 +308,11 @@ class Store:
         """Load what the manifest lists and bring it to a state between transitions."""
         self._layers.harden = self._power or known.durability == "power"
         if self._power and known.layers:
-            os.fdatasync(self.image.fd)
+            try:
+                os.fdatasync(self.image.fd)
+            except OSError as error:  # it tells nobody else
+                self._activity.fail(error.errno or errno.EIO)
+                raise
 
         def save(layers: list[Layer]) -> None:
             records = self._layers.placed([layer.record() for layer in layers])

@@ -608,3 +608,27 @@ async def test_what_file_systems_say_at_the_end_is_kept_until_it_is_saved(
     await store.close(store.layers, [])
     (layer,) = (await session(as_left(left))).layers
     assert ("ok" if saved else "lost") == layer.state
+
+
+async def test_what_the_first_sync_of_a_mount_is_told_the_next_mount_knows(image, monkeypatch):
+    """With power: it syncs an image that the dead daemon may have written, before all else."""
+    store = await opened(image)
+    async with trio.open_nursery() as nursery:
+        engine = engine_of(store, nursery)
+        await engine.create_snapshot("s")
+    await store.close(engine.layers, [], clean=False)
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), image.stat()):
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fdatasync)
+        with pytest.raises(OSError, match="Input/output error"):
+            await Store.open(str(image), durability="power", limiter=LIMITER)
+    store = await opened(image)
+    assert ["lost"] == [layer.state for layer in store.layers]
+    assert "could not store all that it was given" in store.notices[-1]
+    await store.close(store.layers, [])
