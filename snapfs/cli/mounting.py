@@ -53,7 +53,7 @@ def mount_in_background(
     """
     options = parse_options(texts, sloppy=sloppy)
     if dry_run:
-        from ..daemon.daemon import dry_run as check  # noqa: PLC0415
+        from ..daemon.preflight import dry_run as check  # noqa: PLC0415
 
         check(image, mountpoint, options)
         return ExitCode.OK

@@ -81,7 +81,8 @@ def _run_in_background(
     image: str, where: Mountpoint, options: MountOptions, writer: int, outsider: Outsider
 ) -> int:
     from ..storage.linux import close_all_but  # noqa: PLC0415
-    from .daemon import Config, serve  # noqa: PLC0415 - after the fork: it imports trio
+    from .daemon import serve  # noqa: PLC0415 - after the fork: it imports trio
+    from .preflight import Config  # noqa: PLC0415
 
     # A lock that a script holds while it mounts is not ours to keep.
     close_all_but(writer, where.fd, where.parent, outsider.fileno())
@@ -149,7 +150,8 @@ def in_foreground(
 
     READY is written to `ready_fd` when the mount answers, and the descriptor closed.
     """
-    from .daemon import Config, serve  # noqa: PLC0415 - it imports trio
+    from .daemon import serve  # noqa: PLC0415 - it imports trio
+    from .preflight import Config  # noqa: PLC0415
 
     waiting = None if ready_fd is None else _take(ready_fd)
     signals.prepare(background=False)

@@ -35,7 +35,7 @@ from ..engine.layer import Layer, LayerParts, LayerRecord
 from ..errors import InUse, LimitReached, MountError, StateError, UsageError
 from ..storage import descriptors, filesystems, mapping
 from ..storage.descriptors import Reserve
-from ..storage.filesystems import check_kind
+from ..storage.filesystems import check_directory_kind, check_kind, overcommitted
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_exclusively, open_image
 from ..storage.offload import in_thread
@@ -43,45 +43,18 @@ from . import recovery, statefiles, tempdirs
 from .activity import Activity
 from .dirtyfiles import DirtyFiles
 from .layerstore import LayerDirectory
-from .manifest import MAX_BYTES, VERSION, Durability, Encoded, ImageStamp, Manifest
+from .manifest import VERSION, Durability, ImageStamp, Manifest
+from .manifestfile import NAME as MANIFEST
+from .manifestfile import ManifestFile
 from .tempdirs import TempDirs
-from .witness import Witness
+from .witnesskeeper import WitnessKeeper
 
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET = "control.sock"
 STATE_THREADS = 4
 SYNC_THREADS = 16  # at the end; each has two descriptors at once
-LIST_KEPT = 64 << 10  # bytes of the list that no new snapshot takes: to rename and delete
 SPARE_DESCRIPTORS = 4  # a tree is removed with three at once
-
-
-def overcommitted(path: str, fd: int) -> str | None:
-    """A warning if a sparse image cannot grow to its size on its file system, as it is now."""
-    status, found = os.fstat(fd), os.fstatvfs(fd)
-    missing = status.st_size - status.st_blocks * 512
-    free = found.f_bavail * found.f_frsize
-    if missing <= free:
-        return None
-    return (
-        f"{missing} bytes of {path} are unallocated and only {free} are free on its file system: "
-        "writes may fail for want of space"
-    )
-
-
-def _check_state_kind(directory: Path) -> None:
-    """Raise UsageError if the state directory, there or yet to be made, is on another kind."""
-    try:
-        fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
-        try:
-            fd = os.open(directory.parent, os.O_PATH | os.O_CLOEXEC)
-        except OSError:
-            return  # it cannot be made
-    try:
-        check_kind(fd, f"the state directory {directory}")
-    finally:
-        os.close(fd)
 
 
 class Store:
@@ -113,8 +86,6 @@ class Store:
         self._sync_limiter = trio.CapacityLimiter(SYNC_THREADS)
         self._usage_limiter = trio.CapacityLimiter(1)
         self._manifest: Manifest
-        self._lines: Encoded = {}  # of the manifest, as it was saved last
-        self._list_bytes = 0  # of all of it
         self._activity: Activity
         self._read_only = False
         self._made = False
@@ -122,9 +93,9 @@ class Store:
         self._gone: list[int] = []  # layers whose files go once a list without them is saved
         self._activity_fd = -1
         self._spare = Reserve(SPARE_DESCRIPTORS)  # to delete, and to end in order, without others
+        self._file = ManifestFile(directory_fd, directory, self._spare)
         self._daemon_fd = -1  # of "lock", too, but an open file that the witness has not
-        self._witness: Witness | None = None
-        self._witness_failed = False  # to be started; logged
+        self._witness = WitnessKeeper()
         self._opened_layers = self._opened_bitmaps = False
 
     @classmethod
@@ -173,7 +144,7 @@ class Store:
         try:
             if not any_fs:
                 check_kind(image_fd, f"the image {path}")
-                _check_state_kind(directory)
+                check_directory_kind(directory)
             try:
                 directory.mkdir(mode=0o700)
                 made = True
@@ -219,7 +190,7 @@ class Store:
         self._opened_bitmaps = True
         statefiles.remove(self._fd, CONTROL_SOCKET)
         stamp = ImageStamp.of(path, image_fd)
-        known = self._read_manifest()
+        known = self._file.read()
         count = len(known.layers) if known is not None else 0
         self._layers.check_room(count, f"a mount with {count} snapshots, deleted ones included,")
         self._activity = Activity.open(self._fd, image_fd)
@@ -266,7 +237,7 @@ class Store:
             held_by=now,
         )
         # The rest is for the control socket: XFS makes no file without blocks to spare.
-        self._write_manifest(statefiles.MANIFEST_RESERVE_BYTES)
+        self._file.write(self._manifest, statefiles.MANIFEST_RESERVE_BYTES)
         self._activity.begin(self._manifest.session)
         if self._power:
             os.fdatasync(self._activity_fd)
@@ -274,18 +245,6 @@ class Store:
             statefiles.sync_entry(self.directory)
         for layer_id in self._gone:
             self._layers.remove(layer_id)
-
-    def _read_manifest(self) -> Manifest | None:
-        try:
-            fd = statefiles.open_file(self._fd, "manifest.json", os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        where = str(self.directory / "manifest.json")
-        if len(data) > MAX_BYTES:
-            raise StateError(f"{where} is larger than {MAX_BYTES} bytes")
-        return Manifest.loads(data, where)
 
     def _place_temps(self, known: Manifest, wanted: str | None) -> Manifest:
         """Find out where temp images are and shall be; leftovers are removed."""
@@ -317,7 +276,7 @@ class Store:
         def save(layers: list[Layer]) -> None:
             records = self._layers.placed([layer.record() for layer in layers])
             verdict = evolve(known, layers=records)
-            statefiles.replace_file(self._fd, "manifest.json", verdict.dumps())
+            statefiles.replace_file(self._fd, MANIFEST, verdict.dumps())
 
         found = recovery.recover(known, stamp, self._layers, self._activity, now, save)
         self.layers, self._gone = found.layers, found.gone
@@ -340,8 +299,7 @@ class Store:
         return self._manifest.next_id
 
     async def create(self, layer_id: int, geometry: Geometry) -> LayerParts:
-        if self._list_bytes > MAX_BYTES - LIST_KEPT:
-            raise LimitReached(f"the list of snapshots has {self._list_bytes} bytes: delete some")
+        self._file.check_room()
         try:
             return await in_thread(
                 self._layers.create, layer_id, geometry, limiter=self._layer_limiter
@@ -362,19 +320,10 @@ class Store:
         bitmaps: Sequence[BitmapRecord] = (),
     ) -> None:
         self._manifest = self._manifest.with_lists(self._layers.placed(records), tuple(bitmaps))
-        await in_thread(self._write_manifest, limiter=self._state_limiter)
+        await in_thread(self._write_list, limiter=self._state_limiter)
 
-    def _write_manifest(self, reserve: int = statefiles.RESERVE_BYTES) -> None:
-        data = self._manifest.dumps(self._lines)
-        if len(data) > MAX_BYTES:  # the next mount would not read it
-            raise OSError(
-                errno.EFBIG,
-                f"the list of snapshots would have {len(data)} bytes and may have {MAX_BYTES}",
-            )
-        self._spare.serve(statefiles.replace_file, self._fd, "manifest.json", data)
-        self._list_bytes = len(data)
-        # What is there must be deletable on a full file system: the list has to fit.
-        statefiles.keep_reserve(self._fd, max(reserve, 2 * len(data)))
+    def _write_list(self) -> None:
+        self._file.write(self._manifest)  # as it is when its turn has come
 
     async def sync(self, layer_id: int) -> None:
         await in_thread(self._spare.serve, self._layers.sync, layer_id, limiter=self._sync_limiter)
@@ -445,24 +394,12 @@ class Store:
 
         To be called before the first write, and every `activity.WATCH_SECONDS`.
         """
-        if self._read_only or (self._witness is not None and self._witness.lives()):
-            return
-        try:
-            await in_thread(self._appoint_witness, limiter=self._state_limiter)
-            self._witness_failed = False
-        except OSError as error:
-            if not self._witness_failed:
-                log.warning("no witness of the daemon's end can be started: %s", error.strerror)
-            self._witness_failed = True
-
-    def _appoint_witness(self) -> None:
-        former, self._witness = self._witness, None
-        if former is not None:
-            log.warning("the witness of the daemon's end was killed; it is started anew")
-            former.dismiss()
-        self._witness = Witness.appoint(
-            self.image.fd, self._lock_fd, self._activity_fd, self._manifest.session
-        )
+        if not self._read_only and not self._witness.lives():
+            await in_thread(
+                self._witness.appoint,
+                self.image.fd, self._lock_fd, self._activity_fd, self._manifest.session,
+                limiter=self._state_limiter,
+            )  # fmt: skip
 
     async def beat_durably(self) -> None:
         """With durability=power: a durable one, every `activity.SYNC_SECONDS`; logged if not."""
@@ -541,7 +478,7 @@ class Store:
                     layers=self._layers.placed([layer.record() for layer in layers]),
                     bitmaps=tuple(each.record() for each in bitmaps),
                 )
-                self._write_manifest()
+                self._file.write(self._manifest)
             else:
                 self._activity.end()
         finally:
@@ -552,8 +489,7 @@ class Store:
 
     def _release(self) -> None:
         self._spare.close()
-        if self._witness is not None:
-            self._witness.dismiss()  # before the locks are let go of
+        self._witness.dismiss()  # before the locks are let go of
         if self._opened_layers:
             self._layers.close()
         if self._opened_bitmaps:

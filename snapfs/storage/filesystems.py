@@ -29,6 +29,7 @@ import errno
 import fcntl
 import os
 import struct
+from pathlib import Path
 
 from ..errors import UsageError
 
@@ -150,3 +151,31 @@ def ask_for_errors(fd: int) -> OSError | None:
         if number != errno.ENOSYS:
             return OSError(number, os.strerror(number))
     return None
+
+
+def overcommitted(path: str, fd: int) -> str | None:
+    """A warning if a sparse image cannot grow to its size on its file system, as it is now."""
+    status, found = os.fstat(fd), os.fstatvfs(fd)
+    missing = status.st_size - status.st_blocks * 512
+    free = found.f_bavail * found.f_frsize
+    if missing <= free:
+        return None
+    return (
+        f"{missing} bytes of {path} are unallocated and only {free} are free on its file system: "
+        "writes may fail for want of space"
+    )
+
+
+def check_directory_kind(directory: Path) -> None:
+    """Raise UsageError if a state directory, there or yet to be made, is on another kind."""
+    try:
+        fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        try:
+            fd = os.open(directory.parent, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return  # it cannot be made
+    try:
+        check_kind(fd, f"the state directory {directory}")
+    finally:
+        os.close(fd)

@@ -13,7 +13,7 @@ from attrs import evolve
 
 from snapfs.engine.engine import Engine
 from snapfs.errors import LimitReached
-from snapfs.state import layerstore, statefiles, store
+from snapfs.state import layerstore, manifestfile, statefiles
 from snapfs.state.manifest import Manifest
 from snapfs.state.store import Store
 from snapfs.storage import descriptors
@@ -177,8 +177,8 @@ async def test_a_list_that_could_not_be_read_is_not_written(image, monkeypatch):
         engine = engine_of(files, nursery)
         await engine.create_snapshot("a")
         size = (state_of(image) / "manifest.json").stat().st_size
-        monkeypatch.setattr(store, "LIST_KEPT", 100)
-        monkeypatch.setattr(store, "MAX_BYTES", size + 99)
+        monkeypatch.setattr(manifestfile, "LIST_KEPT", 100)
+        monkeypatch.setattr(manifestfile, "MAX_BYTES", size + 99)
         with pytest.raises(LimitReached, match="the list of snapshots has"):
             await engine.create_snapshot("b")
         with pytest.raises(OSError, match="the list of snapshots would have") as refused:
