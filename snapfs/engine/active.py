@@ -32,7 +32,8 @@ from .dirty import DirtyBitmap, DirtyBitmaps
 from .geometry import Geometry
 from .layer import Layer, LayerStore
 from .layerkeeper import LayerKeeper
-from .layers import Dropped, LayerStack
+from .layers import LayerStack
+from .losslist import LossList
 from .reqlist import Gate, Request, RequestList
 from .sharedcall import SharedCall
 from .snapshotreader import SnapshotReader
@@ -46,7 +47,6 @@ _Arguments = TypeVarTuple("_Arguments")
 
 STEP = 64 << 20  # bytes of a long punch or zeroing that are made safe and done at a time
 MAX_SIZE = (1 << 63) - 1  # of a file: off_t
-MEND_SECONDS = 1.0  # after which the list is tried to be saved again, if nobody writes
 # What the image may grow to if nothing else is said, or to so many times its size: its bitmaps
 # grow with it, by 128 MiB each for as much with clusters of 64 KiB.
 DEFAULT_MAX_SIZE = 64 << 40
@@ -81,7 +81,6 @@ class ActiveImage:
         self.barrier: Callable[[], Awaitable[None]] | None = None
         # Why the image cannot be trusted any more, None while it can.
         self.unhealthy: str | None = None
-        self._ended = False  # nothing runs in the nursery any more
         self._image = image
         self._geometry = geometry  # task-atomic
         bound = max(DEFAULT_MAX_SIZE, DEFAULT_GROWTH * geometry.size)
@@ -136,19 +135,18 @@ class ActiveImage:
         self.events = self.copier.events
         self.space.on_warning = self._warned_of_space
         dirty.promise, dirty.forget = self.copier.promises.make, self.copier.promises.forget
+        self._losses = LossList(self._keeper, self._transitions, self._start)
         self.writeback = WriteBack(
             image,
             self._stack,
             dirty,
             self.copier,
-            self._lost_some,
+            self._losses.changed,
             self._is_unhealthy,
-            self._save_list,
+            self._losses.save,
             store.failures,
         )
         self._flushes = SharedCall(self._flush)
-        self._saving = False  # a save of what was lost waits for its turn
-        self._mending = False  # `mend` is under way
         self._reader = SnapshotReader(
             image,
             self._stack,
@@ -162,39 +160,9 @@ class ActiveImage:
             self.unhealthy = reason
             self.events.record("unhealthy", reason=reason)
 
-    def _lost_some(self, dropped: list[Dropped]) -> None:
-        """Something is lost, by a write-back that failed: the list must say so."""
-        if self._ended:
-            return  # `finish` saves it
-        self._start(self._save_losses, dropped)
-
-    async def _save_losses(self, dropped: list[Dropped]) -> None:
-        await self.copier.trash(dropped)
-        if self._saving:
-            return  # the one that waits will have it
-        self._saving = True
-        async with self._transitions:
-            self._saving = False
-            await self._keeper.try_save()
-
-    async def _save_list(self) -> None:
-        async with self._transitions:
-            await self._keeper.save()
-
     def mend(self) -> None:
         """Have the saved list tell what is lost with mapped pages, some time."""
-        if not self._mending and not self.writeback.is_sound():
-            self._mending = True
-            self._start(self._mend)
-
-    async def _mend(self) -> None:
-        try:
-            await self.writeback.mend()
-        except OSError as error:
-            log.error("cannot record the state of the snapshots: %s", error)
-            await trio.sleep(MEND_SECONDS)
-        finally:
-            self._mending = False
+        self._losses.mend(self.writeback)
 
     def _warned_of_space(self, status: SpaceStatus) -> None:
         self.events.record("temp-space", percent=status.warning, used_bytes=status.used)

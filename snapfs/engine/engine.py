@@ -259,7 +259,7 @@ class Engine(ActiveImage):
         since the mount, and nobody has removed, a line each.  Raises OSError if the list
         of what was lost could not be saved.
         """
-        self._ended = True
+        self._losses.end()
         if not self.read_only and self.writeback.image_error is None:
             with contextlib.suppress(OSError):  # noted
                 await self._flush()

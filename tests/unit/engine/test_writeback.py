@@ -10,10 +10,10 @@ import trio
 import trio.testing
 from attrs import evolve
 
-from snapfs.engine.active import MEND_SECONDS
 from snapfs.engine.durability import GroupCommit
 from snapfs.engine.geometry import Geometry
 from snapfs.engine.layer import LayerParts
+from snapfs.engine.losslist import MEND_SECONDS
 from snapfs.errors import BitmapUnusable, SnapshotLost, StateError
 from tests.support.fakes import Bench, MemoryStore, pattern
 from tests.support.images import CLUSTER, MemoryImage, os_error
