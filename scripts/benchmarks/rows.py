@@ -15,8 +15,16 @@ from .work import CLUSTER, Bench, Work
 # Changes to a daemon: its bitmaps and its record of activity do not outlive it; a sync takes
 # what it takes on disks without a cache that survives a power cut.
 FORGETFUL = """
-from snapfs.state import statefiles
-statefiles.map_file = lambda fd, size: mmap.mmap(-1, size)
+from snapfs.state import activity, statefiles
+from snapfs.storage.mapping import Mapping
+def map_file(fd, size):
+    memory = os.memfd_create("forgetful")
+    try:
+        os.truncate(memory, size)
+        return Mapping(memory, size)
+    finally:
+        os.close(memory)
+activity.map_file = statefiles.map_file = map_file
 """
 SLOW_SYNC = 0.002  # seconds
 SLOW = (

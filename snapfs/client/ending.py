@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import MountError, NotMounted, NotPermitted, NotStored, StillInUse
 from . import holders, mountinfo, unmounting
 from .mountinfo import Mount
+from .unmounting import Connection
 from .wire import FAREWELL, Client, RemoteError
 
 END_SECONDS = 90  # the daemon gives up by itself before
@@ -29,11 +30,14 @@ def end(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
     StillInUse if others have the file system mounted as well, so that the daemon goes on, and
     NotStored if it has ended, but not all that was written is durable.
     """
-    mount = mountinfo.find_snapfs(mountpoint)
+    mount = mountinfo.identified(mountinfo.find_snapfs(mountpoint))
+    if mount is None:
+        raise NotMounted(f"the snapfs on {mountpoint} has just been unmounted")
+    connection = Connection(mount)
     daemon = Daemon.find(mount)
     try:
         if force and not (daemon is not None and daemon.answers()):
-            unmounting.abort(mount)
+            connection.abort()
         others = [] if lazy else holders.others(mount)
         _unmount(mount, lazy=lazy)
         if daemon is None:
@@ -41,7 +45,7 @@ def end(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
                 f"{mount.mountpoint} is unmounted, but its daemon had died, or cannot be asked: "
                 "what was not durable before may not be; mount the image again, and unmount it"
             )
-        waits = daemon.waits_for(mount) if lazy else None
+        waits = daemon.waits_for(connection) if lazy else None
         if waits is None:
             daemon.wait_end(mount, others)
         else:
@@ -92,9 +96,9 @@ class Daemon:
         """Does it answer within ASK_SECONDS?"""
         return self._client.answers(ASK_SECONDS)
 
-    def waits_for(self, mount: Mount) -> str | None:
+    def waits_for(self, connection: Connection) -> str | None:
         """What its end after a lazy unmount may wait for; None: it is ending."""
-        if unmounting.is_served(mount):
+        if connection.is_there():
             return "nobody uses it any more"
         if self._stopped():
             return f"its daemon goes on, which is stopped: kill -CONT {self._client.pid}"

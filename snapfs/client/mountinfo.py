@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from ..errors import NotMounted
 
@@ -31,6 +31,7 @@ class Mount:
 
     `device`: "major:minor" of the file system, the same for all its mounts.  `root`: the part
     of it that is mounted.  `user`, `group`: who mounted it, if it is a FUSE file system.
+    `number`: one that no other mount is ever given, if known (`identified`).
     """
 
     id: int
@@ -42,6 +43,7 @@ class Mount:
     source: str
     user: int | None = None
     group: int = 0
+    number: int | None = None
 
 
 def _unescape(field: bytes) -> str:
@@ -125,11 +127,24 @@ def find(path: str) -> Mount | None:
     return next((each for each in mounts() if each.id == place.mount_id), None)
 
 
+def identified(mount: Mount) -> Mount | None:
+    """A mount that was looked up just now, for `still` to know later; None: it is gone again."""
+    from .mountnumbers import number_of  # noqa: PLC0415 - for most commands not needed to start
+
+    found = evolve(mount, number=number_of(mount.id))
+    return found if mount in mounts() else None
+
+
 def still(mount: Mount) -> Mount | None:
     """A mount as it is now: elsewhere, if a directory above it was renamed; None if it is gone."""
+    if mount.number is not None:
+        from .mountnumbers import id_of  # noqa: PLC0415 - see `identified`
+
+        if id_of(mount.number) != mount.id:
+            return None  # another one may have its id, and its device number
     for each in mounts():
         if (each.id, each.device) == (mount.id, mount.device):
-            return each
+            return evolve(each, number=mount.number)
     return None
 
 

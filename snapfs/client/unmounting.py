@@ -12,7 +12,6 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from . import mountinfo
 from .mountinfo import Mount
@@ -24,6 +23,7 @@ MNT_DETACH = 2
 MNT_EXPIRE = 4
 UMOUNT_NOFOLLOW = 8
 
+CONNECTIONS = "/sys/fs/fuse/connections"
 ATTEMPTS = 100  # each fails only if somebody looked at the mount at the same time
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -130,34 +130,61 @@ def _if_idle(mount: Mount, path: str) -> None:
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), mount.mountpoint)
 
 
-def is_served(mount: Mount) -> bool:
-    """Has the kernel still a use for the daemon of a mount that was taken away lazily?
+class Connection:
+    """The kernel's side of a mount: what waits for the daemon, and goes on after the unmount.
 
-    Where that cannot be known (fusectl is not mounted) it is taken for true.
+    fusectl has a directory for each (fuse.rst), named by the device number of the mount.  That
+    number is given again when the file system is gone, to another mount, perhaps at once; the
+    number of the directory's inode is not.  Where fusectl is not mounted little is known.
     """
-    connections = "/sys/fs/fuse/connections"
-    minor = mount.device.partition(":")[2]
-    return not os.path.ismount(connections) or os.path.exists(f"{connections}/{minor}")
 
+    def __init__(self, mount: Mount) -> None:
+        """To be called while the mount is there; else nothing is known, too."""
+        self._mount = mount
+        self._path = f"{CONNECTIONS}/{mount.device.partition(':')[2]}"
+        try:
+            inode = os.stat(self._path).st_ino
+        except OSError:
+            inode = 0
+        self._inode = inode if inode and mountinfo.still(mount) is not None else None
 
-def abort(mount: Mount) -> None:
-    """Let everything that still waits for a mount fail (fuse.rst, fusectl); it stays mounted.
+    def is_there(self) -> bool:
+        """Has the kernel still a use for the daemon?  True if that cannot be known."""
+        try:
+            return self._inode in (None, os.stat(self._path).st_ino)
+        except OSError:
+            return not os.path.ismount(CONNECTIONS)
 
-    Closing /dev/fuse does that too, but not while a thread of ours is in it.
-    """
-    minor = mount.device.partition(":")[2]
-    try:
-        Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
-        return
-    except OSError:
-        pass  # fusectl is not mounted, or the user may not
-    try:
-        with _reached(mount) as (_, path):
-            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def abort(self) -> None:
+        """Let everything that still waits for the daemon fail; what is mounted stays mounted.
+
+        Closing /dev/fuse does that too, but not while a thread of ours is in it.
+        """
+        try:
+            self._abort()
+            return
+        except OSError:
+            pass  # fusectl is not mounted, or the user may not, or it is gone
+        try:
+            with _reached(self._mount) as (_, path):
+                fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    umount2(path, MNT_FORCE | UMOUNT_NOFOLLOW)
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # which it always is, by our descriptor
+                log.info("cannot abort the requests that are left: %s", error.strerror)
+
+    def _abort(self) -> None:
+        directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if os.fstat(directory).st_ino != self._inode:
+                raise OSError(errno.ENOENT, "the connection is gone", self._path)
+            fd = os.open("abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
             try:
-                umount2(path, MNT_FORCE | UMOUNT_NOFOLLOW)
+                os.write(fd, b"1")
             finally:
                 os.close(fd)
-    except OSError as error:
-        if error.errno != errno.EBUSY:  # which it always is, by our descriptor
-            log.info("cannot abort the requests that are left: %s", error.strerror)
+        finally:
+            os.close(directory)

@@ -23,7 +23,7 @@ import trio
 from .. import errors
 from ..client import holders
 from ..client.mountinfo import Mount
-from ..client.unmounting import abort, unmount
+from ..client.unmounting import unmount
 from ..client.wire import free_addresses
 from ..engine.copier import Settings
 from ..engine.engine import Engine
@@ -225,7 +225,7 @@ class Daemon:
                 except OSError as error:
                     log.info("cannot unmount %s: %s", where.path, error.strerror)
             if not clean:
-                abort(session.mount)
+                session.connection.abort()
             session.close()
 
     async def _announce(self, cache: Any, mount: Mount) -> None:

@@ -211,6 +211,7 @@ def _made(where: Mountpoint, fd: int, source: str, before: set[int]) -> Mount:
     ]
     # Where mounts propagate it is mounted several times: ours is the one on our directory.
     ours = [each for each in found if each.parent == base] or found
-    if not ours:
+    made = mountinfo.identified(ours[-1]) if ours else None
+    if made is None:
         raise OSError(errno.ESTALE, "the mount is gone again", where.path)
-    return ours[-1]
+    return made

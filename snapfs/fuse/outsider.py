@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 
 from ..client import mountinfo
 from ..client.unmounting import unmount
@@ -187,10 +187,12 @@ class _Calls:
         self._name = mountpoint.name or "."
         self._parent = mountpoint.parent
         self._mount = (0, "")  # id and device number
+        self._number: int | None = None  # `Mount.number`
 
     def wait(self, name: str) -> int:
-        number, _, device = name.partition(" ")
-        self._mount = (int(number), device)
+        mount_id, device, number = name.split(" ")
+        self._mount = (int(mount_id), device)
+        self._number = int(number) or None
         os.stat(self._name, dir_fd=self._parent)
         return 0
 
@@ -232,6 +234,6 @@ class _Calls:
     def unmount(self, name: str) -> int:
         for mount in mountinfo.mounts():
             if (mount.id, mount.device) == self._mount:
-                unmount(mount)
+                unmount(evolve(mount, number=self._number))
                 return 0
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))

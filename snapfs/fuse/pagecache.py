@@ -62,7 +62,7 @@ class PageCache:
 
     async def begin(self, mount: Mount) -> None:
         """Return when the mount answers; to be called once it is served."""
-        await self._outsider.call("wait", f"{mount.id} {mount.device}")
+        await self._outsider.call("wait", f"{mount.id} {mount.device} {mount.number or 0}")
         self._read_ahead(mount.device)
 
     @staticmethod

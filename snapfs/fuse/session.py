@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pyfuse3
 
-from ..client.unmounting import unmount
+from ..client.unmounting import Connection, unmount
 from ..errors import MountError
 from . import requestfilter
 from .fusefs import MAX_TASKS, SnapshotFS
@@ -26,6 +26,7 @@ class Session:
         options = list(options)
         words = ["allow_other" if word == "allow_root" else word for word in options]
         fd, self.mount = attach(where, source, words)
+        self.connection = Connection(self.mount)
         try:
             # The kernel knows no allow_root: it lets everybody in, and libfuse refuses others.
             pyfuse3.init(fs, f"/dev/fd/{fd}", {"allow_root"} & set(options))

@@ -257,7 +257,7 @@ def test_sigterm_is_clean_even_when_active_is_held_open(mount):
     os.pwrite(holder, b"y" * K64, 0)
     process = os.pidfd_open(disk.pid)
     os.kill(disk.pid, 15)
-    assert select.select([process], [], [], 20)[0]
+    assert select.select([process], [], [], PATIENCE)[0]
     os.close(process)
     assert '"clean": true' in (disk.state / "manifest.json").read_text()
     assert b"y" * K64 == disk.image.read_bytes()[:K64]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,18 @@ from pathlib import Path
 import pytest
 
 from snapfs.client import mountinfo, unmounting
-from tests.support.mounted import MIB, SNAPFS, Mounted, mounts_below, run
+from tests.support.mounted import (
+    MIB,
+    ODD_NAMES,
+    PATIENCE,
+    SNAPFS,
+    Mounted,
+    is_clean,
+    mounts_below,
+    run,
+    terminate,
+    wait_end,
+)
 
 pytestmark = [
     pytest.mark.mount,
@@ -36,22 +45,6 @@ def mounted(*arguments: str | Path) -> Iterator[None]:
         yield
     finally:
         run("umount", "-l", arguments[-1], check=False)
-
-
-def terminate(pid: int) -> None:
-    """SIGTERM; returns when the process is gone."""
-    process = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGTERM)
-    wait_end(process)
-
-
-def wait_end(process: int) -> None:
-    assert select.select([process], [], [], 60)[0]
-    os.close(process)
-
-
-def is_clean(disk: Mounted) -> bool:
-    return bool(json.loads((disk.state / "manifest.json").read_text())["clean"])
 
 
 # Which mount is unmounted
@@ -262,6 +255,32 @@ def test_force_frees_who_waits_for_a_daemon_that_is_stopped(stopped, tmp_path):
     assert [] == mounts_below(tmp_path)
 
 
+def test_another_mount_that_has_the_number_now_is_not_aborted(mount, connections):
+    """The kernel gives the lowest device number that is free, and the lowest id of a mount."""
+    disk = mount(b"abc")
+    for _ in range(10):
+        found = mountinfo.identified(mountinfo.find(str(disk.mountpoint)))
+        connection = unmounting.Connection(found)
+        assert connection.is_there()
+        disk.stop()
+        disk = mount(b"def")
+        now = mountinfo.find(str(disk.mountpoint))
+        if (now.device, now.id) == (found.device, found.id):
+            break  # else somebody else was faster
+    else:
+        raise AssertionError("the number was not given again")
+    assert not connection.is_there()
+    connection.abort()
+    with pytest.raises(FileNotFoundError):
+        unmounting.unmount(found)
+    assert mountinfo.still(mountinfo.identified(now)).mountpoint == str(disk.mountpoint)
+    assert b"def" == disk.active.read_bytes()
+    unmounting.Connection(mountinfo.find(str(disk.mountpoint))).abort()
+    with pytest.raises(OSError, match="not connected"):
+        disk.active.read_bytes()
+    run("umount", "-l", disk.mountpoint)
+
+
 # What is at the mountpoint already
 
 
@@ -282,14 +301,14 @@ def test_mounting_on_demand(mount, tmp_path):
         try:
             assert b"armed\n" == manager.stdout.readline()
             with subprocess.Popen(["cat", disk.active], stdout=subprocess.PIPE) as reader:
-                assert b"abc" == reader.communicate(timeout=60)[0]
+                assert b"abc" == reader.communicate(timeout=PATIENCE)[0]
             disk.pid = disk.json("status")["mount"]["pid"]
             terminate(disk.pid)
             assert [str(disk.mountpoint)] == mounts_below(tmp_path)  # autofs is there
             assert is_clean(disk)
         finally:
             manager.stdin.close()
-            assert 0 == manager.wait(60)
+            assert 0 == manager.wait(PATIENCE)
             run("umount", "-l", disk.mountpoint, check=False)
 
 
@@ -308,18 +327,8 @@ def test_a_bind_mount_is_a_mountpoint(mount, tmp_path):
 
 # Names and options
 
-NAMES = [
-    "ü.img",
-    "a,b.img",
-    "a\\040b.img",
-    "a\\,b \\.img",
-    "new\nline #.img",
-    "\udcff.img",
-    "u\u2028.img",
-]
 
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_name_can_be_mounted(mount, tmp_path, name):
     disk = mount(b"abc", start=False)
     disk.image = disk.image.rename(tmp_path / name)
@@ -381,136 +390,3 @@ def test_remount_is_refused_with_the_remedy(mount):
     assert 2 == done.returncode
     assert "unmount it and mount it again" in done.stderr
     disk.stop()
-
-
-# Ordinary users
-
-USER = 65534
-
-
-@pytest.fixture
-def user_disk(request) -> Iterator[Mounted]:
-    """An image of an ordinary user, not mounted; anybody may go to its directory."""
-    where = Path(tempfile.mkdtemp(prefix="snapfs-test-"))
-    node = where / "fuse"
-    bound = not os.stat("/dev/fuse").st_mode & 2
-    if bound:
-        run("mknod", "-m", "666", node, "c", "10", "229")
-        run("mount", "--bind", node, "/dev/fuse")
-    disk = Mounted(where / "disk.img", where / "mnt")
-    try:
-        disk.mountpoint.mkdir()
-        disk.image.write_bytes(b"abc")
-        for path in (where, disk.image, disk.mountpoint):
-            os.chown(path, USER, USER)
-        where.chmod(0o755)
-        yield disk
-    finally:
-        if mounts_below(where):
-            run("umount", "-l", disk.mountpoint, check=False)
-        if bound:
-            run("umount", "/dev/fuse")
-        shutil.rmtree(where)
-
-
-def as_user(*command: str | Path, check: bool = True):
-    user = ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups")
-    return run(*user, *command, check=check)
-
-
-def start_as_user(disk: Mounted) -> None:
-    options = [word for option in disk.all_options for word in ("-o", option)]
-    as_user(*SNAPFS, "mount", disk.image, disk.mountpoint, *options)
-    disk.pid = json.loads(as_user(*SNAPFS, "status", disk.mountpoint, "--json").stdout)["mount"][
-        "pid"
-    ]
-
-
-def test_root_unmounts_a_users_mount(user_disk):
-    start_as_user(user_disk)
-    with pytest.raises(PermissionError):
-        os.listdir(user_disk.mountpoint)  # not even root sees it
-    process = os.pidfd_open(user_disk.pid)
-    assert user_disk.pid == user_disk.json("status")["mount"]["pid"]
-    user_disk.stop()
-    assert select.select([process], [], [], 0)[0]  # the daemon is gone when umount returns
-    os.close(process)
-    assert [] == mounts_below(user_disk.mountpoint)
-    assert is_clean(user_disk)
-
-
-def test_root_unmounts_a_users_mount_from_another_network(user_disk):
-    start_as_user(user_disk)
-    process = os.pidfd_open(user_disk.pid)
-    run("unshare", "--net", *SNAPFS, "umount", user_disk.mountpoint)
-    assert select.select([process], [], [], 0)[0]
-    os.close(process)
-
-
-@pytest.mark.parametrize("option", ["", "-l", "-f"])
-def test_root_unmounts_a_users_mount_that_is_dead(user_disk, option):
-    start_as_user(user_disk)
-    user_disk.kill()
-    done = user_disk.snapfs("umount", user_disk.mountpoint, *[option] * bool(option), check=False)
-    assert (1, True) == (done.returncode, "is unmounted" in done.stderr)  # not in order
-    assert [] == mounts_below(user_disk.mountpoint)
-
-
-def test_root_unmounts_a_users_mount_that_is_stopped(user_disk):
-    start_as_user(user_disk)
-    os.kill(user_disk.pid, signal.SIGSTOP)
-    process = os.pidfd_open(user_disk.pid)
-    user_disk.snapfs("umount", "--lazy", user_disk.mountpoint)
-    assert [] == mounts_below(user_disk.mountpoint)
-    os.kill(user_disk.pid, signal.SIGCONT)
-    wait_end(process)
-
-
-def test_a_signal_unmounts_a_users_mount(user_disk):
-    start_as_user(user_disk)
-    terminate(user_disk.pid)
-    assert [] == mounts_below(user_disk.mountpoint)
-    assert is_clean(user_disk)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_user_mounts_any_name(user_disk, name):
-    user_disk.image = user_disk.image.rename(user_disk.image.with_name(name))
-    user_disk.options = ["max_read=64K", "nosymfollow", "lazytime", "nodiratime"]
-    start_as_user(user_disk)
-    found = run("findmnt", "-rno", "SOURCE", user_disk.mountpoint, binary=True).stdout
-    assert found.strip()
-    assert str(user_disk.image) == user_disk.json("status")["image"]["path"]
-    as_user(*SNAPFS, "umount", user_disk.mountpoint)
-    assert [] == mounts_below(user_disk.mountpoint)
-
-
-def test_who_takes_the_daemons_name_is_not_taken_for_it(user_disk, mount):
-    """Anybody can listen where a daemon would: then the mount tells where it is."""
-    command = """
-import socket, sys
-found = []
-for minor in range(1, 400):
-    try:
-        for number in range(8):
-            s = socket.socket(socket.AF_UNIX)
-            s.bind(f"\\0snapfs-0:{minor}-{number}")
-            s.listen(0)
-            found.append(s)
-    except OSError:
-        continue
-print(flush=True)
-sys.stdin.read()
-"""
-    with subprocess.Popen(
-        ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups",
-         sys.executable, "-c", command],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as squatter:  # fmt: skip
-        squatter.stdout.readline()
-        disk = mount(b"abc")
-        assert disk.pid not in (None, squatter.pid)
-        process = os.pidfd_open(disk.pid)
-        disk.stop()
-        wait_end(process)
-        squatter.communicate()

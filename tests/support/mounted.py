@@ -20,6 +20,16 @@ MIB = 1 << 20
 K64 = 1 << 16
 PATIENCE = 400  # seconds: what takes longer hangs, on a machine however busy
 
+ODD_NAMES = [
+    "ü.img",
+    "a,b.img",
+    "a\\040b.img",
+    "a\\,b \\.img",
+    "new\nline #.img",
+    "\udcff.img",
+    "u\u2028.img",
+]
+
 SNAPFS = [sys.executable, "-m", "snapfs"]
 DYING = [sys.executable, str(Path(__file__).with_name("dying.py"))]
 
@@ -134,3 +144,21 @@ def let_others_in(path: Path) -> None:
 def mounts_below(path: Path) -> list[str]:
     found = [each.mountpoint for each in mountinfo.mounts()]
     return [each for each in found if each.startswith(str(path))]
+
+
+def terminate(pid: int) -> None:
+    """SIGTERM; returns when the process is gone."""
+    process = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGTERM)
+    wait_end(process)
+
+
+def wait_end(process: int) -> None:
+    """Of a process, by its pidfd, which is closed."""
+    assert select.select([process], [], [], PATIENCE)[0]
+    os.close(process)
+
+
+def is_clean(disk: Mounted) -> bool:
+    """Was it unmounted in order?"""
+    return bool(json.loads((disk.state / "manifest.json").read_text())["clean"])

@@ -35,7 +35,7 @@ async def refused(outsider: Outsider, call: str, name: str) -> None:
 
 async def test_calls_and_their_errors(outsider, tmp_path, nursery):
     await nursery.start(outsider.run)
-    assert 0 == await outsider.call("wait", f"0 {mountinfo.look(str(tmp_path)).device}")
+    assert 0 == await outsider.call("wait", f"0 {mountinfo.look(str(tmp_path)).device} 0")
     assert 0 == await outsider.call("sync", "file")
     with pytest.raises(FileNotFoundError):
         await outsider.call("open", "nothing")
@@ -98,7 +98,7 @@ async def test_writing_back_leaves_the_file_open_for_the_one_who_asks_to_close_i
     outsider, tmp_path, nursery
 ):
     await nursery.start(outsider.run)
-    await outsider.call("wait", f"0 {mountinfo.look(str(tmp_path)).device}")
+    await outsider.call("wait", f"0 {mountinfo.look(str(tmp_path)).device} 0")
     fd = await outsider.call("write_back", "4096/file")
     assert 0 == await outsider.call("close", str(fd))
     with pytest.raises(FileNotFoundError):
