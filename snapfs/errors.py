@@ -7,6 +7,7 @@ these classes to errnos.  Failing system calls stay `OSError`.
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 from typing import ClassVar
 
@@ -21,7 +22,25 @@ class ExitCode(IntEnum):
     SNAPSHOT_UNUSABLE = 4
     NOT_FOUND = 5
     BITMAP_UNUSABLE = 6
+    NOT_STORED = 7
     INTERRUPTED = 130
+
+
+class HelperExit(IntEnum):
+    """What mount(8) and umount(8) expect of mount.snapfs and umount.fuse.snapfs."""
+
+    OK = 0
+    USAGE = 1  # incorrect invocation or permissions
+    SYSTEM = 2
+    FAILURE = 32
+
+
+SYSTEM_ERROR = "system-error"  # the code of a failing system call
+
+
+def code_of(kind: str) -> str:
+    """The word by which JSON tells of an error: "snapshot-not-found" of SnapshotNotFound."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind).lower()
 
 
 class SnapfsError(Exception):
@@ -112,8 +131,14 @@ class NotPermitted(SnapfsError):
     """The caller may not do that: not the owner, or a fixed part of the tree."""
 
 
+class Pinned(NotPermitted):
+    """A pinned snapshot is neither deleted nor discarded."""
+
+
 class NotStored(SnapfsError):
     """Something that was written may be gone: storage could not take it."""
+
+    exit_code = ExitCode.NOT_STORED
 
 
 class InUse(SnapfsError):

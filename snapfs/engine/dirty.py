@@ -142,14 +142,16 @@ class DirtyBitmaps:
         for bitmap in self:
             if bitmap.name == name:
                 return bitmap
-        raise BitmapNotFound(f"there is no bitmap {name!r}")
+        raise BitmapNotFound(
+            f"there is no bitmap {name!r}; snapfs bitmap list shows those there are"
+        )
 
     def wanted(self, name: str, clusters: int) -> bitarray:
         """A copy of the bits of a bitmap; BitmapUnusable if there is none or it cannot be used."""
         try:
             return self.find(name).usable(clusters).slice(0, clusters)
-        except BitmapNotFound as error:
-            raise BitmapUnusable(f"{error}; {REMEDY}") from None
+        except BitmapNotFound:
+            raise BitmapUnusable(f"there is no bitmap {name!r}; {REMEDY}") from None
 
     def any_of(self, first: int, stop: int) -> bitarray:
         """Clusters of [first, stop) that some bitmap has."""

@@ -21,19 +21,43 @@ import time
 from collections.abc import AsyncGenerator
 
 import trio
+from attrs import frozen
 from bitarray import bitarray
 
-from ..errors import InvalidRange, SnapshotExists, SnapshotLost, SnapshotNotFound, StateError
+from ..errors import (
+    InvalidRange,
+    Pinned,
+    SnapshotExists,
+    SnapshotLost,
+    SnapshotNotFound,
+    StateError,
+)
 from ..storage.image import Buffer
 from .active import MAX_SIZE, ActiveImage
 from .dirty import Selection
-from .layer import Layer, Policy, check_name
+from .layer import Layer, Policy, check_name, check_note
 from .published import PublishedLayer, PublishedState
 from .snapshotreader import Extent
 
 log = logging.getLogger(__name__)
 
 TRIES = 3  # to have a layer as large as an image that grows, before its writes wait for one
+
+
+def check_pinned(layer: Layer) -> None:
+    """Raise Pinned if the snapshot is not to be deleted or discarded."""
+    if layer.pinned:
+        raise Pinned(f"snapshot {layer.name!r} is pinned; to let go of it: snapfs unpin")
+
+
+@frozen
+class Wanted:
+    """What is to be said of a new snapshot."""
+
+    name: str
+    policy: Policy | None
+    note: str | None
+    pinned: bool
 
 
 class Engine(ActiveImage):
@@ -56,14 +80,20 @@ class Engine(ActiveImage):
         layer = self._stack.find(name)
         if layer is not None and layer.visible:
             return layer
-        raise SnapshotNotFound(f"there is no snapshot {name!r}")
+        raise SnapshotNotFound(f"there is no snapshot {name!r}; snapfs list shows those there are")
 
     def find_id(self, layer_id: int) -> Layer | None:
         """The layer of that number, a nameless one included."""
         return self._stack.find_id(layer_id)
 
     async def create_snapshot(
-        self, name: str, *, policy: Policy | None = None, selection: Selection | None = None
+        self,
+        name: str,
+        *,
+        policy: Policy | None = None,
+        selection: Selection | None = None,
+        note: str | None = None,
+        pinned: bool = False,
     ) -> Layer:
         """The image as it is now, as a snapshot; copies nothing.
 
@@ -80,6 +110,8 @@ class Engine(ActiveImage):
         then nothing is left behind.
         """
         check_name(name)
+        if note is not None:
+            check_note(note)
         selection = selection or Selection()
         self._check_new(name)
         self.tracker.check(selection)
@@ -92,17 +124,15 @@ class Engine(ActiveImage):
             # Before the other lock is taken: temp storage that hangs must not keep snapshots
             # from being deleted.  (Who is cancelled then leaves files to the next mount.)
             layer = await self._make_layer()
-            layer = await self._create(layer, name, policy, selection)
+            layer = await self._create(layer, Wanted(name, policy, note, pinned), selection)
         log.info("snapshot %s created", name)
         return layer
 
-    async def _create(
-        self, layer: Layer, name: str, policy: Policy | None, selection: Selection
-    ) -> Layer:
+    async def _create(self, layer: Layer, wanted: Wanted, selection: Selection) -> Layer:
         """Make the snapshot of a layer; returns that, or its successor.  Raises as above."""
         async with self._transitions:
             try:
-                self._check_new(name)
+                self._check_new(wanted.name)
                 async with self.tracker.switching(selection) as switch:
                     await self._keeper.save(layer)
                     for left in reversed(range(TRIES)):
@@ -114,7 +144,8 @@ class Engine(ActiveImage):
                             if layer.geometry.size == self.size:
                                 bits = self.tracker.selected(selection)
                                 await self.tracker.begin(switch)
-                                layer.name, layer.policy = name, policy
+                                layer.name, layer.policy = wanted.name, wanted.policy
+                                layer.note, layer.pinned = wanted.note, wanted.pinned
                                 self._begin(layer, bits, selection)
                                 break
                         # A write extended the image meanwhile.  No write must wait for a
@@ -161,7 +192,7 @@ class Engine(ActiveImage):
 
     def _check_new(self, name: str) -> None:
         if self._stack.find(name) is not None:
-            raise SnapshotExists(f"there is a snapshot {name!r} already")
+            raise SnapshotExists(f"there is a snapshot {name!r} already; choose another name")
 
     async def _make_layer(self) -> Layer:
         geometry = self._geometry
@@ -188,13 +219,37 @@ class Engine(ActiveImage):
                 self._stack.rename(layer, old)
                 raise
 
+    async def annotate_snapshot(
+        self, name: str, *, note: str | None = None, pinned: bool | None = None
+    ) -> None:
+        """Say something else of a snapshot, "" for nothing; or pin it, or not.  None: as it is.
+
+        Raises SnapshotNotFound, UsageError.
+        """
+        if note is not None:
+            check_note(note)
+        async with self._transitions:
+            layer = self.find(name)
+            before = layer.note, layer.pinned
+            if note is not None:
+                layer.note = note or None
+            if pinned is not None:
+                layer.pinned = pinned
+            try:
+                await self._keeper.save()
+            except BaseException:
+                layer.note, layer.pinned = before
+                raise
+
     async def delete_snapshot(self, name: str) -> None:
         """Delete a snapshot; older ones keep what they find in its temp image.
 
-        Open handles can go on reading; the space is freed at the last close.
+        Open handles can go on reading; the space is freed at the last close.  Raises
+        SnapshotNotFound, Pinned.
         """
         async with self._transitions:
             layer = self.find(name)
+            check_pinned(layer)
             self._stack.rename(layer, None)
             try:
                 await self._keeper.save()
@@ -234,10 +289,11 @@ class Engine(ActiveImage):
         The end of the snapshot counts as aligned.  They are inaccessible at
         once, are not copied any more, and their temp space is freed unless an
         older snapshot finds data there.  An error of freeing is raised; access
-        is gone all the same.
+        is gone all the same.  Raises Pinned.
         """
         if offset < 0 or length < 0:
             raise InvalidRange(f"offset {offset}, length {length} is no range")
+        check_pinned(layer)
         clusters = layer.geometry.covered(offset, length)
         if not clusters:
             return

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from attrs import define, field, frozen
 from bitarray import bitarray
 
-from ..errors import InvalidName, NameTooLong
+from ..errors import InvalidName, NameTooLong, UsageError
 from ..storage.image import Image
 from .bitmap import Bitmap
 from .dirty import BitmapRecord, BitmapStore
@@ -28,6 +28,7 @@ State = Literal["ok", "incomplete", "lost"]
 Policy = Literal["break-snapshot", "break-guest-write"]
 
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+MAX_NOTE_BYTES = 255  # the list has one of each snapshot, and is bounded (manifest.py)
 
 # Clusters lost, or -1 less those if the snapshot is lost as a whole; errno, since_ns, reason in
 # UTF-8.  The rest means something only if the first is not 0: it is stored before, once, and the
@@ -53,6 +54,19 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_note(note: str) -> str:
+    """Return `note` if it can be a snapshot's, else raise UsageError."""
+    try:
+        size = len(note.encode())
+    except UnicodeEncodeError:
+        raise UsageError("the note must be valid UTF-8") from None
+    if size > MAX_NOTE_BYTES:
+        raise UsageError(f"the note has {size} bytes; at most {MAX_NOTE_BYTES} are allowed")
+    if any(unicodedata.category(letter) == "Cc" for letter in note):
+        raise UsageError("the note has a control character; it is one line of text")
+    return note
+
+
 @frozen
 class LayerRecord:
     """What the state directory keeps of a layer besides its files.
@@ -75,6 +89,8 @@ class LayerRecord:
     bitmap: str | None = None
     policy: Policy | None = None
     temp_dir: str | None = None  # of the temp image, None: in the state directory
+    note: str | None = None
+    pinned: bool = False
 
 
 @frozen
@@ -119,6 +135,8 @@ class Layer:
     policy: Policy | None = None  # None: that of the mount
 
     name: str | None = None
+    note: str | None = None  # what its user says of it
+    pinned: bool = False  # it is neither deleted nor discarded
     state: State = "ok"
     reason: str | None = None
     errno: int | None = None
@@ -154,6 +172,8 @@ class Layer:
             bitmap=record.bitmap,
             policy=record.policy,
             name=record.name,
+            note=record.note,
+            pinned=record.pinned,
             state=record.state,
             reason=record.reason,
             errno=record.errno,
@@ -180,6 +200,7 @@ class Layer:
         now = (
             self.name, self.created_ns, self.state, self.reason, self.errno, self.lost,
             self.since_ns, self.granted, self.blocks, self.bitmap, self.policy,
+            self.note, self.pinned,
         )  # fmt: skip
         if self._record is None or now != self._recorded:
             self._recorded = now
@@ -197,6 +218,8 @@ class Layer:
                 blocks=self.blocks,
                 bitmap=self.bitmap,
                 policy=self.policy,
+                note=self.note,
+                pinned=self.pinned,
             )
         return self._record
 

@@ -22,6 +22,7 @@ from ..storage.descriptors import Reserve
 from ..storage.image import FileImage, Image
 from ..storage.locks import lock_image
 from ..storage.mapping import failure_of_any
+from ..storage.naming import naming
 from ..storage.systemerrors import ErrorsSince
 from ..storage.watch import failure_of
 from . import statefiles
@@ -119,7 +120,7 @@ class LayerDirectory:
         except FileNotFoundError as error:
             if record.name is None:
                 return None
-            raise StateError(f"{where} lacks its file {error.filename}") from None
+            raise StateError(f"{where} lacks its file {os.path.basename(error.filename)}") from None
         finally:
             os.close(fd)
         self._temps[record.id] = temp
@@ -239,7 +240,8 @@ class LayerDirectory:
         """The files of a new layer; on failure nothing is left behind.  LimitReached, OSError."""
         self.check_room(1, "one more snapshot")
         name = str(layer_id)
-        os.mkdir(name, 0o700, dir_fd=self._fd)
+        with naming(name, self._fd):
+            os.mkdir(name, 0o700, dir_fd=self._fd)
         try:
             fd = statefiles.open_directory(name, parent=self._fd)
             try:
@@ -251,7 +253,8 @@ class LayerDirectory:
                     # The list that will have the layer is durable: so must its files be, or
                     # the next mount refuses them instead of saying that they are lost.
                     for each in (fd, self._fd, self._temp_of(layer_id, fd)[0]):
-                        os.fsync(each)
+                        with naming(".", each):
+                            os.fsync(each)
                     self._temps[layer_id] = temp
                     return parts
                 except BaseException:

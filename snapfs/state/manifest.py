@@ -17,16 +17,16 @@ from attrs.validators import ge, lt, matches_re
 
 from ..engine.dirty import BitmapRecord
 from ..engine.geometry import Geometry
-from ..engine.layer import LayerRecord, check_name
-from ..errors import InvalidName, StateError
+from ..engine.layer import LayerRecord, check_name, check_note
+from ..errors import StateError, UsageError
 from ..strictjson import make_converter, reasons
 from .activitywords import storable
 from .tempdirs import valid_path
 
 Durability = Literal["process", "power"]
 
-VERSION = 3
-READABLE = (2, 3)  # 2: until it was unmounted in order, it does not say what held it
+VERSION = 4  # 4: notes and pins
+READABLE = (2, 3, 4)  # 2: until it was unmounted in order, it does not say what held it
 MAX_NUMBER = 1 << 62  # below it sizes, times and their sums fit into 64 bits
 MAX_ERRNO = 4095  # MAX_ERRNO of Linux
 MAX_BYTES = 16 << 20  # a manifest of this size has some 50,000 snapshots
@@ -174,7 +174,7 @@ class Manifest:
             manifest._check()
         except RecursionError:
             raise StateError(f"{where} is damaged: it is nested too deeply") from None
-        except (cattrs.BaseValidationError, InvalidName, ValueError, TypeError) as error:
+        except (cattrs.BaseValidationError, UsageError, ValueError, TypeError) as error:
             raise StateError(f"{where} is damaged: {'; '.join(reasons(error))}") from None
         return evolve(manifest, version=VERSION)
 
@@ -189,6 +189,8 @@ class Manifest:
         for layer in self.layers:
             if layer.name is not None:
                 check_name(layer.name)
+            if layer.note is not None:
+                check_note(layer.note)
             counts = (layer.size, layer.lost, layer.granted, layer.blocks)
             if min(counts) < 0:
                 raise ValueError(f"snapshot {layer.id} has a negative number")

@@ -18,6 +18,7 @@ from ..errors import StateError
 from ..storage.linux import exchange
 from ..storage.locks import is_locked
 from ..storage.mapping import Mapping, map_file, set_nocow
+from ..storage.naming import naming
 from ..storage.smallfiles import write_synced
 
 # Bytes of the file "lock", locked while mounted: the first by the daemon and its witness,
@@ -50,9 +51,10 @@ def open_directory(path: str | os.PathLike[str], *, parent: int | None = None) -
 def open_file(parent: int, name: str, flags: int = os.O_RDWR) -> int:
     """Open a regular file of ours; StateError if it is anything else."""
     try:
-        fd = os.open(
-            name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600, dir_fd=parent
-        )
+        with naming(name, parent):
+            fd = os.open(
+                name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600, dir_fd=parent
+            )
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise StateError(f"{name} in the state directory is a symbolic link") from None
@@ -109,7 +111,8 @@ def make_file(parent: int, name: str, size: int) -> int:
     fd = open_file(parent, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         set_nocow(fd)
-        os.ftruncate(fd, size)
+        with naming(name, parent):
+            os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)
         remove(parent, name)
@@ -130,7 +133,8 @@ def map_bitmap(parent: int, name: str, bits: int, *, create: bool) -> Mapping:
             raise StateError(
                 f"{name} has {os.fstat(fd).st_size} bytes; for {bits} clusters it must have {size}"
             )
-        mapping = map_file(fd, size)
+        with naming(name, parent):
+            mapping = map_file(fd, size)
     finally:
         os.close(fd)
     if bits % 8 and mapping[size - 1] >> bits % 8:
@@ -144,7 +148,8 @@ def map_record(parent: int, name: str, size: int, *, create: bool) -> Mapping:
     try:
         if not create and os.fstat(fd).st_size != size:
             raise StateError(f"{name} has {os.fstat(fd).st_size} bytes and must have {size}")
-        return map_file(fd, size)
+        with naming(name, parent):
+            return map_file(fd, size)
     finally:
         os.close(fd)
 
@@ -157,6 +162,11 @@ def replace_file(parent: int, name: str, data: bytes) -> None:
     remove the reserve and write anew is not enough: XFS frees what was removed
     some time later, and a new file takes an inode.
     """
+    with naming(name, parent):
+        _replace_file(parent, name, data)
+
+
+def _replace_file(parent: int, name: str, data: bytes) -> None:
     try:
         _write_beside(parent, name, data)
         os.rename(f"{name}.new", name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -228,7 +238,8 @@ def sync_file(parent: int, name: str) -> None:
     """Make a file durable, mapped pages included."""
     fd = open_file(parent, name)
     try:
-        os.fsync(fd)
+        with naming(name, parent):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -237,7 +248,8 @@ def sync_data(parent: int, name: str) -> None:
     """The same of a file whose size does not change (fdatasync)."""
     fd = open_file(parent, name)
     try:
-        os.fdatasync(fd)
+        with naming(name, parent):
+            os.fdatasync(fd)
     finally:
         os.close(fd)
 

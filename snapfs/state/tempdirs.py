@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from attrs import define, field
 
 from ..errors import StateError
+from ..storage.naming import naming
 from . import statefiles
 
 PREFIX = "snapfs-"
@@ -54,8 +55,9 @@ def make_private(path: str) -> None:
     directory, name = os.path.split(path)
     parent = open_directory(directory)
     try:
-        os.mkdir(name, 0o700, dir_fd=parent)
-        os.fsync(parent)
+        with naming(name, parent):
+            os.mkdir(name, 0o700, dir_fd=parent)
+            os.fsync(parent)
     finally:
         os.close(parent)
 

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from snapfs.engine.engine import Engine
-from snapfs.errors import BitmapUnusable, InUse, StateError, UsageError
+from snapfs.errors import BitmapUnusable, InUse, Pinned, StateError, UsageError
 from snapfs.state import statefiles
 from snapfs.state.store import Store
 from snapfs.storage.image import FileImage
@@ -561,6 +561,102 @@ async def test_what_an_older_version_left_is_read_if_it_was_unmounted(image):
     path.write_text(json.dumps(value | {"version": 2, "clean": False}))
     store = await session(image)
     assert "older version" in str(store.layers[0].reason)
+
+
+async def test_a_list_of_version_3_which_has_no_notes_is_read(image):
+    await session(image, create("s"))
+    path = state_of(image) / "manifest.json"
+    value = json.loads(path.read_text())
+    for layer in value["layers"]:
+        del layer["note"], layer["pinned"]
+    path.write_text(json.dumps(value | {"version": 3}))
+
+    async def look(engine: Engine) -> None:
+        assert (None, False) == (engine.find("s").note, engine.find("s").pinned)
+
+    await session(image, expect("s", OLD), look)
+    assert 4 == json.loads(path.read_text())["version"]
+
+
+async def test_a_note_and_a_pin_come_back(image):
+    async def make(engine: Engine) -> None:
+        await engine.create_snapshot("a", note="before the upgrade, é", pinned=True)
+        await engine.create_snapshot("b")
+        await engine.annotate_snapshot("b", note="x" * 255)
+
+    async def look(engine: Engine) -> None:
+        found = [(each.note, each.pinned) for each in engine.snapshots]
+        assert [("before the upgrade, é", True), ("x" * 255, False)] == found
+        await engine.annotate_snapshot("a", note="")
+        await engine.annotate_snapshot("b", pinned=True)
+        found = [(each.note, each.pinned) for each in engine.snapshots]
+        assert [(None, True), ("x" * 255, True)] == found
+
+    await session(image, make)
+    await session(image, look)
+
+
+async def test_a_pinned_snapshot_is_neither_deleted_nor_discarded(image):
+    async def use(engine: Engine) -> None:
+        layer = await engine.create_snapshot("a", pinned=True)
+        with pytest.raises(Pinned, match="'a' is pinned"):
+            await engine.delete_snapshot("a")
+        with pytest.raises(Pinned):
+            await engine.discard(layer, 0, CLUSTER)
+        await engine.rename_snapshot("a", "b")
+        await engine.annotate_snapshot("b", pinned=False)
+        await engine.discard(layer, 0, CLUSTER)
+        await engine.delete_snapshot("b")
+
+    await session(image, use)
+
+
+@pytest.mark.parametrize("note", ["x" * 256, "é" * 128, "two\nlines", "\x1b[31m", "\udcff"])
+async def test_a_note_is_one_short_line(image, note):
+    async def use(engine: Engine) -> None:
+        with pytest.raises(UsageError, match="the note"):
+            await engine.create_snapshot("a", note=note)
+        await engine.create_snapshot("b", note="good")
+        with pytest.raises(UsageError, match="the note"):
+            await engine.annotate_snapshot("b", note=note)
+        assert ["good"] == [each.note for each in engine.snapshots]
+
+    await session(image, use)
+
+
+async def test_a_note_that_cannot_be_saved_is_not_taken(image, monkeypatch):
+    async def use(engine: Engine) -> None:
+        await engine.create_snapshot("a", note="old")
+
+        async def fail(*_arguments: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "save", fail)
+            with pytest.raises(OSError):
+                await engine.annotate_snapshot("a", note="new", pinned=True)
+        layer = engine.find("a")
+        assert ("old", False) == (layer.note, layer.pinned)
+
+    await session(image, use)
+
+
+async def test_an_error_names_the_whole_path(image, monkeypatch):
+    await session(image, create("s"))
+    fd = statefiles.open_directory(state_of(image))
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("write_synced", "set_nocow"):
+        with monkeypatch.context() as patched, pytest.raises(OSError) as raised:
+            patched.setattr(statefiles, name, refuse)
+            statefiles.replace_file(fd, "manifest.json", b"")
+        assert str(state_of(image) / "manifest.json") == raised.value.filename
+    with pytest.raises(FileNotFoundError) as missing:
+        statefiles.open_file(fd, "none", os.O_RDONLY)
+    assert str(state_of(image) / "none") == missing.value.filename
+    os.close(fd)
 
 
 async def test_write_back_that_failed_after_the_death_is_kept_in_mind(image, monkeypatch):
