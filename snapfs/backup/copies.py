@@ -307,7 +307,7 @@ def _run(
     if options.discard and journal.position:
         source.give_up_to(journal.position)  # copied before the interruption
     total = sum(plan.total(Kind.DATA) + plan.total(Kind.ZERO) for plan in plans)
-    with Progress(source.name, total, options) as progress:
+    with Progress(source.name, total, options, "copy") as progress:
 
         def durable(position: int) -> None:
             gone = copying.copied.missing

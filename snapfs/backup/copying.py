@@ -98,6 +98,7 @@ class Copying:
         self._progress(unit.length)
 
     def _copy(self, start: int, stop: int) -> None:
+        self._wait_for(stop - start)
         try:
             data = self._source.read(start, stop - start)
         except OSError as error:
@@ -131,10 +132,13 @@ class Copying:
             unit = unit_of(start, view) if self._checksums else Unit(start, len(data), "")
         self._note(unit)
         self._since_flush += len(data)
+
+    def _wait_for(self, length: int) -> None:
+        """Until that many bytes may be read: before they are, so that no time has more of them."""
         if self._rate:
             now = time.monotonic()
-            self._allowed_at = max(now, self._allowed_at) + len(data) / self._rate
-            time.sleep(max(0.0, self._allowed_at - now))
+            self._allowed_at = max(now, self._allowed_at + length / self._rate)
+            time.sleep(self._allowed_at - now)
 
     def _checkpoint(self, position: int) -> None:
         self._target.flush()

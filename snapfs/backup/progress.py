@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
+from ..client.documents import document, human
+
 LINE_SECONDS = 60.0  # between two plain lines
 STATUS_SECONDS = 1.0  # between two JSON lines
 
@@ -36,8 +38,10 @@ class Progress:
     SIGUSR1 prints a line.
     """
 
-    def __init__(self, what: str, total: int, wanted: Wanted) -> None:
+    def __init__(self, what: str, total: int, wanted: Wanted, command: str | None = None) -> None:
+        """`what` is worked on by `command`, if that is not the same word."""
         self._what = what
+        self._command = command or what
         self._total = total
         self._done = 0
         self._fd = wanted.progress_fd
@@ -59,20 +63,9 @@ class Progress:
 
     def _start_bar(self) -> None:
         # Here: it takes a while to import, and scripts do without.
-        from rich import console, progress  # noqa: PLC0415
+        from . import bar  # noqa: PLC0415
 
-        bar = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.DownloadColumn(binary_units=True),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
-            console=console.Console(stderr=True),
-        )
-        task = bar.add_task(self._what, total=self._total)
-        bar.start()
-        self._bar = lambda count: bar.advance(task, count)
-        self._end_bar = bar.stop
+        self._bar, self._end_bar = bar.start(self._what, self._total)
 
     def advance(self, count: int) -> None:
         """Count some bytes as done."""
@@ -103,7 +96,7 @@ class Progress:
         seconds = time.monotonic() - self._began
         rate = self._done / seconds if seconds > 0 else 0.0
         left = (self._total - self._done) / rate if rate else None
-        return {
+        values = {
             "message_type": "status",
             "what": self._what,
             "bytes_done": self._done,
@@ -111,14 +104,16 @@ class Progress:
             "seconds_elapsed": round(seconds, 1),
             "seconds_remaining": None if left is None else round(left),
         }
+        return document(self._command, values)
 
     def _print_line(self) -> None:
         status = self._status()
         left = status["seconds_remaining"]
-        rate = self._done / max(status["seconds_elapsed"], 0.1) / (1 << 20)
+        rate = self._done / max(status["seconds_elapsed"], 0.1)
+        percent = self._done * 100 // self._total if self._total else 100
         print(
-            f"snapfs: {self._what}: {self._done} of {self._total} bytes, {rate:.1f} MiB/s"
-            + ("" if left is None else f", {left} s left"),
+            f"snapfs: {self._what}: {percent} %, {human(self._done)} of {human(self._total)}, "
+            f"{human(rate)}/s" + ("" if left is None else f", {left} s left"),
             file=sys.stderr,
         )
 
@@ -135,8 +130,3 @@ def fd_is_terminal(fd: int) -> bool:
         return os.isatty(fd)
     except OSError:
         return False
-
-
-def emit(kind: str, values: dict[str, Any]) -> None:
-    """One JSON line of a long job: a summary or an error."""
-    print(json.dumps({"message_type": kind, **values}), flush=True)

@@ -81,6 +81,10 @@ def prune_snapshots(mountpoint: str, options: PruneOptions) -> dict[str, Any]:
             if fnmatchcase(each["name"], options.pattern) and not is_backups_own(each["name"])
         ]
         rules = options.policy.kept(found)
+        pinned = {each["name"] for each in listed if each["pinned"]}
+        for each in found:
+            if each.name in pinned:
+                rules.setdefault(each.name, []).append("pinned")
         for each in found:
             if each.name not in rules and not options.dry_run:
                 try:

@@ -11,6 +11,7 @@ import cattrs
 
 from .. import strictjson
 from ..errors import BackupError
+from ..storage.naming import naming
 from ..storage.smallfiles import write_and_close
 from ..strictjson import make_converter, reasons
 
@@ -21,7 +22,8 @@ def replace_durably(path: str, data: bytes) -> None:
     """Replace a file by another content: after a crash it has the old one or the new one."""
     beside = f"{path}.new"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    write_and_close(fd, data)
+    with naming(path):
+        write_and_close(fd, data)
     os.rename(beside, path)
     sync_directory(os.path.dirname(path))
 
@@ -43,7 +45,8 @@ def sync_file(path: str) -> None:
     """Make the content of a file durable, whoever wrote it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from ..client import mountinfo
 from ..client.wire import Client
-from ..errors import NotMounted, PartialCopy, SnapshotLost, SnapshotNotFound, UsageError
+from ..errors import (
+    NotMounted,
+    PartialCopy,
+    Pinned,
+    SnapshotLost,
+    SnapshotNotFound,
+    UsageError,
+)
 from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from .plan import Kind, Plan
 
@@ -50,6 +57,11 @@ class Source:
         if self.described["state"] == "lost":
             reason = self.described["reason"] or "its data is gone"
             raise SnapshotLost(f"snapshot {self.name} is lost: {reason}; copy a newer one")
+        if discard and self.described["pinned"]:
+            raise Pinned(
+                f"snapshot {self.name} is pinned, and would be given up: leave --discard out, or "
+                f"snapfs unpin {found.mountpoint} {self.name}"
+            )
         with Client(self.mountpoint) as client:
             self.image: dict[str, Any] = client.call("status")["image"]
         try:

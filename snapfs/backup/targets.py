@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 from ..errors import InUse
 from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..storage.locks import lock_exclusively, lock_image
+from ..storage.naming import naming
 from . import qemu
 from .extents import Extents
 from .plan import Kind, Plan
@@ -59,17 +59,6 @@ def qcow2_bytes(plan: Plan, below: Extents) -> int:
     return data + len(tables) * QCOW2_CLUSTER + (data >> 12) + fixed
 
 
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Have an error say where it happened: "no space left" alone helps nobody."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = path
-        raise
-
-
 def _open_or_create(path: str) -> tuple[int, bool]:
     """A descriptor to write a file, and whether it is new."""
     flags = os.O_RDWR | os.O_CLOEXEC
@@ -108,7 +97,8 @@ class RawTarget:
             if ours is not None:
                 ours()
             if not self._device:
-                os.ftruncate(self._fd, size)
+                with naming(path):
+                    os.ftruncate(self._fd, size)
         except BaseException:
             os.close(self._fd)
             if new:
@@ -118,7 +108,7 @@ class RawTarget:
     def write(self, offset: int, data: Data) -> None:
         """See `Target`."""
         view = memoryview(data)
-        with _naming(self._path):
+        with naming(self._path):
             while view:
                 count = os.pwrite(self._fd, view, offset)
                 view, offset = view[count:], offset + count
@@ -140,11 +130,12 @@ class RawTarget:
     def truncate(self, size: int) -> None:
         """Cut or grow a regular file; a device stays as it is."""
         if not self._device:
-            os.ftruncate(self._fd, size)
+            with naming(self._path):
+                os.ftruncate(self._fd, size)
 
     def flush(self) -> None:
         """See `Target`."""
-        with _naming(self._path):
+        with naming(self._path):
             os.fsync(self._fd)
 
     def finish(self) -> None:
@@ -191,7 +182,7 @@ class Qcow2Target:
         client = self._server.client
         if (offset + len(data)) % SECTOR and offset + len(data) == self._size:
             data = bytes(data) + bytes(-self._size % SECTOR)
-        with _naming(self._path):
+        with naming(self._path):
             client.write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
@@ -199,7 +190,7 @@ class Qcow2Target:
         end = offset + length
         if end == self._size:
             end += -self._size % SECTOR
-        with _naming(self._path):
+        with naming(self._path):
             for first, stop in self._below.inside(offset, end):
                 first = max(offset, first // QCOW2_CLUSTER * QCOW2_CLUSTER)  # noqa: PLW2901
                 stop = min(end, -(-stop // QCOW2_CLUSTER) * QCOW2_CLUSTER)  # noqa: PLW2901
@@ -207,7 +198,7 @@ class Qcow2Target:
 
     def flush(self) -> None:
         """See `Target`."""
-        with _naming(self._path):
+        with naming(self._path):
             self._server.client.flush()
             sync_file(self._path)
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..daemon import standardfiles
-from ..errors import ExitCode
 from . import mounthelpers
-from .guarding import guarded
+from .guarding import Form, Misused, guarded
 from .parser import build_parser
 
 
@@ -32,8 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, verbs = build_parser()
     if mounthelpers.is_mount_form(arguments, verbs):
         arguments.insert(0, "mount")
-    parsed = parser.parse_args(arguments)
-    if not hasattr(parsed, "run"):
-        parser.print_usage(sys.stderr)
-        return ExitCode.USAGE
-    return guarded(lambda: int(parsed.run(parsed) or 0))
+    mistaken: Form = "document" if "--json" in arguments else None
+    try:
+        parsed = parser.parse_args(arguments)
+        if not hasattr(parsed, "run"):
+            parser.error("say what to do; see snapfs --help")
+    except Misused as error:
+        return guarded(_raising(error), form=mistaken)
+    form: Form = getattr(parsed, "form", "document") if getattr(parsed, "json", False) else None
+    usage = parsed.parser.format_usage()
+    return guarded(
+        lambda: int(parsed.run(parsed) or 0), command=parsed.command, usage=usage, form=form
+    )
+
+
+def _raising(error: Misused) -> Callable[[], int]:
+    def run() -> int:
+        raise error
+
+    return run

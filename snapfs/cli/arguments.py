@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import TypeAlias
 
+from ..client.naming import split_names
 from ..daemon.options import parse_size
 from ..errors import UsageError
+from .guarding import Misused
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a family of commands adds itself to; each command sets `run`."""
@@ -49,6 +52,30 @@ def descriptor(text: str) -> int:
     except (OSError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text} is not an open descriptor") from None
     return found
+
+
+def add_words(verb: argparse.ArgumentParser, form: str, text: str) -> None:
+    """Add several arguments as one list `words`: how many there may be is for the command to say.
+
+    `form` is how usage shows them.
+    """
+    verb.add_argument("words", metavar=form, nargs="+", help=text)
+
+
+def only(words: Sequence[str], least: int, most: int, what: str) -> Sequence[str]:
+    """The words if there are as many as there may be; raises Misused that says `what` is wanted."""
+    if not least <= len(words) <= most:
+        raise Misused(f"it takes {what}, and here are {len(words)}: {' '.join(words)}".rstrip(": "))
+    return words
+
+
+def file_of(words: Sequence[str]) -> str:
+    """The file that `FILE`, or `MOUNTPOINT NAME` of a snapshot, means."""
+    only(words, 1, 2, "one file, or a mountpoint and a name")
+    if len(words) == 1:
+        return words[0]
+    mount, names = split_names(words)
+    return os.path.join(mount.mountpoint, "snapshots", only(names, 1, 1, "one snapshot")[0])
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:

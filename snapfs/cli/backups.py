@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import ExitCode, UsageError
-from .arguments import Verbs, rate
+from ..errors import ExitCode
+from .arguments import Verbs, add_words, file_of, only, rate
+from .guarding import Misused
 from .jobs import Result, add_progress, add_wait, chatter, long_job, say
 from .output import dump, human
 
@@ -17,8 +18,9 @@ from .output import dump, human
 def add_to(verbs: Verbs) -> None:
     """Add our commands."""
     verb = verbs.add_parser("copy", help="copy what may be read of a snapshot")
-    verb.add_argument("snapshot", metavar="SNAPSHOT", help="MOUNTPOINT/snapshots/NAME")
-    verb.add_argument("dest", metavar="DEST", help="a file, or a block device")
+    add_words(
+        verb, "SNAPSHOT DEST", "a path or MOUNTPOINT NAME; a file, or a block device with --force"
+    )
     verb.add_argument("--format", choices=("raw", "qcow2"), default="raw", help="of DEST")
     verb.add_argument("--backing", metavar="PREVIOUS", help="the image below a qcow2 DEST")
     verb.add_argument("--discard", action="store_true", help="give up what is safe at DEST")
@@ -63,6 +65,8 @@ def copy(arguments: argparse.Namespace) -> int:
     """snapfs copy SNAPSHOT DEST."""
     from ..backup import copies  # noqa: PLC0415
 
+    *source, dest = only(arguments.words, 2, 3, "a snapshot and where it is to go")
+    snapshot = file_of(source)
     options = copies.CopyOptions(
         format=arguments.format,
         backing=arguments.backing,
@@ -81,7 +85,7 @@ def copy(arguments: argparse.Namespace) -> int:
 
     long_job(
         arguments,
-        lambda: copies.copy(arguments.snapshot, arguments.dest, options),
+        lambda: copies.copy(snapshot, dest, options),
         describe,
         interrupted="interrupted; the same command goes on where it was",
         out=sys.stderr,  # stdout may be where --progress goes
@@ -100,13 +104,13 @@ def backup(arguments: argparse.Namespace) -> int:
 
     if arguments.init:
         if arguments.directory is not None:
-            raise UsageError("--init takes one argument, the directory")
+            raise Misused("--init takes one argument, the directory")
         made = chain.init(arguments.where)
         if arguments.json:
             dump("backup", {"directory": made.path, "id": made.chain.id})
         return ExitCode.OK
     if arguments.directory is None:
-        raise UsageError("backup takes MOUNTPOINT and DIR")
+        raise Misused("backup takes MOUNTPOINT and DIR")
     options = cycle.BackupOptions(
         full=arguments.full,
         force=arguments.force,

@@ -9,25 +9,24 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from ..client import mountinfo
+from ..client.naming import split_names
 from ..client.wire import Client
 from ..errors import ExitCode
-from .arguments import Verbs, add_json
+from .arguments import Verbs, add_json, add_words, file_of, only
 from .output import dump, human, print_pairs, print_table
 
 
 def add_to(verbs: Verbs) -> None:
     """Add our commands."""
     verb = verbs.add_parser("map", help="list the extents of active or of a snapshot")
-    verb.add_argument("file", metavar="FILE")
+    add_words(verb, "FILE", "or MOUNTPOINT NAME of a snapshot")
     verb.add_argument("--bitmap", metavar="B", help="dirty is what this one says, not any")
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
     add_json(verb)
     verb.set_defaults(run=map_file)
 
     verb = verbs.add_parser("diff", help="list what differs between snapshots, or from now")
-    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    verb.add_argument("a", metavar="A")
-    verb.add_argument("b", metavar="B", nargs="?", help="default: the image now")
+    add_words(verb, "MOUNTPOINT A [B]", "or paths of snapshots; default of B: the image now")
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
     add_json(verb)
     verb.set_defaults(run=diff)
@@ -37,19 +36,18 @@ def add_to(verbs: Verbs) -> None:
 
 def _add_bitmap(verb: argparse.ArgumentParser) -> None:
     actions = verb.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, words, text in (
+    for name, words, summary in (
         ("add", ("NAME",), "make a bitmap, which records from now on"),
         ("list", (), "list the bitmaps"),
         ("clear", ("NAME",), "empty a bitmap, or begin an inconsistent one again"),
         ("merge", ("SOURCE", "TARGET"), "add the clusters of one to another"),
         ("remove", ("NAME",), "remove a bitmap"),
     ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("mountpoint", metavar="MOUNTPOINT")
-        for word in words:
-            action.add_argument(word.lower(), metavar=word)
+        action = actions.add_parser(name, help=summary)
+        text = "or paths MOUNTPOINT/bitmaps/NAME" if words else "of the bitmaps"
+        add_words(action, " ".join(("MOUNTPOINT", *words)), text)
         add_json(action)
-        action.set_defaults(run=bitmap, action=name, words=[word.lower() for word in words])
+        action.set_defaults(run=bitmap, action=name, keys=[word.lower() for word in words])
 
 
 # bitmap
@@ -57,8 +55,11 @@ def _add_bitmap(verb: argparse.ArgumentParser) -> None:
 
 def bitmap(arguments: argparse.Namespace) -> int:
     """snapfs bitmap ACTION MOUNTPOINT ...: 6 if one that is listed is inconsistent."""
-    request = {word: getattr(arguments, word) for word in arguments.words}
-    with Client(arguments.mountpoint) as client:
+    mount, names = split_names(arguments.words, "bitmaps")
+    keys = arguments.keys
+    only(names, len(keys), len(keys), " and ".join(keys).upper() or "no name")
+    request = dict(zip(keys, names, strict=True))
+    with Client(mount) as client:
         answer = client.call(f"bitmap_{arguments.action}", **request)
     command = f"bitmap {arguments.action}"
     if arguments.action != "list":
@@ -85,8 +86,10 @@ def bitmap(arguments: argparse.Namespace) -> int:
 
 def diff(arguments: argparse.Namespace) -> int:
     """snapfs diff MOUNTPOINT A [B]."""
-    with Client(arguments.mountpoint) as client:
-        extents = _differences(client, {"a": arguments.a, "b": arguments.b})
+    mount, names = split_names(arguments.words)
+    only(names, 1, 2, "one or two snapshots")
+    with Client(mount) as client:
+        extents = _differences(client, dict(zip(("a", "b"), names, strict=False)))
         if arguments.totals:
             totals = dict.fromkeys(("extents", "changed", "unknown"), 0)
             for extent in extents:
@@ -143,7 +146,7 @@ def _begun(rows: Iterator[Row]) -> Iterator[Row]:
 
 def map_file(arguments: argparse.Namespace) -> int:
     """snapfs map FILE."""
-    rows = _begun(_rows(arguments.file, arguments.bitmap))
+    rows = _begun(_rows(file_of(arguments.words), arguments.bitmap))
     if arguments.totals:
         keys = ("extents", "length", "data", "zero", "inaccessible", "temp", "dirty")
         totals = dict.fromkeys(keys, 0)

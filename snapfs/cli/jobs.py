@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from ..client.wire import RemoteError
-from ..errors import ExitCode, SnapfsError
+from ..client.documents import document
 from .arguments import add_json, descriptor
 
 Result = dict[str, Any]
@@ -25,7 +25,8 @@ def add_progress(verb: argparse.ArgumentParser) -> None:
 
 
 def add_quiet(verb: argparse.ArgumentParser) -> None:
-    """Add --quiet."""
+    """Add --quiet, of what says in lines of JSON how it goes."""
+    verb.set_defaults(form="lines")
     verb.add_argument("--quiet", action="store_true", help="nothing unless something is wrong")
 
 
@@ -60,32 +61,19 @@ def long_job(
 ) -> Result:
     """Run a job that SIGTERM and SIGHUP end as Ctrl-C does, and say how it went.
 
-    `interrupted` says then what is left, and how to go on.  With --json its end is a line of
-    JSON, whatever the end is; with --quiet nothing is said of a result that is not `wrong`.
+    `interrupted` says then what is left, and how to go on.  With --json its result is a line of
+    JSON; with --quiet nothing is said of a result that is not `wrong`.
     """
-    from ..backup.progress import emit  # noqa: PLC0415
-
     signal.signal(signal.SIGTERM, _interrupted)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
         signal.signal(signal.SIGHUP, _interrupted)
     try:
         result = job()
-    except (SnapfsError, OSError) as error:
-        if arguments.json:
-            if isinstance(error, RemoteError):
-                code = error.exit_status
-            else:
-                code = int(error.exit_code) if isinstance(error, SnapfsError) else ExitCode.ERROR
-            emit("error", {"message": str(error), "exit_code": int(code)})
-        raise
     except KeyboardInterrupt:
-        if arguments.json:
-            emit("error", {"message": interrupted, "exit_code": int(ExitCode.INTERRUPTED)})
-        else:
-            say(interrupted)
-        raise
+        raise KeyboardInterrupt(interrupted) from None
     if arguments.json:
-        emit("summary", result)
+        values = {"message_type": "summary", **result}
+        print(json.dumps(document(arguments.command, values)), flush=True)
     elif wrong(result) or not arguments.quiet:
         stream = sys.stdout if out is None else out
         if isinstance(stream, io.TextIOWrapper):

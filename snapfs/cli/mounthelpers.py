@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Container, Sequence
 
-from ..errors import ExitCode, NotPermitted, SnapfsError, UsageError
+from ..client.reasons import why
+from ..errors import HelperExit, NotPermitted, SnapfsError, UsageError
 from .guarding import guarded
 from .mounting import mount_in_background, unmount
 from .output import complain
-
-MOUNT_USAGE = 1  # mount(8): incorrect invocation or permissions
-MOUNT_SYSTEM = 2  # mount(8): system error
-MOUNT_FAILURE = 32  # mount(8): mount failure
 
 
 def is_mount_form(arguments: Sequence[str], verbs: Container[str]) -> bool:
     """Is it `snapfs SPEC DIR [-o ...]`, as `mount -t fuse.snapfs` calls it?
 
-    Two positionals, of which the first is no verb.
+    Two positionals, of which the first is no verb, and is a path or a file that is there: any
+    other word is a command that was mistyped.
     """
     positionals: list[str] = []
     skip = False
@@ -30,13 +29,15 @@ def is_mount_form(arguments: Sequence[str], verbs: Container[str]) -> bool:
             skip = True
         elif not argument.startswith("-"):
             positionals.append(argument)
-    return len(positionals) == 2 and positionals[0] not in verbs
+    if len(positionals) != 2 or positionals[0] in verbs:
+        return False
+    return "/" in positionals[0] or os.path.lexists(positionals[0])
 
 
 class _HelperParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """Exit as mount(8) expects of a helper."""
-        sys.exit(complain(message, MOUNT_USAGE))
+        sys.exit(complain(message, HelperExit.USAGE))
 
 
 def mount(arguments: Sequence[str]) -> int:
@@ -54,15 +55,14 @@ def mount(arguments: Sequence[str]) -> int:
     parsed = parser.parse_intermixed_args(arguments)
 
     try:
-        return mount_in_background(
-            parsed.spec, parsed.dir, parsed.o, dry_run=parsed.f, sloppy=parsed.s
-        )
+        mount_in_background(parsed.spec, parsed.dir, parsed.o, dry_run=parsed.f, sloppy=parsed.s)
+        return HelperExit.OK
     except (UsageError, NotPermitted) as error:
-        return complain(str(error), MOUNT_USAGE)
+        return complain(str(error), HelperExit.USAGE)
     except SnapfsError as error:
-        return complain(str(error), MOUNT_FAILURE)
+        return complain(str(error), HelperExit.FAILURE)
     except OSError as error:
-        return complain(str(error), MOUNT_SYSTEM)
+        return complain(why(error), HelperExit.SYSTEM)
 
 
 def umount(arguments: Sequence[str]) -> int:
@@ -77,4 +77,4 @@ def umount(arguments: Sequence[str]) -> int:
     parser.add_argument("-t", metavar="TYPE", help="ignored")
     parsed = parser.parse_args(arguments)
     status = guarded(lambda: unmount(parsed.dir, lazy=parsed.l, force=parsed.f))
-    return MOUNT_FAILURE if status else ExitCode.OK
+    return HelperExit.FAILURE if status else HelperExit.OK

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from ..daemon.options import parse_options
 from ..errors import ExitCode
-from .arguments import Verbs
+from .arguments import Verbs, add_json
+from .output import dump
 
 
 def add_to(verbs: Verbs) -> None:
@@ -19,19 +21,25 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument("-o", action="append", default=[], metavar="OPTION[,OPTION...]")
     verb.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
     verb.add_argument("--ready-fd", type=int, metavar="FD", help="write READY there (with -f)")
+    add_json(verb)
     verb.set_defaults(run=mount)
 
     verb = verbs.add_parser("umount", help="unmount; returns when all is flushed")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("-l", "--lazy", action="store_true", help="unmount now, wait for nobody")
     verb.add_argument("-f", "--force", action="store_true", help="also if it does not answer")
+    add_json(verb)
     verb.set_defaults(run=umount)
 
 
 def mount(arguments: argparse.Namespace) -> int:
     """snapfs mount IMAGE MOUNTPOINT."""
     if not arguments.foreground and arguments.ready_fd is None:
-        return mount_in_background(arguments.image, arguments.mountpoint, arguments.o)
+        warnings = mount_in_background(arguments.image, arguments.mountpoint, arguments.o)
+        if arguments.json:
+            values = {"mountpoint": os.path.realpath(arguments.mountpoint), "warnings": warnings}
+            dump("mount", {"image": os.path.realpath(arguments.image), **values})
+        return ExitCode.OK
     from ..daemon import starting  # noqa: PLC0415
 
     options = parse_options(arguments.o)
@@ -46,8 +54,9 @@ def mount_in_background(
     *,
     dry_run: bool = False,
     sloppy: bool = False,
-) -> int:
-    """Mount, and return when the mount answers; with `dry_run` only check that it could be.
+) -> list[str]:
+    """Mount, and return its warnings when the mount answers; with `dry_run` only check that it
+    could be.
 
     Raises SnapfsError with the daemon's reason if it could not start.
     """
@@ -56,17 +65,21 @@ def mount_in_background(
         from ..daemon.preflight import dry_run as check  # noqa: PLC0415
 
         check(image, mountpoint, options)
-        return ExitCode.OK
+        return []
     from ..daemon import starting  # noqa: PLC0415
 
-    for warning in starting.in_background(image, mountpoint, options):
+    warnings = starting.in_background(image, mountpoint, options)
+    for warning in warnings:
         print(f"snapfs: warning: {warning}", file=sys.stderr)
-    return ExitCode.OK
+    return warnings
 
 
 def umount(arguments: argparse.Namespace) -> int:
     """snapfs umount MOUNTPOINT."""
-    return unmount(arguments.mountpoint, lazy=arguments.lazy, force=arguments.force)
+    status = unmount(arguments.mountpoint, lazy=arguments.lazy, force=arguments.force)
+    if arguments.json:
+        dump("umount", {"mountpoint": os.path.abspath(arguments.mountpoint)})
+    return status
 
 
 def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Printing: JSON documents, tables, sizes for people, complaints."""
+"""Printing: JSON documents, tables, complaints."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..client.documents import document, human
+
+__all__ = ["complain", "dump", "human", "print_pairs", "print_table"]
+
 
 def dump(command: str, values: Mapping[str, Any]) -> None:
     """Print one JSON document in the wrapper that names its version."""
-    version = {"command": command, "vers_major": 1, "vers_minor": 0}
-    print(json.dumps({"output_version": version, **values}, indent=2))
-
-
-def human(size: int) -> str:
-    """A size as fstrim prints it: 1 GiB, 1.5 MiB, 512 B."""
-    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        del units[0]
-    return f"{value:.1f}".removesuffix(".0") + f" {units[0]}"
+    print(json.dumps(document(command, values), indent=2))
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -146,7 +146,7 @@ def prune(arguments: argparse.Namespace) -> int:
     )
     job: Callable[[str, pruning.PruneOptions], Result]
     try:
-        mountinfo.find_snapfs(arguments.where)
+        mountinfo.around(arguments.where)
     except NotMounted:
         what, job = "points", pruning.prune
     else:

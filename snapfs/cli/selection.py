@@ -10,6 +10,7 @@ from typing import Any
 
 from ..client.wire import Client
 from ..errors import UsageError
+from .guarding import Misused
 
 STAGE = 1000  # extents in one request: a line of it stays far below wire.MAX_LINE
 
@@ -27,7 +28,7 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
 def selection(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the request for a snapshot; extents are sent ahead."""
     if arguments.clear_bitmap and arguments.bitmap is None:
-        raise UsageError("--clear-bitmap needs --bitmap")
+        raise Misused("--clear-bitmap needs --bitmap")
     request: dict[str, Any] = {"clear_bitmap": arguments.clear_bitmap}
     if arguments.bitmap is not None:
         request["bitmap"] = arguments.bitmap

@@ -1,4 +1,4 @@
-"""Snapshots and the mount they are of: create, delete, list, show, status, limit, events."""
+"""Snapshots and the mount they are of: create, list, show, status, limit, events."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import json
 from typing import Any
 
-from ..client.wire import Client, RemoteError
+from ..client.documents import document
+from ..client.naming import split_names
+from ..client.wire import Client
 from ..errors import ExitCode
-from .arguments import Verbs, add_json, size_or_none
-from .output import complain, dump, human, print_pairs, print_table
+from .arguments import Verbs, add_json, add_words, only, size_or_none
+from .output import dump, human, print_pairs, print_table
 from .selection import add_selection, selection
 
 EVENT_SECONDS = 20  # of waiting in one request
@@ -18,18 +20,12 @@ EVENT_SECONDS = 20  # of waiting in one request
 def add_to(verbs: Verbs) -> None:
     """Add our commands."""
     verb = verbs.add_parser("create", help="take a snapshot")
-    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    verb.add_argument("name", metavar="NAME", nargs="?", help="default: the time in UTC")
+    add_words(verb, "MOUNTPOINT [NAME]", "or one path; default of NAME: the time in UTC")
     add_selection(verb)
+    verb.add_argument("--note", metavar="TEXT", help="what list says of it")
+    verb.add_argument("--pin", action="store_true", help="keep it until it is unpinned")
     add_json(verb)
     verb.set_defaults(run=create)
-
-    verb = verbs.add_parser("delete", help="delete snapshots")
-    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    verb.add_argument("names", metavar="NAME", nargs="+")
-    verb.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    add_json(verb)
-    verb.set_defaults(run=delete)
 
     verb = verbs.add_parser("list", help="list snapshots")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -37,8 +33,7 @@ def add_to(verbs: Verbs) -> None:
     verb.set_defaults(run=list_snapshots)
 
     verb = verbs.add_parser("show", help="show one snapshot")
-    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    verb.add_argument("name", metavar="NAME")
+    add_words(verb, "MOUNTPOINT NAME", "or the path MOUNTPOINT/snapshots/NAME")
     add_json(verb)
     verb.set_defaults(run=show)
 
@@ -57,37 +52,27 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("--once", action="store_true", help="print what there is, do not wait")
     add_json(verb)
-    verb.set_defaults(run=events)
+    verb.set_defaults(run=events, form="lines")
 
 
 def create(arguments: argparse.Namespace) -> int:
     """snapfs create MOUNTPOINT [NAME] [--bitmap B | --extents FILE]."""
-    named = {"unnamed": True} if arguments.name is None else {"name": arguments.name}
-    with Client(arguments.mountpoint) as client:
-        snapshot = client.call("create", **named, **selection(client, arguments))
+    mount, names = split_names(arguments.words)
+    only(names, 0, 1, "one name at most")
+    named = {"name": names[0]} if names else {"unnamed": True}
+    with Client(mount) as client:
+        snapshot = client.call(
+            "create",
+            **named,
+            **selection(client, arguments),
+            note=arguments.note,
+            pinned=arguments.pin,
+        )
     if arguments.json:
         dump("create", {"snapshot": snapshot})
     else:
         print(snapshot["name"])
     return ExitCode.OK
-
-
-def delete(arguments: argparse.Namespace) -> int:
-    """snapfs delete MOUNTPOINT NAME...: all that can be deleted, whatever happens to others."""
-    deleted: list[dict[str, Any]] = []
-    worst = int(ExitCode.OK)
-    with Client(arguments.mountpoint) as client:
-        for name in arguments.names:
-            try:
-                deleted.append(client.call("delete", name=name, dry_run=arguments.dry_run))
-            except RemoteError as error:
-                worst = complain(str(error), error.exit_status)
-    if arguments.json:
-        dump("delete", {"deleted": deleted, "dry_run": arguments.dry_run})
-    elif arguments.dry_run:
-        for snapshot in deleted:
-            print(f"would delete {snapshot['name']}, freeing up to {human(snapshot['temp_bytes'])}")
-    return worst if not deleted or worst == ExitCode.OK else ExitCode.PARTIAL
 
 
 def list_snapshots(arguments: argparse.Namespace) -> int:
@@ -98,10 +83,11 @@ def list_snapshots(arguments: argparse.Namespace) -> int:
         dump("list", answer)
     else:
         print_table(
-            ("NAME", "CREATED", "SIZE", "TEMP", "STATE"),
+            ("NAME", "CREATED", "SIZE", "TEMP", "STATE", "NOTE"),
             (
                 (each["name"], each["created"][:19] + "Z", human(each["size"]),
-                 human(each["temp_bytes"]), each["state"])
+                 human(each["temp_bytes"]), each["state"] + ", pinned" * each["pinned"],
+                 each["note"] or "")
                 for each in answer["snapshots"]
             ),
         )  # fmt: skip
@@ -115,8 +101,9 @@ def _state_status(snapshots: list[dict[str, Any]]) -> int:
 
 def show(arguments: argparse.Namespace) -> int:
     """snapfs show MOUNTPOINT NAME."""
-    with Client(arguments.mountpoint) as client:
-        answer = client.call("show", name=arguments.name)
+    mount, names = split_names(arguments.words)
+    with Client(mount) as client:
+        answer = client.call("show", name=only(names, 1, 1, "one name")[0])
     if arguments.json:
         dump("show", answer)
     else:
@@ -156,7 +143,8 @@ def events(arguments: argparse.Namespace) -> int:
             for event in client.call("events", after=newest, seconds=seconds)["events"]:
                 newest = event["number"]
                 if arguments.json:
-                    print(json.dumps({"message_type": "event", **event}), flush=True)
+                    line = document("events", {"message_type": "event", **event})
+                    print(json.dumps(line), flush=True)
                 else:
                     details = [f"{key}={event[key]}" for key in list(event)[3:]]
                     print(event["time"], event["event"], *details, flush=True)

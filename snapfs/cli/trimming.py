@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 
 from ..errors import ExitCode
-from .arguments import Verbs, add_json, size
+from .arguments import Verbs, add_json, add_words, file_of, size
 from .output import dump, human
 
 
 def add_to(verbs: Verbs) -> None:
     """Add our command."""
     verb = verbs.add_parser("trim", help="discard a range, as fstrim does")
-    verb.add_argument("file", metavar="FILE", help="a snapshot; active takes both -o and -l")
+    add_words(verb, "FILE", "a snapshot, or MOUNTPOINT NAME; active takes both -o and -l")
     verb.add_argument("-n", "--dry-run", action="store_true", help="say what would be discarded")
     verb.add_argument("-o", "--offset", type=size, metavar="BYTES")
     verb.add_argument("-l", "--length", type=size, metavar="BYTES")
@@ -26,8 +26,9 @@ def trim(arguments: argparse.Namespace) -> int:
     """snapfs trim FILE."""
     from ..client import trimming  # noqa: PLC0415 - it imports system calls
 
+    path = file_of(arguments.words)
     trimmed = trimming.trim(
-        arguments.file,
+        path,
         offset=arguments.offset,
         length=arguments.length,
         minimum=arguments.minimum,
@@ -37,5 +38,5 @@ def trim(arguments: argparse.Namespace) -> int:
         dump("trim", {"trimmed": trimmed, "dry_run": arguments.dry_run})
     elif arguments.verbose or arguments.dry_run:
         would = " (dry run)" if arguments.dry_run else ""
-        print(f"{arguments.file}: {human(trimmed)} ({trimmed} bytes) trimmed{would}")
+        print(f"{path}: {human(trimmed)} ({trimmed} bytes) trimmed{would}")
     return ExitCode.OK

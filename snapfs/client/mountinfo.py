@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import evolve, frozen
@@ -23,6 +24,7 @@ AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 STATX_ATTR_MOUNT_ROOT = 0x2000  # linux/stat.h
 STATX_BYTES = 256
+_SHOWN = 5  # mounts in a message
 
 
 @frozen
@@ -167,7 +169,19 @@ def find_snapfs(path: str) -> Mount:
                 raise NotMounted(
                     f"{mount.source} is mounted over the snapfs on {path}; unmount that first"
                 )
-    raise NotMounted(f"no snapfs is mounted on {path}")
+    where = [each.mountpoint for each in mounts() if each.fs_type == FS_TYPE]
+    known = f"; there is one on {', '.join(where[:_SHOWN])}" if where else ""
+    raise NotMounted(f"no snapfs is mounted on {path}{known}")
+
+
+def around(path: str) -> Mount:
+    """The snapfs mount at `path`, or the one that it lies in; raises NotMounted."""
+    try:
+        return find_snapfs(path)
+    except NotMounted:
+        with suppress(NotMounted):
+            return split(path)[0]
+        raise
 
 
 def split(path: str) -> tuple[Mount, str]:

@@ -39,11 +39,12 @@ XATTR_STATE = "user.snapfs.state"
 
 
 class RemoteError(errors.SnapfsError):
-    """An error that the daemon reported, with the exit status that it chose."""
+    """An error that the daemon reported, with the exit status that it chose, and its code."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, exit_status: int, code: str) -> None:
         super().__init__(message)
-        self.exit_status = code
+        self.exit_status = exit_status
+        self.code = code
 
 
 def _peer(connected: socket.socket) -> tuple[int, int]:
@@ -136,9 +137,12 @@ class Client:
     """A connection to the daemon of one mount.  A context manager."""
 
     def __init__(self, mountpoint: str | Mount) -> None:
-        """Connect; raises NotMounted if nothing is mounted there or nobody answers."""
+        """Connect to that of a mount, or of the one that a path lies in.
+
+        Raises NotMounted if there is none or nobody answers.
+        """
         if isinstance(mountpoint, str):
-            mountpoint = mountinfo.find_snapfs(mountpoint)
+            mountpoint = mountinfo.around(mountpoint)
         self.mount = mountpoint
         self._socket = _connect_directly(self.mount) or self._connect_by_state()
         self.pid = _peer(self._socket)[0]
@@ -242,10 +246,13 @@ class Client:
             if answer["ok"]:
                 result: dict[str, Any] = answer["result"]
                 return result
-            message, code = str(answer["error"]["message"]), int(answer["error"]["exit_code"])
+            told = answer["error"]
+            message, status = str(told["message"]), int(told["exit_code"])
+            kind = str(told.get("kind"))
         except (ValueError, LookupError, TypeError, RecursionError):
             raise errors.NotMounted("what answers is no snapfs: it says something else") from None
-        raise RemoteError(message, code)
+        code = errors.SYSTEM_ERROR if kind == "OSError" else errors.code_of(kind)
+        raise RemoteError(message, status, code)
 
     def _read_line(self) -> bytes:
         """A line, empty at the end."""

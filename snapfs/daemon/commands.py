@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .. import errors
-from ..engine.dirty import Selection
-from ..engine.engine import Engine
+from ..engine.engine import Engine, check_pinned
 from ..engine.layer import Layer
 from ..engine.snapshotreader import marked
 from .bitmapcommands import BitmapCommands, flag, optional
@@ -53,6 +52,7 @@ class Commands:
             "create",
             "delete",
             "rename",
+            "annotate",
             "list",
             "show",
             "status",
@@ -67,30 +67,36 @@ class Commands:
         """Create a snapshot; with `unnamed` under a name that tells the time."""
         unnamed = flag(request, "unnamed")
         name = "" if unnamed else text(request, "name")
-        selection = self._bitmaps.selection(request)
+        wanted: dict[str, Any] = {
+            "selection": self._bitmaps.selection(request),
+            "note": optional(request, "note"),
+            "pinned": flag(request, "pinned"),
+        }
         if unnamed:
-            layer = await self._create_unnamed(selection)
+            layer = await self._create_unnamed(wanted)
         else:
-            layer = await self._engine.create_snapshot(name, selection=selection)
+            layer = await self._engine.create_snapshot(name, **wanted)
         self._bitmaps.unstage(request)
         return describe_snapshot(layer)
 
-    async def _create_unnamed(self, selection: Selection) -> Layer:
+    async def _create_unnamed(self, wanted: Mapping[str, Any]) -> Layer:
         """Several of one second get numbers: the first that is free, whoever creates meanwhile."""
         moment = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
         for number_ in itertools.count(1):
             name = moment if number_ == 1 else f"{moment}-{number_}"
             try:
-                return await self._engine.create_snapshot(name, selection=selection)
+                return await self._engine.create_snapshot(name, **wanted)
             except errors.SnapshotExists:
                 continue
         raise AssertionError
 
     async def delete(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Delete a snapshot; with `dry_run` only look whether it is there."""
+        """Delete a snapshot; with `dry_run` only look whether that can be."""
         name = text(request, "name")
         await self._engine.space.refresh()
-        described = describe_snapshot(self._engine.find(name))
+        found = self._engine.find(name)
+        check_pinned(found)
+        described = describe_snapshot(found)
         if not request.get("dry_run"):
             await self._engine.delete_snapshot(name)
         return described
@@ -100,6 +106,13 @@ class Commands:
         old, new = text(request, "name"), text(request, "new")
         await self._engine.rename_snapshot(old, new)
         return describe_snapshot(self._engine.find(new))
+
+    async def annotate(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Set the `note` of a snapshot, or whether it is `pinned`."""
+        name = text(request, "name")
+        pinned = flag(request, "pinned") if "pinned" in request else None
+        await self._engine.annotate_snapshot(name, note=optional(request, "note"), pinned=pinned)
+        return describe_snapshot(self._engine.find(name))
 
     async def list(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """All snapshots, oldest first."""

@@ -28,6 +28,7 @@ from typing import Any
 import trio
 
 from .. import errors
+from ..client.reasons import why
 from ..client.wire import FAREWELL, MAX_LINE, VERSION
 from ..state import statefiles
 from ..storage import descriptors
@@ -53,7 +54,7 @@ def failure(error: BaseException) -> dict[str, Any]:
         kind, code = "OSError", int(errors.ExitCode.ERROR)
     message = str(error)
     if isinstance(error, OSError):
-        message = error.strerror or message
+        message = why(error)
         if error.errno in descriptors.EXHAUSTED:
             message = descriptors.explain(error)
     return {"ok": False, "error": {"kind": kind, "message": message, "exit_code": code}}

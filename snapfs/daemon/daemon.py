@@ -23,6 +23,7 @@ import trio
 from .. import errors
 from ..client import holders
 from ..client.mountinfo import Mount
+from ..client.reasons import why
 from ..client.unmounting import unmount
 from ..client.wire import free_addresses
 from ..engine.copier import Settings
@@ -123,7 +124,7 @@ class Daemon:
                         complaints += await engine.finish()
                         clean = clean and engine.writeback.image_error is None
                 except OSError as error:
-                    complaints.append(f"what was lost could not be recorded: {error.strerror}")
+                    complaints.append(f"what was lost could not be recorded: {why(error)}")
                     clean = False
                 try:
                     await store.close(
@@ -134,7 +135,7 @@ class Daemon:
                         synced=engine is not None,
                     )
                 except OSError as error:
-                    complaints.append(f"the state could not be made durable: {error.strerror}")
+                    complaints.append(f"the state could not be made durable: {why(error)}")
                 if complaints:
                     raise errors.NotStored("; ".join(complaints))
 
@@ -328,7 +329,7 @@ def _give_up(farewell: Farewell) -> None:
     log.critical("%s", text)
     for handler in logging.getLogger().handlers:
         handler.flush()
-    os._exit(1)
+    os._exit(errors.ExitCode.NOT_STORED)
 
 
 def serve(config: Config, ready: Callable[[], None], outsider: Outsider | None = None) -> None:

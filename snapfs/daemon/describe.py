@@ -51,6 +51,8 @@ def describe_snapshot(layer: Layer) -> dict[str, Any]:
         },
         "temp_bytes": layer.temp_bytes,
         "bitmap": layer.bitmap,
+        "note": layer.note,
+        "pinned": layer.pinned,
     }
 
 

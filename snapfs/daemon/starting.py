@@ -13,6 +13,7 @@ from io import RawIOBase
 from select import PIPE_BUF
 from typing import TYPE_CHECKING
 
+from ..client.reasons import why
 from ..errors import ExitCode, MountError, SnapfsError, UsageError
 from ..fuse.mounting import Mountpoint
 from . import signals, standardfiles
@@ -130,8 +131,7 @@ def _serve(serve: Callable[[], None], tell: Callable[[bytes], object]) -> int:
     except SnapfsError as error:
         status, message = error.exit_code, str(error)
     except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        status, message = ExitCode.ERROR, f"{name}{error.strerror}"
+        status, message = ExitCode.ERROR, why(error)
     except BaseException as error:
         logging.getLogger("snapfs").critical("the daemon died", exc_info=True)
         status, message = ExitCode.ERROR, f"unexpected error: {error!r}"

@@ -130,9 +130,9 @@ def test_an_unmount_does_not_wait_for_it_for_ever(daemon, storage):
     Write(disk, MIB).join()
     disk.json("status", check=False)
     done = disk.snapfs("umount", disk.mountpoint, check=False)
-    assert (1, True) == (done.returncode, "gave up waiting" in done.stderr)
+    assert (7, True) == (done.returncode, "gave up waiting" in done.stderr)
     status, log = process.finish()
-    assert 1 == status
+    assert 7 == status
     assert "gave up waiting for the storage" in log
     go_on(disk, storage)
     again = Patched(disk, PATCH)

@@ -58,7 +58,7 @@ def test_a_signal_does_not_unmount_what_is_mounted_over_it(mount):
         assert ["file"] == os.listdir(disk.mountpoint)
     assert is_clean(disk)
     left = disk.snapfs("umount", disk.mountpoint, check=False)  # which says that its daemon is gone
-    assert (1, True) == (left.returncode, "is unmounted" in left.stderr)
+    assert (7, True) == (left.returncode, "is unmounted" in left.stderr)
 
 
 def test_umount_does_not_unmount_what_is_mounted_over_it(mount):

@@ -118,7 +118,7 @@ def test_a_sync_that_fails_is_the_errno_of_the_write(counted):
             os.pwrite(fd, page, 0)
         Path(f"{counted.disk.image}.failing").unlink()
     assert errno.EDQUOT == raised.value.errno
-    assert 1 == counted.disk.snapfs("umount", counted.disk.mountpoint, check=False).returncode
+    assert 7 == counted.disk.snapfs("umount", counted.disk.mountpoint, check=False).returncode
 
 
 def test_fio_with_dsync(counted):

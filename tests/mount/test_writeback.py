@@ -123,7 +123,7 @@ def test_a_temp_image_that_could_not_be_written_back(on, storage, end):
         disk.kill()
     else:
         done = umount(disk)
-        assert 1 == done.returncode
+        assert 7 == done.returncode
         assert "snapshot 'a' is lost" in done.stderr
     checked = disk.snapfs("check", state_of(disk), check=False)
     assert 4 == checked.returncode
@@ -230,7 +230,7 @@ def test_programs_on_a_thin_temp_file_system(mount, tmp_path, ways, program):
         is_lost(disk, number=found["errno"])
         if program != "fio":
             assert new.read_bytes() == disk.active.read_bytes()
-        assert 1 == umount(disk).returncode
+        assert 7 == umount(disk).returncode
         assert "is lost" in disk.snapfs("check", disk.image, check=False).stdout
 
 
@@ -316,7 +316,7 @@ def test_every_handle_is_told_of_an_image_that_was_not_written_back(on, storage,
     assert "written back" in status["mount"]["reason"]
     is_right(disk, "before", OLD)
     done = umount(disk)
-    assert 1 == done.returncode
+    assert 7 == done.returncode
     assert "the image could not be written back" in done.stderr
     assert not json.loads((state_of(disk) / "manifest.json").read_bytes())["clean"]
     disk.start()
@@ -389,7 +389,7 @@ def test_what_fsync_alone_tells_of_the_image(on, storage):
     for fd in handles:
         os.close(fd)
     is_lost(disk)
-    assert 1 == umount(disk).returncode
+    assert 7 == umount(disk).returncode
 
 
 @pytest.mark.parametrize("program", ["dd", "cp", "fio"])
@@ -422,7 +422,7 @@ def test_programs_on_an_image_on_a_thin_file_system(mount, tmp_path, ways, progr
         os.close(fd)
         assert 1 == disk.snapfs("create", disk.mountpoint, "s", check=False).returncode
         is_right(disk, "before", bytes(32 * MIB))
-        assert 1 == umount(disk).returncode
+        assert 7 == umount(disk).returncode
         disk.start()
         is_right(disk, "before", bytes(32 * MIB))
         umount(disk)
@@ -453,7 +453,7 @@ def test_what_ext4_drops_without_a_word_when_its_journal_is_aborted(mount, tmp_p
             assert errno.EIO == error.errno
             is_lost(disk)
         os.close(reader)
-        assert 1 == umount(disk).returncode
+        assert 7 == umount(disk).returncode
 
 
 # The end
@@ -467,7 +467,7 @@ def test_umount_tells_of_a_sync_that_failed_at_the_end(on, storage, what, ways):
     storage.break_down("*.temp", "done", "access", "losses", "disk.img")
     done = umount(disk)
     storage.break_down()
-    assert 1 == done.returncode
+    assert 7 == done.returncode
     assert "not all of it is stored" in done.stderr
     drop(storage.where)
     disk.start()
@@ -547,7 +547,7 @@ store.FileImage.sync = held
     disk = mount(OLD, *ways, start=False)
     daemon = Patched(disk, hold)
     done = umount(disk)
-    assert 1 == done.returncode
+    assert 7 == done.returncode
     assert "gave up waiting for the storage" in done.stderr
     assert 1 == daemon.finish()[0]
 
@@ -577,5 +577,5 @@ def test_the_mount_of_a_dead_daemon_goes_but_not_silently(mount, ways):
     disk = mount(OLD, *ways)
     disk.kill()
     done = umount(disk)
-    assert 1 == done.returncode
+    assert 7 == done.returncode
     assert "had died" in done.stderr

@@ -20,7 +20,7 @@ class Memory:
         pass
 
 
-def test_a_copy_waits_after_each_piece_for_the_time_that_it_may_take(monkeypatch):
+def test_a_copy_waits_before_each_piece_for_the_time_that_it_may_take(monkeypatch):
     now = 0.0
 
     def sleep(seconds: float) -> None:
@@ -37,5 +37,4 @@ def test_a_copy_waits_after_each_piece_for_the_time_that_it_may_take(monkeypatch
     )  # fmt: skip
     plan: Any = [(0, 2 * UNIT_BYTES + UNIT_BYTES // 2, Kind.DATA)]
     copy.copy(plan)
-    assert [0, 4, 8] == after
-    assert 10 == now
+    assert [4, 8, 10] == after

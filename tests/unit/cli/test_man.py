@@ -10,7 +10,7 @@ import pytest
 
 from snapfs.cli.parser import build_parser
 from snapfs.daemon.options import FLAGS, IGNORED, OWN, PASSED_ON
-from snapfs.errors import ExitCode
+from snapfs.errors import ExitCode, HelperExit
 
 MAN = Path(__file__).parents[3] / "man"
 
@@ -34,10 +34,10 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
 @pytest.mark.parametrize("verb", subparsers())
 def test_every_command_and_option_is_in_the_manual(verb):
     text = plain("snapfs.1")
-    assert re.search(rf"\bsnapfs {verb}\b", text)
+    assert re.search(rf"(\bsnapfs|\|) {verb}\b", text)
     for action in subparsers()[verb]._actions:
         for option in action.option_strings:
-            if option not in ("-h", "--help"):
+            if option not in ("-h", "--help") and action.help != argparse.SUPPRESS:
                 assert re.search(rf"(?<![\w-]){option}\b", text), option
 
 
@@ -65,4 +65,11 @@ def test_no_mount_option_in_the_manual_is_unknown():
 def test_the_exit_statuses_are_those_of_the_program():
     lines = re.findall(r"^\.B (\d+)$", section("snapfs.1", "EXIT STATUS"), re.MULTILINE)
     assert lines
-    assert {int(line) for line in lines} <= {int(code) for code in ExitCode}
+    assert {int(line) for line in lines} == {int(code) for code in ExitCode}
+
+
+@pytest.mark.parametrize("page", ["mount.snapfs.8", "umount.fuse.snapfs.8"])
+def test_the_exit_statuses_of_the_helpers_are_those_of_the_program(page):
+    written = re.findall(r"^\\?f?B?\.?B? ?(\d+)$", section(page, "EXIT STATUS"), re.MULTILINE)
+    assert written
+    assert {int(each) for each in written} <= {int(code) for code in HelperExit}

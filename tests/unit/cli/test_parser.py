@@ -71,9 +71,15 @@ def test_every_command_runs_something_of_its_own_family():
         (False, ["umount", "/mnt/d"]),
         (False, ["mount", "disk.img", "/mnt/d"]),
         (False, ["disk.img"]),
+        (False, ["sattus", "/mnt/d"]),
+        (True, ["/nowhere/disk.img", "/mnt/d"]),
         (False, []),
     ],
 )
-def test_the_form_of_mount_is_two_names_of_which_the_first_is_no_command(mounts, arguments):
+def test_the_form_of_mount_is_two_names_of_which_the_first_is_a_path(
+    mounts, arguments, tmp_path, monkeypatch
+):
+    (tmp_path / "disk.img").touch()
+    monkeypatch.chdir(tmp_path)
     _, verbs = build_parser()
     assert mounts == is_mount_form(arguments, verbs)
