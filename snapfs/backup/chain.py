@@ -281,7 +281,9 @@ def init(path: str) -> Directory:
     refuse_served(os.path.join(path, MANIFEST), "back up")
     os.makedirs(path, mode=0o700, exist_ok=True)
     if os.path.exists(os.path.join(path, MANIFEST)):
-        raise BackupError(f"{path} is a backup directory already")
+        raise BackupError(
+            f"{path} is a backup directory already; add a point: snapfs backup MOUNTPOINT {path}"
+        )
     records.replace_durably(
         os.path.join(path, MANIFEST), records.unstructure(Chain(VERSION, new_token()))
     )

@@ -31,7 +31,7 @@ def choose(chain: Chain, text: str | None) -> Point:
     """The point that a text means; raises NotFound, or UsageError that names two candidates."""
     points = chain.points
     if not points:
-        raise NotFound("the backup has no points yet")
+        raise NotFound("the backup has no points yet; snapfs backup adds one")
     if text is None or text == LATEST:
         return points[-1]
     for point in points:
@@ -46,7 +46,9 @@ def choose(chain: Chain, text: str | None) -> Point:
     time_of = earliest if length else _instant
     before = [point for point in points if time_of(point) <= wanted + max(length - _SECOND, _NONE)]
     if not before:
-        raise NotFound(f"the oldest point, {points[0].name}, is later than {text}")
+        raise NotFound(
+            f"the oldest point, {points[0].name}, is later than {text}; snapfs points lists them"
+        )
     return _only(max(before, key=time_of), before[-1], text)
 
 

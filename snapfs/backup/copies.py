@@ -165,7 +165,9 @@ def _refuse_own(source: Source, dest: str) -> None:
     """The image that is being served is no destination, nor is anything in a mount."""
     refuse_served(dest, "copy")
     if os.path.exists(dest) and os.path.samefile(dest, source.image["path"]):
-        raise UsageError(f"{dest} is the image that is mounted on {source.mountpoint}")
+        raise UsageError(
+            f"{dest} is the image that is mounted on {source.mountpoint}; copy to another file"
+        )
 
 
 def _begin_or_resume(wanted: Journal, found: Journal | None, dest: str, source: Source) -> Journal:
@@ -250,7 +252,9 @@ def _check_device(dest: str, size: int, options: CopyOptions) -> None:
         raise UsageError(f"{dest} is a block device; use --force to overwrite what is on it")
     available = devices.size_of(dest)
     if available < size:
-        raise BackupError(f"{dest} has {available} bytes, the snapshot has {size}")
+        raise BackupError(
+            f"{dest} has {available} bytes, the snapshot has {size}; choose a larger device"
+        )
 
 
 def _open(journal: Journal, dest: str, options: CopyOptions, *, whole_head: bool) -> Target:

@@ -51,7 +51,9 @@ def size_of(path: str) -> int:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise InUse(f"{path} is mounted, or another driver uses it") from None
+        raise InUse(
+            f"{path} is mounted, or another driver uses it; unmount it first (lsblk shows where)"
+        ) from None
     try:
         return os.lseek(fd, 0, os.SEEK_END)
     finally:
@@ -95,7 +97,9 @@ class DeviceTarget(RawTarget):
         try:
             device_size = os.lseek(self._fd, 0, os.SEEK_END)
             if device_size < max(size, MARK_BYTES):
-                raise BackupError(f"{path} has {device_size} bytes, which is too small")
+                raise BackupError(
+                    f"{path} has {device_size} bytes, which is too small; choose a larger device"
+                )
             self._length = min(HEAD_BYTES, device_size)
             before = read_mark(path)
             self._token = before[0] if before else _new_token(path, journal)

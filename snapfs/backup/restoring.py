@@ -105,7 +105,9 @@ def _check_dest(dest: str, point: Point, layers: _Layers, options: RestoreOption
     if status is not None and stat.S_ISBLK(status.st_mode):
         available = devices.size_of(dest)
         if available < point.size:
-            raise BackupError(f"{dest} has {available} bytes; the restore takes {point.size}")
+            raise BackupError(
+                f"{dest} has {available} bytes; the restore takes {point.size}: choose a larger one"
+            )
     elif status is not None and not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{dest} is neither a regular file nor a block device")
     elif not options.force:

@@ -77,7 +77,7 @@ def lock(fd: int, path: str) -> None:
             raise
         free = True  # no such locks there
     if not free:
-        raise InUse(f"{path} is in use by another program, a virtual machine perhaps")
+        raise InUse(f"{path} is in use by another program, a virtual machine perhaps; end it")
 
 
 class RawTarget:

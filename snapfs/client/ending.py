@@ -149,7 +149,8 @@ class Daemon:
                 return holders.others(mount) or ["somebody who cannot be seen from here"]
             if time.monotonic() > end:
                 raise MountError(
-                    "the daemon has not finished writing; it goes on in the background"
+                    "the daemon has not finished writing; it goes on in the background, and the "
+                    f"image is not to be touched before process {self._client.pid} has ended"
                 )
         return []
 
@@ -188,5 +189,8 @@ def _unmount(mount: Mount, *, lazy: bool = False) -> None:
         users = holders.users(mount)
         if users or time.monotonic() > end:
             names = ", ".join(users) or "somebody who cannot be seen from here"
-            raise MountError(f"{where} is in use by {names}")
+            raise MountError(
+                f"{where} is in use by {names}; end that, or take the mount away nevertheless: "
+                f"snapfs umount --lazy {where}"
+            )
         time.sleep(BRIEF_SECONDS / 100)  # a look, or a call that has just been aborted

@@ -170,8 +170,8 @@ def find_snapfs(path: str) -> Mount:
                     f"{mount.source} is mounted over the snapfs on {path}; unmount that first"
                 )
     where = [each.mountpoint for each in mounts() if each.fs_type == FS_TYPE]
-    known = f"; there is one on {', '.join(where[:_SHOWN])}" if where else ""
-    raise NotMounted(f"no snapfs is mounted on {path}{known}")
+    known = f"there is one on {', '.join(where[:_SHOWN])}" if where else "first: snapfs mount IMAGE"
+    raise NotMounted(f"no snapfs is mounted on {path}; {known}")
 
 
 def around(path: str) -> Mount:
@@ -198,7 +198,7 @@ def split(path: str) -> tuple[Mount, str]:
         if not name:
             break
         inside = os.path.join(name, inside) if inside else name
-    raise NotMounted(f"{path} is not a file of a snapfs mount")
+    raise NotMounted(f"{path} is not a file of a snapfs mount, such as MOUNTPOINT/snapshots/NAME")
 
 
 def lives_on(path: str) -> list[str]:

@@ -189,7 +189,10 @@ class Client:
                 "(for which root sets user_allow_other in /etc/fuse.conf)"
             )
         if found == errno.ETIMEDOUT:
-            raise errors.NotMounted(f"the daemon of {where} does not answer")
+            raise errors.NotMounted(
+                f"the daemon of {where} does not answer: its storage hangs, or it is stopped; "
+                f"to give it up: snapfs umount --force {where}"
+            )
         raise errors.NotMounted(
             f"the daemon of {where} is gone ({os.strerror(found)}); "
             f"mount the image again, or unmount it: snapfs umount {where}"
@@ -240,7 +243,7 @@ class Client:
         except OSError as error:
             raise _no_answer(error) from None
         if not line:
-            raise errors.NotMounted("the daemon went away without an answer")
+            raise errors.NotMounted("the daemon went away without an answer; see its log")
         try:
             answer = json.loads(line)
             if answer["ok"]:

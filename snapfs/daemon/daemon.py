@@ -77,16 +77,20 @@ class Daemon:
     async def _run(self) -> None:
         options = self._config.options
         await in_thread(check, self._config)
-        store = await Store.open(
-            self._config.image,
-            state_dir=options.state,
-            cluster_size=options.cluster_size,
-            read_only=options.read_only,
-            durability=options.durability,  # type: ignore[arg-type]
-            temp_dir=options.temp_dir,
-            any_fs=options.any_fs,
-            limiter=trio.CapacityLimiter(IO_THREADS),
-        )
+        try:
+            store = await Store.open(
+                self._config.image,
+                state_dir=options.state,
+                cluster_size=options.cluster_size,
+                read_only=options.read_only,
+                durability=options.durability,  # type: ignore[arg-type]
+                temp_dir=options.temp_dir,
+                any_fs=options.any_fs,
+                limiter=trio.CapacityLimiter(IO_THREADS),
+            )
+        except errors.StateError as error:
+            place = options.state or self._config.image
+            raise errors.StateError(f"{error}; to look it over: snapfs check {place}") from error
         for notice in store.notices:
             log.warning("%s", notice)
         engine: Engine | None = None

@@ -85,7 +85,9 @@ def open_image(path: str, *, read_only: bool) -> int:
     try:
         kind = os.stat(path).st_mode
     except FileNotFoundError:
-        raise UsageError(f"there is no image {path}") from None
+        raise UsageError(
+            f"there is no image {path}; a new one is made by: truncate -s 10G {path}"
+        ) from None
     if stat.S_ISBLK(kind):
         raise UsageError(f"{path} is a block device; snapfs serves image files only")
     if not stat.S_ISREG(kind):
@@ -97,12 +99,16 @@ def open_image(path: str, *, read_only: bool) -> int:
     except PermissionError:
         if not read_only and os.access(path, os.R_OK):
             raise UsageError(f"{path} cannot be written; mount it with -o ro") from None
-        raise UsageError(f"{path} cannot be read: permission denied") from None
+        raise UsageError(
+            f"{path} cannot be read: permission denied; be its owner, or root"
+        ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}") from None
     try:
         if not lock_image(fd, writable=not read_only):
-            raise InUse(f"{path} is in use by another process, such as another snapfs or QEMU")
+            raise InUse(
+                f"{path} is in use by another process, another snapfs or QEMU perhaps; end it"
+            )
     except BaseException:
         os.close(fd)
         raise
