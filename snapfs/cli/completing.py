@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..client.wire import Client
 from ..errors import SnapfsError
 
 SHELLS = ("bash", "zsh", "fish")
-KINDS = ("mount", "snapshot", "bitmap", "point")
+KINDS = ("mount", "snapshot", "bitmap", "point", "command", "shell")
 PATIENCE = 2.0  # seconds that a daemon has to answer: somebody waits for the next letter
 
 # What no shell takes for anything but itself, whatever it does with our answer.
@@ -40,6 +40,8 @@ _KIND_OF = {
     "FILE": "snapshot",
     "B": "bitmap",
     "POINT": "point",
+    "COMMAND": "command",
+    "bash|zsh|fish": "shell",
     "IMAGE": "file",
     "PREVIOUS": "file",
     "STATE": "file",
@@ -107,7 +109,9 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 def kind_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str | None:
     """What an argument of a command is completed with: one of KINDS, file, or directory."""
-    kind = _KIND_OF.get(action.metavar) if isinstance(action.metavar, str) else None
+    if action.nargs == argparse.PARSER or not isinstance(action.metavar, str):
+        return None
+    kind = _KIND_OF.get(action.metavar)
     if parser.prog.startswith("snapfs bitmap ") and kind == "snapshot":
         return "mount" if parser.prog.endswith(" add") else "bitmap"
     return "file" if action.option_strings and action.metavar == "FILE" else kind
@@ -121,13 +125,16 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
                 yield from _parsers(each)
 
 
-def candidates(kind: str, words: Sequence[str]) -> list[str]:
+def candidates(kind: str, words: Sequence[str], commands: Iterable[str] = ()) -> list[str]:
     """Names of a kind for a line; the first word is what is typed of the name, the others are
-    before it."""
+    before it.  `commands`: those that there are."""
     typed, *before = words or [""]
     found: list[str] = []
-    with suppress(SnapfsError, OSError, LookupError, ValueError):
-        found = list(_names(kind, typed, before))
+    if kind in ("command", "shell"):
+        found = list(SHELLS if kind == "shell" else commands)
+    else:
+        with suppress(SnapfsError, OSError, LookupError, ValueError):
+            found = list(_names(kind, typed, before))
     return [each for each in found if each.startswith(typed) and _HARMLESS.fullmatch(each)]
 
 

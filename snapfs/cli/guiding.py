@@ -29,10 +29,19 @@ def show_help(arguments: argparse.Namespace) -> int:
     return ExitCode.OK  # not reached: --help ends it
 
 
+def _commands(parser: argparse.ArgumentParser) -> list[str]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return list(action.choices)
+    return []
+
+
 def completion(arguments: argparse.Namespace) -> int:
     """snapfs completion SHELL; with --for what the shell asks for while a line is typed."""
     if arguments.kind is not None:
-        for word in completing.candidates(arguments.kind, arguments.words):
+        for word in completing.candidates(
+            arguments.kind, arguments.words, _commands(arguments.top)
+        ):
             print(word)
         return ExitCode.OK
     if len(arguments.words) != 1 or arguments.words[0] not in completing.SHELLS:
