@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -76,6 +77,25 @@ def file_of(words: Sequence[str]) -> str:
         return words[0]
     mount, names = split_names(words)
     return os.path.join(mount.mountpoint, "snapshots", only(names, 1, 1, "one snapshot")[0])
+
+
+def add_wait(
+    verb: argparse.ArgumentParser,
+    what: str = "for another snapfs that works in DIR; without SECONDS as long as it takes",
+) -> None:
+    """Add --wait."""
+    verb.add_argument(
+        "--wait", type=_seconds, nargs="?", const=math.inf, default=0.0, metavar="SECONDS",
+        help=what,
+    )  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of seconds; put --wait behind the other arguments"
+        )
+    return float(text)
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:

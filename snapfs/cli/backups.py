@@ -9,9 +9,9 @@ import argparse
 import sys
 
 from ..errors import ExitCode
-from .arguments import Verbs, add_words, file_of, only, rate
+from .arguments import Verbs, add_wait, add_words, file_of, only, rate
 from .guarding import Misused
-from .jobs import Result, add_progress, add_wait, chatter, long_job, say
+from .jobs import Result, add_progress, chatter, long_job, say
 from .output import dump, human
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import signal
 import sys
 from collections.abc import Callable
@@ -28,22 +27,6 @@ def add_quiet(verb: argparse.ArgumentParser) -> None:
     """Add --quiet, of what says in lines of JSON how it goes."""
     verb.set_defaults(form="lines")
     verb.add_argument("--quiet", action="store_true", help="nothing unless something is wrong")
-
-
-def add_wait(verb: argparse.ArgumentParser) -> None:
-    """Add --wait."""
-    verb.add_argument(
-        "--wait", type=_seconds, nargs="?", const=math.inf, default=0.0, metavar="SECONDS",
-        help="for another snapfs that works in DIR; without SECONDS as long as it takes",
-    )  # fmt: skip
-
-
-def _seconds(text: str) -> float:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no number of seconds; put --wait behind the other arguments"
-        )
-    return float(text)
 
 
 def _interrupted(*_signal: object) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..daemon.options import parse_options
 from ..errors import ExitCode
-from .arguments import Verbs, add_json
+from .arguments import Verbs, add_json, add_wait
 from .output import dump
 
 
@@ -28,6 +28,7 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
     verb.add_argument("-l", "--lazy", action="store_true", help="unmount now, wait for nobody")
     verb.add_argument("-f", "--force", action="store_true", help="also if it does not answer")
+    add_wait(verb, "for those who use it, and name them; without SECONDS as long as it takes")
     add_json(verb)
     verb.set_defaults(run=umount)
 
@@ -76,15 +77,22 @@ def mount_in_background(
 
 def umount(arguments: argparse.Namespace) -> int:
     """snapfs umount MOUNTPOINT."""
-    status = unmount(arguments.mountpoint, lazy=arguments.lazy, force=arguments.force)
+    status = unmount(
+        arguments.mountpoint,
+        lazy=arguments.lazy,
+        force=arguments.force,
+        patience=arguments.wait,
+    )
     if arguments.json:
         dump("umount", {"mountpoint": os.path.abspath(arguments.mountpoint)})
     return status
 
 
-def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> int:
+def unmount(
+    mountpoint: str, *, lazy: bool = False, force: bool = False, patience: float = 0.0
+) -> int:
     """Unmount, and return when the daemon has flushed and exited, unless it is `lazy`."""
     from ..client import ending  # noqa: PLC0415
 
-    ending.end(mountpoint, lazy=lazy, force=force)
+    ending.end(mountpoint, lazy=lazy, force=force, patience=patience)
     return ExitCode.OK

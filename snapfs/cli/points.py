@@ -11,8 +11,8 @@ from datetime import timedelta
 
 from ..client import mountinfo
 from ..errors import ExitCode, NotMounted, UsageError
-from .arguments import Verbs, add_json, count
-from .jobs import Result, add_progress, add_quiet, add_wait, chatter, long_job, say
+from .arguments import Verbs, add_json, add_wait, count
+from .jobs import Result, add_progress, add_quiet, chatter, long_job, say
 from .output import dump, human, print_table
 
 

@@ -18,14 +18,16 @@ from .wire import FAREWELL, Client, RemoteError
 END_SECONDS = 90  # the daemon gives up by itself before
 ASK_SECONDS = 5  # for an answer of the daemon
 BRIEF_SECONDS = 2  # that a use may last of which nobody can be named
+WAIT_SECONDS = 0.5  # between two looks at who uses it
 STILL_SECONDS = 5  # after which we look again why the daemon goes on
 
 
-def end(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
+def end(mountpoint: str, *, lazy: bool = False, force: bool = False, patience: float = 0.0) -> None:
     """Unmount, and return when everything is durable, marked clean, and the daemon gone.  Blocks.
 
     `lazy`: if somebody still uses the mount, it ends when they do, and nobody waits for that.
-    The mount of a dead daemon is cleaned away.  `force`: whoever waits for the daemon gets an
+    The mount of a dead daemon is cleaned away.  `patience`: seconds to wait for those who use it,
+    who are named on stderr.  `force`: whoever waits for the daemon gets an
     error first, if the daemon does not answer.  Raises NotMounted, MountError if it stays,
     StillInUse if others have the file system mounted as well, so that the daemon goes on, and
     NotStored if it has ended, but not all that was written is durable.
@@ -39,7 +41,7 @@ def end(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
         if force and not (daemon is not None and daemon.answers()):
             connection.abort()
         others = [] if lazy else holders.others(mount)
-        _unmount(mount, lazy=lazy)
+        _unmount(mount, lazy=lazy, patience=patience)
         if daemon is None:
             raise NotStored(
                 f"{mount.mountpoint} is unmounted, but its daemon had died, or cannot be asked: "
@@ -174,9 +176,11 @@ class Daemon:
         self._client.close()
 
 
-def _unmount(mount: Mount, *, lazy: bool = False) -> None:
+def _unmount(mount: Mount, *, lazy: bool = False, patience: float = 0.0) -> None:
     where = mount.mountpoint
-    end = time.monotonic() + BRIEF_SECONDS
+    began = time.monotonic()
+    end = began + BRIEF_SECONDS
+    said: list[str] = []
     while True:
         try:
             unmounting.unmount(mount, lazy=lazy)
@@ -187,8 +191,14 @@ def _unmount(mount: Mount, *, lazy: bool = False) -> None:
             if error.errno != errno.EBUSY:
                 raise MountError(f"{where} cannot be unmounted: {error.strerror}") from None
         users = holders.users(mount)
+        names = ", ".join(users) or "somebody who cannot be seen from here"
+        if time.monotonic() < began + patience:
+            if users != said:
+                print(f"snapfs: waiting for {where}, in use by {names}", file=sys.stderr)
+                said = users
+            time.sleep(WAIT_SECONDS)
+            continue
         if users or time.monotonic() > end:
-            names = ", ".join(users) or "somebody who cannot be seen from here"
             raise MountError(
                 f"{where} is in use by {names}; end that, or take the mount away nevertheless: "
                 f"snapfs umount --lazy {where}"

@@ -39,7 +39,7 @@ from .control import ControlServer, failure
 from .farewell import Farewell
 from .preflight import Config, check, check_temp_dir
 from .process import raise_limits, set_io_flusher, spare_from_oom
-from .sdnotify import notify
+from .sdnotify import notify, tell_status
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class Daemon:
                 await serving.start(self._outsider.run)
                 await serving.start(server.serve)
                 await serving.start(self._watch_signals, engine, session)
-                serving.start_soon(self._announce, cache, session.mount)
+                serving.start_soon(self._announce, cache, engine, session.mount)
                 await session.run()
                 serving.cancel_scope.cancel()
             clean = not self._stopping
@@ -233,12 +233,13 @@ class Daemon:
                 session.connection.abort()
             session.close()
 
-    async def _announce(self, cache: Any, mount: Mount) -> None:
+    async def _announce(self, cache: Any, engine: Engine, mount: Mount) -> None:
         await cache.begin(mount)
         self._served = True
         log.info("%s is mounted on %s", self._config.image, mount.mountpoint)
         self._ready()
-        notify("READY=1\nSTATUS=serving " + self._config.image)
+        notify("READY=1")
+        await tell_status(self._config.image, engine)
 
     async def _watch_signals(
         self,

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
+
+import trio
+
+from ..client.documents import human
+from ..engine.engine import Engine
+
+STATUS_SECONDS = 5.0  # between two looks at what systemctl status says
 
 
 def notify(state: str) -> None:
@@ -18,3 +26,31 @@ def notify(state: str) -> None:
             sender.sendto(os.fsencode(state), address)
     except OSError:
         pass  # it goes on without
+
+
+def status_of(image: str, engine: Engine) -> str:
+    """One line for systemctl status; asks no storage."""
+    states = Counter(layer.state for layer in engine.snapshots)
+    count = states.total()
+    bad = [f"{states[state]} {state}" for state in ("incomplete", "lost") if states[state]]
+    space = engine.space.status()
+    parts = [
+        f"serving {image}",
+        f"{count} snapshot{'s' * (count != 1)}" + (f" ({', '.join(bad)})" if bad else ""),
+        f"{human(space.used)} of temp space"
+        + ("" if space.limit is None else f", limit {human(space.limit)}"),
+    ]
+    if engine.unhealthy is not None:
+        parts.insert(0, f"NOT HEALTHY: {engine.unhealthy}")
+    return "; ".join(parts).replace("\n", " ")
+
+
+async def tell_status(image: str, engine: Engine) -> None:
+    """Keep systemd informed, until cancelled; return at once if it does not ask."""
+    said = ""
+    while os.environ.get("NOTIFY_SOCKET"):
+        text = status_of(image, engine)
+        if text != said:
+            notify(f"STATUS={text}")
+            said = text
+        await trio.sleep(STATUS_SECONDS)

@@ -118,14 +118,21 @@ def test_the_daemon_tells_systemd(mount, manager):
     daemon = subprocess.Popen(
         [*SNAPFS, "mount", "-f", disk.image, disk.mountpoint], stderr=subprocess.DEVNULL
     )
-    assert manager.recv(4096).startswith(b"READY=1\n")
+    assert b"READY=1" == manager.recv(4096)
+    told = manager.recv(4096).decode()
+    assert f"STATUS=serving {disk.image}; 0 snapshots; 0 B of temp space" == told
+    disk.snapfs("create", disk.mountpoint, "s")
+    disk.write(0, b"x")
+    while f"STATUS=serving {disk.image}; 1 snapshot; 64 KiB of temp space" != told:
+        told = manager.recv(4096).decode()  # raises TimeoutError
     assert 1 << 20 == disk.active.stat().st_size
     command = "echo -900 > /proc/self/oom_score_adj"
     if not run("sh", "-c", command, check=False).returncode:  # where it is permitted
         score = Path(f"/proc/{daemon.pid}/oom_score_adj").read_text()
         assert int(score) < 0
     daemon.terminate()
-    assert b"STOPPING=1" == manager.recv(4096)
+    while told != "STOPPING=1":
+        told = manager.recv(4096).decode()
     assert 0 == daemon.wait(timeout=PATIENCE)
 
 
@@ -149,7 +156,7 @@ cli.main(sys.argv[1:])
 def test_the_daemon_serves_though_the_command_that_mounts_has_died(mount, manager):
     disk = mount(b"abc", start=False)
     run(sys.executable, "-c", DYING, "mount", disk.image, disk.mountpoint)
-    assert manager.recv(4096).startswith(b"READY=1\n")
+    assert b"READY=1" == manager.recv(4096)
     assert b"abc" == disk.active.read_bytes()
     disk.stop()
     assert "nobody waits for the mount" in (disk.state / "daemon.log").read_text()
@@ -193,7 +200,7 @@ def test_the_daemon_serves_though_nobody_hears_that_it_is_ready(mount, manager):
         text=True,
     ) as daemon:
         os.close(writer)
-        assert manager.recv(4096).startswith(b"READY=1\n")
+        assert b"READY=1" == manager.recv(4096)
         disk.stop()
         assert "nobody waits for the mount" in daemon.communicate(timeout=PATIENCE)[1]
     assert 0 == daemon.returncode

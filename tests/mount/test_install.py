@@ -106,7 +106,14 @@ def test_the_links_lead_to_the_tree(installed):
         "usr/local/share/man/man1/snapfs.1",
         "usr/local/share/man/man8/mount.snapfs.8",
         "usr/local/share/man/man8/umount.fuse.snapfs.8",
+        "usr/local/share/man/man7/snapfs.7",
         "usr/local/lib/systemd/system/snapfs@.service",
+        "usr/local/lib/systemd/system/snapfs-backup@.service",
+        "usr/local/lib/systemd/system/snapfs-backup@.timer",
+        "usr/local/lib/systemd/system/snapfs-backup-failed@.service",
+        "usr/local/share/bash-completion/completions/snapfs",
+        "usr/local/share/zsh/site-functions/_snapfs",
+        "usr/local/share/fish/vendor_completions.d/snapfs.fish",
     ):
         path = installed.links / link
         assert path.is_symlink()
