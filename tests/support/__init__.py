@@ -1,6 +1,8 @@
 """Helpers that several test files share; no test file imports another, nor a conftest.
 
 mounted.py       Mounted: an image and its mount by the real daemon; how tests run programs
+installed.py     a script, where mount(8) and the shell find snapfs as if it were installed
+terminal.py      Terminal: a program on a terminal of any width
 calls.py         one call on such a mount, or question to it: punch, map, copy, state, errno
 points.py        Backup: a backup directory and its points, made without a mount
 patterns.py      contents of images, such as that of the cases in the semantics
