@@ -1,0 +1,21 @@
+"""At which of its steps a program is killed (dying.py), where there are too many to try all."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+EVERY = int(os.environ.get("SNAPFS_TEST_EVERY", "4"))  # 1: all of them, as scripts/soak-backup
+
+
+def some_steps() -> Iterator[int]:
+    """Every `EVERY`th step, from one of the first on, drawn anew each time.
+
+    Says which, for who has to look into a failure.  The caller ends it.
+    """
+    step = random.randint(1, EVERY)
+    while True:
+        print("killed at step", step)
+        yield step
+        step += EVERY
