@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from ..daemon import standardfiles
 from . import mounthelpers
 from .guarding import Form, Misused, guarded
-from .parser import build_parser
+from .parser import COMMANDS, build_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return mounthelpers.mount(arguments)
     if program in ("umount.snapfs", "umount.fuse.snapfs"):
         return mounthelpers.umount(arguments)
-    parser, verbs = build_parser()
-    if mounthelpers.is_mount_form(arguments, verbs):
+    if mounthelpers.is_mount_form(arguments, COMMANDS):
         arguments.insert(0, "mount")
+    parser, _ = build_parser(arguments)
     mistaken: Form = "document" if "--json" in arguments else None
     try:
         parsed = parser.parse_args(arguments)

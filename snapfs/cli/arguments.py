@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from ..client.naming import split_names
-from ..daemon.options import parse_size
 from ..errors import UsageError
 from .guarding import Misused
 
@@ -19,6 +18,8 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def size(text: str) -> int:
     """A size with a unit, in bytes."""
+    from ..daemon.options import parse_size  # noqa: PLC0415 - what few need to start
+
     try:
         return parse_size(text)
     except UsageError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,6 +53,8 @@ def _told(error: BaseException, command: str, form: Form) -> int:
         if form == "document":
             dump(command, {"error": values})
         elif form == "lines":
+            import json  # noqa: PLC0415 - not for --help
+
             line = document(command, {"message_type": "error", **values})
             print(json.dumps(line), flush=True)
     return complain(str(values["message"]), exit_status(error))

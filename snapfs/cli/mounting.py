@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..daemon.options import parse_options
 from ..errors import ExitCode
 from .arguments import Verbs, add_json, add_wait
 from .output import dump
@@ -42,6 +41,7 @@ def mount(arguments: argparse.Namespace) -> int:
             dump("mount", {"image": os.path.realpath(arguments.image), **values})
         return ExitCode.OK
     from ..daemon import starting  # noqa: PLC0415
+    from ..daemon.options import parse_options  # noqa: PLC0415
 
     options = parse_options(arguments.o)
     starting.in_foreground(arguments.image, arguments.mountpoint, options, arguments.ready_fd)
@@ -61,6 +61,8 @@ def mount_in_background(
 
     Raises SnapfsError with the daemon's reason if it could not start.
     """
+    from ..daemon.options import parse_options  # noqa: PLC0415
+
     options = parse_options(texts, sloppy=sloppy)
     if dry_run:
         from ..daemon.preflight import dry_run as check  # noqa: PLC0415

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ __all__ = ["complain", "dump", "human", "print_pairs", "print_table"]
 
 def dump(command: str, values: Mapping[str, Any]) -> None:
     """Print one JSON document in the wrapper that names its version."""
+    import json  # noqa: PLC0415 - not for --help
+
     print(json.dumps(document(command, values), indent=2))
 
 

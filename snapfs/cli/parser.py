@@ -3,25 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import backups, bitmaps, checking, guiding, holding, mounting, points, snapshots, trimming
 from .guarding import Misused
 
-FAMILIES = (mounting, snapshots, holding, trimming, bitmaps, checking, backups, points, guiding)
+# Which family has a command, and what it says of itself: known without importing any.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "mount": ("mounting", "serve an image at a mountpoint"),
+    "umount": ("mounting", "unmount; returns when all is flushed"),
+    "create": ("snapshots", "take a snapshot"),
+    "list": ("snapshots", "list snapshots"),
+    "show": ("snapshots", "show one snapshot"),
+    "status": ("snapshots", "show the state of a mount"),
+    "limit": ("snapshots", "bound the space of the temp images"),
+    "events": ("snapshots", "wait for what happens to the snapshots and print it"),
+    "delete": ("holding", "delete snapshots"),
+    "pin": ("holding", "keep snapshots from being deleted"),
+    "unpin": ("holding", "let pinned snapshots be deleted again"),
+    "note": ("holding", "say something else of a snapshot"),
+    "trim": ("trimming", "discard a range, as fstrim does"),
+    "map": ("bitmaps", "list the extents of active or of a snapshot"),
+    "diff": ("bitmaps", "list what differs between snapshots, or from now"),
+    "bitmap": ("bitmaps", "track what changes, in dirty bitmaps"),
+    "check": ("checking", "look a state directory over, not mounted"),
+    "copy": ("backups", "copy what may be read of a snapshot"),
+    "backup": ("backups", "add a point to a backup directory"),
+    "restore": ("backups", "rebuild a point of a backup"),
+    "points": ("points", "list the points of a backup"),
+    "verify": ("points", "prove the checksums of a backup"),
+    "prune": ("points", "take out old points of a backup, or old snapshots"),
+    "help": ("guiding", "say how a command is used"),
+    "completion": ("guiding", "print what has a shell complete our words"),
+}
+OF_ALL = {"guiding"}  # families that need the parser of all commands
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Shows several arguments that are one list as they are to be written."""
+    """Shows several arguments that are one list as they are to be written.
+
+    As wide as the terminal; argparse would import shutil to know, which takes a while.
+    """
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         if action.nargs == argparse.ONE_OR_MORE and isinstance(action.metavar, str):
             return action.metavar
         return super()._format_args(action, default_metavar)
+
+
+def _columns() -> int:
+    try:
+        return int(os.environ["COLUMNS"]) or 80
+    except (KeyError, ValueError):
+        pass
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,12 +130,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
+    import difflib  # noqa: PLC0415 - for who mistypes
+
     near = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """The parser of all commands, each of which sets `run`, and each by its name."""
+def family(name: str) -> ModuleType:
+    """The module of a family, by its name in COMMANDS."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def build_parser(
+    words: Sequence[str] | None = None,
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of all commands, each of which sets `run`, and each by its name.
+
+    With `words`, which are to be parsed, only what they need is there: one family of commands,
+    or the names of all if there is no command among them.
+    """
     parser = Parser(
         prog="snapfs",
         description="Serve a live disk image and its point-in-time snapshots as files.",
@@ -97,7 +156,16 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     )
     parser.add_argument("--version", action="version", version=f"snapfs {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for family in FAMILIES:
-        family.add_to(verbs)
+    wanted = dict.fromkeys(name for name, _ in COMMANDS.values())
+    if words is not None:
+        first = next((word for word in words if not word.startswith("-")), None)
+        if first is None:
+            for name, (_, text) in COMMANDS.items():
+                verbs.add_parser(name, help=text)
+            wanted = {}
+        elif first in COMMANDS and COMMANDS[first][0] not in OF_ALL:
+            wanted = {COMMANDS[first][0]: None}
+    for name in wanted:
+        family(name).add_to(verbs)
     parser.set_defaults(top=parser)
     return parser, verbs.choices

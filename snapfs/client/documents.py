@@ -7,7 +7,6 @@ from typing import Any
 
 from ..errors import SYSTEM_ERROR, ExitCode, SnapfsError, code_of
 from .reasons import why
-from .wire import RemoteError
 
 VERSION = (1, 0)  # major: something has gone or means something else; minor: something was added
 
@@ -21,8 +20,9 @@ def document(command: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def exit_status(error: BaseException) -> int:
     """The exit status that an error stands for."""
-    if isinstance(error, RemoteError):
-        return error.exit_status
+    told: int | None = getattr(error, "exit_status", None)  # of a RemoteError
+    if told is not None:
+        return told
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
     return error.exit_code if isinstance(error, SnapfsError) else ExitCode.ERROR
@@ -31,7 +31,7 @@ def exit_status(error: BaseException) -> int:
 def error_values(error: BaseException) -> dict[str, Any]:
     """What JSON tells of an error: code, message and exit_code."""
     return {
-        "code": error.code if isinstance(error, RemoteError) else _code(error),
+        "code": getattr(error, "code", None) or _code(error),
         "message": why(error) if isinstance(error, OSError) else str(error) or "interrupted",
         "exit_code": int(exit_status(error)),
     }

@@ -8,8 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-
-from attrs import evolve, frozen
+from typing import NamedTuple
 
 from ..errors import NotMounted
 
@@ -27,8 +26,7 @@ STATX_BYTES = 256
 _SHOWN = 5  # mounts in a message
 
 
-@frozen
-class Mount:
+class Mount(NamedTuple):
     """One mount as this process sees it.
 
     `device`: "major:minor" of the file system, the same for all its mounts.  `root`: the part
@@ -77,8 +75,7 @@ def mounts(process: int | str = "self") -> list[Mount]:
     return found
 
 
-@frozen
-class Place:
+class Place(NamedTuple):
     """What statx(2) says of a file without asking its file system.
 
     `device`: "major:minor".  `is_root`: of the mount with that id.
@@ -133,7 +130,7 @@ def identified(mount: Mount) -> Mount | None:
     """A mount that was looked up just now, for `still` to know later; None: it is gone again."""
     from .mountnumbers import number_of  # noqa: PLC0415 - for most commands not needed to start
 
-    found = evolve(mount, number=number_of(mount.id))
+    found = mount._replace(number=number_of(mount.id))
     return found if mount in mounts() else None
 
 
@@ -146,7 +143,7 @@ def still(mount: Mount) -> Mount | None:
             return None  # another one may have its id, and its device number
     for each in mounts():
         if (each.id, each.device) == (mount.id, mount.device):
-            return evolve(each, number=mount.number)
+            return each._replace(number=mount.number)
     return None
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import trio
-from attrs import define, evolve, field
+from attrs import define, field
 
 from ..client import mountinfo
 from ..client.unmounting import unmount
@@ -234,6 +234,6 @@ class _Calls:
     def unmount(self, name: str) -> int:
         for mount in mountinfo.mounts():
             if (mount.id, mount.device) == self._mount:
-                unmount(evolve(mount, number=self._number))
+                unmount(mount._replace(number=self._number))
                 return 0
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
