@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+from attrs import asdict
 
 from .. import errors
 from ..engine.engine import Engine, check_pinned
@@ -15,7 +18,16 @@ from ..engine.layer import Layer
 from ..engine.snapshotreader import marked
 from .bitmapcommands import BitmapCommands, flag, optional
 from .control import number, text
-from .describe import describe_engine, describe_event, describe_extent, describe_snapshot
+from .describe import (
+    describe_engine,
+    describe_event,
+    describe_extent,
+    describe_snapshot,
+    describe_snapshots,
+    describe_space,
+    timestamp,
+)
+from .health import problems
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +48,8 @@ class Commands:
         fast_path: Callable[[], Mapping[str, int]],
         temp_directory: str,
         trouble: Callable[[], str | None],
+        open_files: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        region_reads: Callable[[int], Sequence[int]] = lambda _size: (),
     ) -> None:
         self._engine = engine
         self._image = image
@@ -45,6 +59,9 @@ class Commands:
         self._temp_directory = temp_directory
         self._bitmaps = BitmapCommands(engine)
         self._trouble = trouble  # why the FUSE face is not healthy, if it is not
+        self._open_files = open_files  # for reading, and of `active` for writing
+        self._region_reads = region_reads  # `FastPath.region_reads`
+        self._since_ns = time.time_ns()
 
     def table(self) -> Mapping[str, Callable[..., Any]]:
         """The commands by name."""
@@ -57,6 +74,7 @@ class Commands:
             "show",
             "status",
             "map",
+            "regions",
             "runs",
             "limit",
             "events",
@@ -118,7 +136,7 @@ class Commands:
         """All snapshots, oldest first."""
         self._engine.check_storage()
         await self._engine.space.refresh()
-        return {"snapshots": [describe_snapshot(layer) for layer in self._engine.snapshots]}
+        return {"snapshots": await describe_snapshots(self._engine.snapshots)}
 
     async def show(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One snapshot."""
@@ -132,20 +150,40 @@ class Commands:
         await self._engine.space.refresh()
         self._engine.refresh()
         fast = self._fast_path()
-        status = describe_engine(self._engine)
+        status = await describe_engine(self._engine)
         status["counters"] |= {f"fastpath_{kind}": fast[kind] for kind in FAST_COUNTERS}
-        reason = self._trouble() or self._engine.unhealthy
+        found = problems(self._engine, self._trouble(), self._mountpoint, self._image)
+        grave = [each.message for each in found if each.severity == "error"]
         status["image"] = {"path": self._image, **status["image"]}
-        status["temp"] = self._temp()
+        status["temp"] = {"directory": self._temp_directory, **status["temp"]}
+        readers, writers = self._open_files()
+        status["open"] = {"readers": readers, "writers": writers}
+        status["problems"] = [asdict(each) for each in found]
         status["mount"] = {
             "mountpoint": self._mountpoint,
             "pid": os.getpid(),
-            "healthy": reason is None,
-            "reason": reason,
+            "since": timestamp(self._since_ns),
+            "healthy": not grave,
+            "reason": grave[0] if grave else None,
             "durability": self._durability,
             "fastpath": bool(fast["on"]),
         }
         return status
+
+    async def regions(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The image in some two thousand regions: clusters of each by what they are, and reads."""
+        self._engine.check_storage()
+        found = await self._engine.survey.take()
+        reads = list(found.reads)
+        for region, count in enumerate(self._region_reads(found.region_size)[: len(reads)]):
+            reads[region] += count
+        return {
+            "size": found.size,
+            "region_size": found.region_size,
+            "cluster_size": found.cluster_size,
+            "clusters": found.clusters,
+            "reads": reads,
+        }
 
     async def map(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Some extents of a file from `offset` on, and where the next page begins, or null.
@@ -232,7 +270,7 @@ class Commands:
         return self._temp()
 
     def _temp(self) -> dict[str, Any]:
-        return {"directory": self._temp_directory, **describe_engine(self._engine)["temp"]}
+        return {"directory": self._temp_directory, **describe_space(self._engine)}
 
     def _find(self, path: str) -> Any:
         """The layer of a file by its path in the mount, None for `active`."""

@@ -198,6 +198,8 @@ class Daemon:
                 fast_path.collect,
                 store.temp_directory,
                 lambda: fs.errnos.unhealthy,
+                lambda: fs.open_files,
+                fast_path.region_reads,
             )
             if not options.no_fastpath and not fast_path.start():
                 log.warning("the fast path is off: this machine's byte order is not served")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from attrs import asdict
 
+from ..engine.copytimes import BOUNDS, CopyTimes
 from ..engine.dirty import DirtyBitmap
 from ..engine.engine import Engine
 from ..engine.events import Event
 from ..engine.geometry import Geometry
 from ..engine.layer import Layer
 from ..engine.snapshotreader import Extent
+from ..engine.turns import Turns
 
 
-def _time(nanoseconds: int) -> str:
+def timestamp(nanoseconds: int) -> str:
+    """RFC 3339 in UTC, of nanoseconds since 1970."""
     text = datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(timespec="microseconds")
     return text.replace("+00:00", "Z")
 
@@ -24,7 +29,7 @@ def describe_event(event: Event) -> dict[str, Any]:
     """One event, with what belongs to its kind."""
     return {
         "number": event.number,
-        "time": _time(event.when_ns),
+        "time": timestamp(event.when_ns),
         "event": event.kind,
         **event.details,
     }
@@ -36,12 +41,12 @@ def describe_snapshot(layer: Layer) -> dict[str, Any]:
     return {
         "name": layer.name,
         "id": layer.id,
-        "created": _time(layer.created_ns),
+        "created": timestamp(layer.created_ns),
         "size": layer.geometry.size,
         "state": layer.state,
         "reason": layer.reason,
         "errno": layer.errno,
-        "since": None if layer.since_ns is None else _time(layer.since_ns),
+        "since": None if layer.since_ns is None else timestamp(layer.since_ns),
         "clusters": {
             "total": total,
             "accessible": layer.accessible,
@@ -50,6 +55,7 @@ def describe_snapshot(layer: Layer) -> dict[str, Any]:
             "discarded": layer.granted - layer.accessible - layer.lost,
         },
         "temp_bytes": layer.temp_bytes,
+        "open": layer.openers,
         "bitmap": layer.bitmap,
         "note": layer.note,
         "pinned": layer.pinned,
@@ -87,20 +93,48 @@ def describe_extent(extent: Extent) -> dict[str, Any]:
     }
 
 
-def describe_engine(engine: Engine) -> dict[str, Any]:
-    """The parts of status that the engine knows: image, snapshots, temp, counters."""
+async def describe_snapshots(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """Many snapshots, whose clusters take a while to be counted."""
+    turns, found = Turns(), []
+    for layer in layers:
+        if layer.visible and layer.name is not None:  # still
+            found.append(describe_snapshot(layer))
+        await turns.take()
+    return found
+
+
+def describe_space(engine: Engine) -> dict[str, Any]:
+    """Temp space, in bytes."""
     space = engine.space.status()
     return {
+        "used_bytes": space.used,
+        "limit_bytes": space.limit,
+        "room_bytes": space.room,
+        "warning_percent": space.warning,
+        "seconds_left": None if space.seconds_left is None else round(space.seconds_left),
+        "bytes_per_second": round(space.rate),
+        "age_seconds": None if space.age is None else round(space.age, 1),
+    }
+
+
+def describe_copies(times: CopyTimes) -> dict[str, Any]:
+    """How long copies took: `buckets` as [seconds, how many took up to that], null: any time."""
+    bounds = [*BOUNDS, None]
+    sums = itertools.accumulate(times.counts)
+    return {
+        "count": sum(times.counts),
+        "seconds": round(times.seconds, 6),
+        "buckets": [list(pair) for pair in zip(bounds, sums, strict=True)],
+    }
+
+
+async def describe_engine(engine: Engine) -> dict[str, Any]:
+    """The parts of status that the engine knows: image, snapshots, temp, counters."""
+    return {
         "image": {"size": engine.size, "cluster_size": engine.geometry.cluster_size},
-        "snapshots": [describe_snapshot(layer) for layer in engine.snapshots],
+        "snapshots": await describe_snapshots(engine.snapshots),
         "bitmaps": [describe_bitmap(each, engine.geometry) for each in engine.tracker.bitmaps],
-        "temp": {
-            "used_bytes": space.used,
-            "limit_bytes": space.limit,
-            "room_bytes": space.room,
-            "warning_percent": space.warning,
-            "seconds_left": None if space.seconds_left is None else round(space.seconds_left),
-            "age_seconds": None if space.age is None else round(space.age, 1),
-        },
+        "temp": describe_space(engine),
+        "copies": describe_copies(engine.copier.times),
         "counters": asdict(engine.counters),
     }

@@ -27,19 +27,22 @@ import trio
 from ..errors import ImageTooLarge, InvalidRange, ReadOnly, StateError
 from ..storage.image import Buffer, Image
 from ..storage.offload import in_thread
-from .copier import Copier, Counters, Settings
+from .copier import Copier, Settings
+from .counters import Counters
 from .dirty import DirtyBitmap, DirtyBitmaps
 from .geometry import Geometry
 from .layer import Layer, LayerStore
 from .layerkeeper import LayerKeeper
 from .layers import LayerStack
 from .losslist import LossList
+from .regions import Survey, Traces
 from .reqlist import Gate, Request, RequestList
 from .sharedcall import SharedCall
 from .snapshotreader import SnapshotReader
 from .space import SpaceStatus, TempSpace
 from .tracker import Tracker
 from .writeback import WriteBack
+from .writefailures import WriteFailures
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class ActiveImage:
         self.settings = settings or Settings()
         self.read_only = read_only
         self.counters = Counters()
+        self.write_failures = WriteFailures(self.counters)
         # Awaited by create_snapshot: makes the kernel write back what it holds
         # of `active`.  Set by the FUSE face.
         self.barrier: Callable[[], Awaitable[None]] | None = None
@@ -95,6 +99,14 @@ class ActiveImage:
         self._transitions = trio.Lock()  # one change of the layer list at a time
         self._frozen_reads: RequestList[Request] = RequestList()
         dirty = DirtyBitmaps(bitmaps)
+        self.traces = Traces()
+        self.survey = Survey(
+            self._stack,
+            lambda: self._stack.pending,
+            dirty.any_of,
+            lambda: self._geometry,
+            self.traces,
+        )
         self._keeper = LayerKeeper(
             self._stack,
             dirty,
@@ -130,6 +142,7 @@ class ActiveImage:
             self.counters,
             self.space,
             lambda layer: self._start(self._keeper.dispose, layer),
+            self.traces,
         )
         self._keeper.copier = self.copier
         self.events = self.copier.events
@@ -216,15 +229,17 @@ class ActiveImage:
             return 0
         self._reserve(offset + len(data))
         write = partial(self._image.pwrite, offset, data)
-        await self._change(offset, len(data), write, offset + len(data))
+        with self.write_failures:
+            await self._change(offset, len(data), write, offset + len(data))
         return len(data)
 
     async def punch(self, offset: int, length: int) -> None:
         """Free a range of the image; it reads as zeros.  The size stays."""
         self._check_range(offset, length)
         end = min(offset + length, self.size)
-        for start, count in _steps(offset, end):
-            await self._change(start, count, partial(self._image.punch, start, count))
+        with self.write_failures:
+            for start, count in _steps(offset, end):
+                await self._change(start, count, partial(self._image.punch, start, count))
 
     async def zero(self, offset: int, length: int, keep_size: bool = False) -> None:
         """Make a range read as zeros; the image grows unless `keep_size`."""
@@ -232,14 +247,19 @@ class ActiveImage:
         end = offset + length
         if keep_size:
             end = min(end, self.size)
-        await self._make_room(end)
-        for start, count in _steps(offset, end):
-            zero = partial(self._image.zero, start, count)
-            await self._change(start, count, zero, start + count)
+        with self.write_failures:
+            await self._make_room(end)
+            for start, count in _steps(offset, end):
+                zero = partial(self._image.zero, start, count)
+                await self._change(start, count, zero, start + count)
 
     async def allocate(self, offset: int, length: int, keep_size: bool) -> None:
         """Reserve space; changes no data, but the image grows unless `keep_size`."""
         self._check_range(offset, length)
+        with self.write_failures:
+            await self._allocate(offset, length, keep_size)
+
+    async def _allocate(self, offset: int, length: int, keep_size: bool) -> None:
         if not keep_size:
             await self._make_room(offset + length)
         async with self._gate.inside():
@@ -261,9 +281,10 @@ class ActiveImage:
         Growing does not change existing snapshots.
         """
         self._check_range(0, size)
-        await self._make_room(size)
-        while not await self._resize(size):
-            await self.writeback.mend()
+        with self.write_failures:
+            await self._make_room(size)
+            while not await self._resize(size):
+                await self.writeback.mend()
 
     async def _resize(self, size: int) -> bool:
         """`resize`, unless what is cut off became pending before it could begin, or bits failed."""

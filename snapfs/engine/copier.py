@@ -20,10 +20,13 @@ from attrs.validators import ge, in_, optional
 
 from ..storage.image import Image
 from . import bitmap
+from .copytimes import CopyTimes
+from .counters import Counters
 from .durability import Promises
 from .events import Events
 from .layer import Layer, Policy
 from .layers import SLICE, Dropped, LayerStack, Run, shifted
+from .regions import Traces
 from .reqlist import Request, RequestList
 from .space import TempSpace
 
@@ -51,22 +54,6 @@ class Settings:
     max_size: int | None = field(default=None, validator=optional(ge(0)))
 
 
-@define
-class Counters:
-    """Totals since the mount, for status."""
-
-    reads: int = 0
-    writes: int = 0
-    snapshot_reads: int = 0
-    discards: int = 0
-    discarded_bytes: int = 0
-    cbw_copies: int = 0
-    cbw_bytes: int = 0
-    cbw_seconds: float = 0.0
-    cbw_errors: int = 0
-    frozen_waits: int = 0
-
-
 @define(eq=False)
 class Copy(Request):
     """Clusters on their way into the temp image of `layer`."""
@@ -91,6 +78,7 @@ class Copier:
         counters: Counters,
         space: TempSpace,
         on_unpinned: Callable[[Layer], None],
+        traces: Traces,
     ) -> None:
         self._image = image
         self._stack = stack
@@ -100,6 +88,8 @@ class Copier:
         self._counters = counters
         self._space = space
         self._on_unpinned = on_unpinned
+        self._traces = traces
+        self.times = CopyTimes()
         self._copies: RequestList[Copy] = RequestList()
         self.promises = Promises(nursery)
         self.events = Events()
@@ -186,7 +176,10 @@ class Copier:
         try:
             started = trio.current_time()
             failed = await self._transfer(copy)
-            self._counters.cbw_seconds += trio.current_time() - started
+            seconds = trio.current_time() - started
+            self._counters.cbw_seconds += seconds
+            if not failed:
+                self.times.note(seconds)
             await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die
             log.exception("a copy ended with an unexpected error")
@@ -271,6 +264,7 @@ class Copier:
         """Native copies of so many clusters have landed; the loan ends."""
         self._space.release(lent, written)
         self._count(written, clusters, seconds)
+        self.times.seconds += seconds  # how many they were is counted there (FastPath.collect)
 
     def _count(self, written: int, clusters: int, seconds: float) -> None:
         self._space.note(written)
@@ -312,6 +306,8 @@ class Copier:
         try:
             self._space.release(copy.lent, copy.lent if number else written)
             self._count(written, clusters, seconds)
+            if clusters:
+                self.times.note(seconds)
             await self.trash(self._land(copy, failed))
         except Exception:  # a bug: the writer must not wait for ever, nor the mount die
             log.exception("a copy ended with an unexpected error")
@@ -418,6 +414,7 @@ class Copier:
                 self.events.record(
                     "incomplete", snapshot=layer.name, errno=error.errno, reason=error.strerror
                 )
+            self._traces.note(self._traces.lost, first, bits)
             layer.lose(lost, f"copy-before-write failed: {error.strerror}", error.errno)
             for start, end in bitmap.runs(bits, 0, len(bits)):
                 layer.withdraw(first + start, first + end)

@@ -281,6 +281,8 @@ class Engine(ActiveImage):
     ) -> Buffer:
         """Read the image as it was at the layer's moment; see `SnapshotReader.read`."""
         self.counters.snapshot_reads += 1
+        if length > 0:
+            self.traces.note_read(self._geometry, offset, length)
         return await self._reader.read(layer, offset, length, partial)
 
     async def discard(self, layer: Layer, offset: int, length: int) -> None:
@@ -300,6 +302,7 @@ class Engine(ActiveImage):
         self.counters.discards += 1
         self.counters.discarded_bytes += layer.geometry.span(clusters.start, clusters.stop)[1]
         gone = layer.withdraw(clusters.start, clusters.stop)
+        self.traces.note(self.traces.discarded, clusters.start, gone)
         if layer.commits is not None:
             self.copier.promises.make(layer.commits.access, clusters.start, clusters.stop)
         dropped = self._stack.withdrawn(layer, clusters.start, gone)

@@ -49,8 +49,9 @@ class SpaceStatus:
     """Room of the temp images, in bytes.
 
     `warning`: the highest level reached, 80 or 95 per cent, else None.
-    `seconds_left`: at the present rate, None if there is none.  `age`: seconds
-    since the storage was asked for these numbers, None if it never answered.
+    `rate`: bytes a second that copies have written lately.  `seconds_left`: at that
+    rate, None if there is none.  `age`: seconds since the storage was asked for these
+    numbers, None if it never answered.
     """
 
     used: int
@@ -59,6 +60,7 @@ class SpaceStatus:
     warning: int | None
     seconds_left: float | None
     age: float | None
+    rate: float = 0.0
 
 
 @frozen
@@ -218,8 +220,8 @@ class TempSpace:
         share = 100 * used / total if total else 100.0
         reached = [level for level in WARNING_LEVELS if share >= level]
         elapsed = 0.0 if self._since is None else now - self._since
-        rate = self._written / elapsed if elapsed >= 1 else 0.0
+        rate = self._written / elapsed if 1 <= elapsed <= 2 * RATE_WINDOW else 0.0
         return SpaceStatus(
             used, self.limit, room, max(reached, default=None), room / rate if rate else None,
-            now - self._answer.when,
+            now - self._answer.when, rate,
         )  # fmt: skip

@@ -50,6 +50,7 @@ class FastPath:
         self._page_cache = page_cache
         self._activity = activity
         self._counted: dict[str, int] = requestfilter.fastpath_statistics()
+        self._copy_times = requestfilter.copy_times()  # that were counted
 
     def start(self) -> bool:
         """Switch it on; False if the filter cannot."""
@@ -160,7 +161,18 @@ class FastPath:
         counters.writes += found["writes"] - self._counted["writes"]
         counters.snapshot_reads += found["snapshot_reads"] - self._counted["snapshot_reads"]
         self._counted = found
+        times = requestfilter.copy_times()
+        self._engine.copier.times.add(
+            now - before for now, before in zip(times, self._copy_times, strict=True)
+        )
+        self._copy_times = times
         return found
+
+    def region_reads(self, region_size: int) -> list[int]:
+        """Reads of snapshots that were answered here, by regions of that size; none are counted
+        of regions that had another."""
+        size, reads = requestfilter.region_reads()
+        return reads if size == region_size else []
 
 
 def _file(image: Image) -> FileImage:

@@ -106,6 +106,11 @@ class SnapshotFS(pyfuse3.Operations):
         fast_path.write = self._write_kept
         fast_path.read = self._read_kept
 
+    @property
+    def open_files(self) -> tuple[int, int]:
+        """How many are open for reading, and how many of `active` for writing."""
+        return self._handles.readers, self._handles.writers
+
     # Errors
 
     def errno_of(self, error: Exception, what: str) -> int:

@@ -58,6 +58,8 @@ class Handles:
         self._handles: dict[int, Handle] = {}
         self._of: defaultdict[int, dict[int, Handle]] = defaultdict(dict)  # by inode, not our own
         self._dirtying: Counter[int] = Counter()  # by inode: what `may_be_dirty` asks for
+        self.readers = 0  # files of snapshots, and of `active` for reading, not our own
+        self.writers = 0  # of `active` for writing
         self.text_bytes = 0  # of bitmaps, in memory for those who have them open
         self._bypassed = False  # nobody has used the page cache of `active` since
 
@@ -111,6 +113,7 @@ class Handles:
         self.text_bytes += len(handle.content or b"")
         if not handle.own:
             self._of[handle.inode][handle.number] = handle
+        self._count(handle, 1)
         self._dirtying[handle.inode] += _may_dirty(handle)
         requestfilter.handle_opened(handle.number, handle.inode)
         return handle
@@ -125,10 +128,19 @@ class Handles:
         if not self._slots[slot]:
             del self._slots[slot]
         self._dirtying[inode] -= _may_dirty(handle)
+        self._count(handle, -1)
         self._of[inode].pop(number, None)
         if not self._of[inode]:
             del self._of[inode], self._dirtying[inode]
         return handle
+
+    def _count(self, handle: Handle, change: int) -> None:
+        if handle.own or handle.content is not None:
+            return
+        if handle.writable:
+            self.writers += change
+        else:
+            self.readers += change
 
     def may_be_dirty(self, inode: int) -> bool:
         """May the page cache have data of the file that has not been written to us?

@@ -31,6 +31,7 @@ __all__ = [
     "attached",
     "configure",
     "copies_fd",
+    "copy_times",
     "direct_read",
     "ended_copies",
     "fastpath_statistics",
@@ -38,6 +39,7 @@ __all__ = [
     "handle_opened",
     "invalidate_range",
     "load",
+    "region_reads",
     "reply_error",
     "reply_offset",
     "reply_read",
@@ -295,6 +297,19 @@ def fastpath_statistics() -> dict[str, int]:
     failed_replies: the kernel did not want them any more.
     """
     return _requestfilter.fastpath_statistics()
+
+
+def region_reads() -> tuple[int, list[int]]:
+    """Reads of snapshots by the fast path: bytes of a region of the image, and of each how many.
+
+    0: there was none yet.  They begin anew when regions get another size (engine/regions.py).
+    """
+    return _requestfilter.region_reads()
+
+
+def copy_times() -> list[int]:
+    """Copies that the fast path has made since the process started, by `copytimes.BOUNDS`."""
+    return _requestfilter.copy_times()
 
 
 def statistics() -> dict[str, int]:

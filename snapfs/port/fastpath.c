@@ -23,6 +23,7 @@
 #include "fastpath.h"
 #include "buffers.h"
 #include "copypool.h"
+#include "tally.h"
 #include "waiting.h"
 
 #include <fcntl.h>
@@ -199,7 +200,10 @@ static enum fastpath_verdict read_snapshot(int device, const struct fuse_in_head
     if (!published_is_sound())
         return FASTPATH_PYTHONS;
     verdict = transfer_read(device, in->unique, pieces, count);
-    counters.snapshot_reads += verdict == FASTPATH_ANSWERED;
+    if (verdict == FASTPATH_ANSWERED) {
+        counters.snapshot_reads++;
+        tally_read(offset, length);
+    }
     return verdict;
 }
 

@@ -6,6 +6,7 @@
 #include "handover.h"
 #include "published.h"
 #include "requestfilter.h"
+#include "tally.h"
 #include "waiting.h"
 
 #include <errno.h>
@@ -198,6 +199,9 @@ static PyMethodDef methods[] = {
      PyDoc_STR("activity_words() -> dict: where each word of the record of activity is")},
     {"fastpath_statistics", fastpath_statistics, METH_NOARGS,
      PyDoc_STR("fastpath_statistics() -> dict")},
+    {"region_reads", tally_region_reads, METH_NOARGS,
+     PyDoc_STR("region_reads() -> (size of a region or 0, list)")},
+    {"copy_times", tally_copy_times, METH_NOARGS, PyDoc_STR("copy_times() -> list")},
     {"statistics", statistics, METH_NOARGS, PyDoc_STR("statistics() -> dict")},
     {NULL, NULL, 0, NULL},
 };

@@ -24,6 +24,7 @@
 #include "fastpath.h"
 #include "handover.h"
 #include "syncing.h"
+#include "tally.h"
 
 #include <errno.h>
 #include <linux/fuse.h>
@@ -199,6 +200,7 @@ static void land(void)
         drain.left.clusters += copy->stop - copy->first;
         drain.left.written += (unsigned long long)copy->work.written;
         drain.left.nanoseconds += (unsigned long long)copy->nanoseconds;
+        tally_copy(copy->nanoseconds);
         if (copy->durable)
             pool_promise(copy);
         else

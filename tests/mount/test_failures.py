@@ -81,8 +81,10 @@ def test_temp_limit_is_exact_and_can_be_changed(mount, policy):
     moment = disk.active.read_bytes()
     disk.create("s")
     disk.write(0, b"x" * MIB)
-    assert MIB == disk.json("status")["temp"]["used_bytes"]
-    assert 95 == disk.json("status")["temp"]["warning_percent"]
+    status = disk.json("status", check=False)
+    assert (MIB, 95) == (status["temp"]["used_bytes"], status["temp"]["warning_percent"])
+    assert ["temp-space"] == [problem["kind"] for problem in status["problems"]]
+    assert not status["mount"]["healthy"]
     if policy == "break-snapshot":
         disk.write(MIB, b"x" * K64)
         assert 1 == state_of(disk, "s")["clusters"]["lost"]

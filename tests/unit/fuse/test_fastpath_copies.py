@@ -47,6 +47,8 @@ async def test_a_pending_cluster_is_copied_before_it_is_written(image):
         counters = rig.engine.counters
         assert (2, 2, 2 * CLUSTER) == (counters.writes, counters.cbw_copies, counters.cbw_bytes)
         assert 0 < counters.cbw_seconds
+        times = rig.engine.copier.times
+        assert (1, counters.cbw_seconds) == (sum(times.counts), pytest.approx(times.seconds))
         assert 0 == rig.engine.space._claimed
         assert rig.settled_activity() == rig.activity()
         check_bitmaps(rig.engine)

@@ -289,3 +289,19 @@ async def test_a_cold_read_of_a_snapshot(image):
         assert (0, OLD) == rig.send(request)
         await rig.engine.discard(layer, 5 * CLUSTER, CLUSTER)
         assert rig.send(request) is None
+
+
+async def test_where_snapshots_are_read_is_counted_by_region(image):
+    async with Rig.make(image) as rig:
+        layer = await rig.engine.create_snapshot("s")
+        inode, handle = FIRST_SNAPSHOT + layer.id, rig.handle(layer)
+        rig.send(read_request(inode, handle, 0, 1))  # now the regions are of this image
+        before = rig.fast.region_reads(CLUSTER)
+        rig.send(read_request(inode, handle, 2 * CLUSTER - 1, CLUSTER + 2))
+        rig.send(read_request(inode, handle, SIZE - 1, 10))
+        rig.send(read_request(inode, handle, SIZE, 10))  # nothing there
+        rig.send(read_request(ACTIVE, ACTIVE_HANDLE, 0, SIZE))
+        now = rig.fast.region_reads(CLUSTER)
+        changed = {region: n - before[region] for region, n in enumerate(now) if n - before[region]}
+        assert {1: 1, 2: 1, 3: 1, SIZE // CLUSTER: 1} == changed
+        assert [] == rig.fast.region_reads(2 * CLUSTER)
