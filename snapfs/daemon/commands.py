@@ -81,6 +81,11 @@ class Commands:
         )
         return {**self._bitmaps.table(), **{name: getattr(self, name) for name in names}}
 
+    def visible(self) -> Mapping[str, Callable[..., Any]]:
+        """Those that change nothing, not even what the kernel has written back."""
+        shown = (self.list, self.status, self.regions, self.events)
+        return {"map": self._map_as_it_is, **{each.__name__: each for each in shown}}
+
     async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Create a snapshot; with `unnamed` under a name that tells the time."""
         unnamed = flag(request, "unnamed")
@@ -191,10 +196,14 @@ class Commands:
         `dirty` tells of the bitmap named by `bitmap`, else of any.  With `rows`
         an extent is [start, length, data, accessible, source, dirty].
         """
-        offset = number(request, "offset", 0)
-        rows = flag(request, "rows")
         if text(request, "file") == "active":
             await self._engine.write_back()
+        return await self._map_as_it_is(request)
+
+    async def _map_as_it_is(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """`map`, where data of `active` counts that has reached the image."""
+        offset = number(request, "offset", 0)
+        rows = flag(request, "rows")
         layer = self._find(text(request, "file"))
         dirty = self._bitmaps.dirty(optional(request, "bitmap"))
         if layer is not None:

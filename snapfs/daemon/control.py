@@ -5,9 +5,11 @@
     {"ok": false, "error": {"kind": "SnapshotExists", "message": ..., "exit_code": 1}}
 
 The socket lies in the state directory, mode 0600; another, without a file, is for those who do
-not know that directory (client/wire.py).  The peer's user is checked on both.  Everything that
-comes in is bounded: length of a line, clients at once, time to send a line, and the type of each
-value.
+not know that directory (client/wire.py).  The peer's user is checked on both: the owner and root
+may do all, members of the group that the mount names may look, others may do nothing.
+
+Everything that comes in is bounded: length of a line, clients at once, time to send a line, and the
+type of each value.
 
 A client takes a descriptor.  When there is none left those set aside serve, and the
 last of them tells the client why it is refused: nobody waits for ever, and the
@@ -38,10 +40,14 @@ from .farewell import Farewell
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 32
+MAX_VISITORS = 8  # of them, who may look only: the owner is never kept out by them
 IDLE_SECONDS = 30.0
 SPARE_DESCRIPTORS = 4
 RETRY_SECONDS = 0.2  # after a failure of accept(2)
 BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP, errno.EFAULT)
+
+SO_PEERGROUPS = 59  # asm-generic/socket.h
+GROUPS_BYTES = 1024  # that Python reads of an option: 256 groups
 
 Command = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -79,6 +85,8 @@ def number(request: Mapping[str, Any], key: str, default: int) -> int:
 class ControlServer:
     """Answers requests with `commands`, for the users in `uids` and root.
 
+    Processes that have `group` among their groups are answered with `visible` only.
+
     Who asks for the `farewell` is told there how the mount ended.
     """
 
@@ -90,6 +98,8 @@ class ControlServer:
         farewell: Farewell,
         *,
         also: Sequence[str] = (),
+        group: int | None = None,
+        visible: Mapping[str, Command] | None = None,
     ) -> None:
         """`also`: addresses without a file, to listen at the first that is free as well."""
         self._path = path
@@ -98,7 +108,10 @@ class ControlServer:
         self._commands = commands
         self._uids = uids | {0}
         self._farewell = farewell
+        self._group = group
+        self._visible = visible or {}
         self._clients = 0  # task-atomic
+        self._visitors = 0  # of them; task-atomic
         self._spare = Reserve(SPARE_DESCRIPTORS)
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -159,11 +172,14 @@ class ControlServer:
 
     async def _client(self, client: trio.socket.SocketType, scarce: OSError | None) -> None:
         credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        uid = struct.unpack("iII", credentials)[1]
+        _, uid, gid = struct.unpack("iII", credentials)
+        owner = uid in self._uids
+        visitor = not owner and self._group is not None and self._group in _groups(client, gid)
         stream = trio.SocketStream(client)
         self._clients += 1
+        self._visitors += visitor
         try:
-            if uid not in self._uids:
+            if not (owner or visitor):
                 if uid not in self._refused and len(self._refused) < MAX_CLIENTS:
                     self._refused.add(uid)
                     log.warning("user %d may not use the control socket", uid)
@@ -171,19 +187,20 @@ class ControlServer:
                 await _send(stream, failure(refused))
             elif scarce is not None:
                 await _send(stream, failure(errors.LimitReached(descriptors.explain(scarce))))
-            elif self._clients > MAX_CLIENTS:
+            elif self._clients > MAX_CLIENTS or (visitor and self._visitors > MAX_VISITORS):
                 await _send(stream, failure(errors.InUse("too many clients; try again")))
             else:
-                await self._converse(stream)
+                await self._converse(stream, owner)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # gone, or too slow
         finally:
             self._clients -= 1
+            self._visitors -= visitor
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
             self._spare.refill()
 
-    async def _converse(self, stream: trio.SocketStream) -> None:
+    async def _converse(self, stream: trio.SocketStream, owner: bool) -> None:
         waiting = bytearray()
         while True:
             with trio.fail_after(IDLE_SECONDS):
@@ -196,13 +213,25 @@ class ControlServer:
                         await _send(stream, failure(errors.UsageError("the request is too long")))
                         return
             line, _, waiting = waiting.partition(b"\n")
-            await _send(stream, await self._answer(bytes(line), stream))
+            await _send(stream, await self._answer(bytes(line), stream, owner))
 
-    async def _answer(self, line: bytes, stream: trio.SocketStream) -> dict[str, Any]:
+    async def _shown(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a visitor; raises NotPermitted."""
+        command = self._visible.get(str(request.get("command")))
+        if command is None:
+            raise errors.NotPermitted(
+                "members of control-group may look at the mount, by list, status, map, metrics and "
+                "events; only its owner may control it"
+            )
+        return await command(request)
+
+    async def _answer(self, line: bytes, stream: trio.SocketStream, owner: bool) -> dict[str, Any]:
         try:
             request = json.loads(line)
             if not isinstance(request, dict) or request.get("version") != VERSION:
                 raise errors.UsageError(f"not a request of version {VERSION}")
+            if not owner:
+                return {"ok": True, "result": await self._shown(request)}
             if request.get("command") == FAREWELL:
                 if not self._farewell.add(stream.socket.fileno()):
                     raise errors.InUse("too many wait for the end of the mount")
@@ -218,6 +247,18 @@ class ControlServer:
         except Exception:
             log.exception("unexpected error in a control request")
             return failure(errors.SnapfsError("internal error; the log has the details"))
+
+
+def _groups(client: trio.socket.SocketType, gid: int) -> frozenset[int]:
+    """The groups of a peer as it connected, of which `gid` is the first.
+
+    Of one in more than 256 only that is known.
+    """
+    try:
+        data = client.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_BYTES)
+    except OSError:
+        return frozenset({gid})
+    return frozenset({gid, *struct.unpack(f"{len(data) // 4}I", data)})
 
 
 async def _send(stream: trio.SocketStream, answer: Mapping[str, Any]) -> None:

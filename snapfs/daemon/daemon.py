@@ -210,6 +210,8 @@ class Daemon:
                 uids,
                 self._farewell,
                 also=free_addresses(session.mount),
+                group=options.control_group,
+                visible=commands.visible(),
             )
             async with trio.open_nursery() as serving:
                 await serving.start(keep_thread)

@@ -101,6 +101,7 @@ class MountOptions:
     uid: int | None = None
     gid: int | None = None
     umask: int = 0
+    control_group: int | None = None  # whose members may look at the mount; a gid
     log_level: str = "info"
     max_read: int | None = None
     read_only: bool = False
@@ -153,6 +154,35 @@ def _cluster_size(value: str) -> int:
     return size
 
 
+def _group(value: str) -> int:
+    """The number of a group.  Raises UsageError."""
+    import grp  # noqa: PLC0415 - for most mounts not needed
+
+    try:
+        found = grp.getgrnam(value).gr_gid
+    except KeyError:
+        if not (value.isascii() and value.isdigit() and int(value) < (1 << 32) - 1):
+            raise UsageError(
+                f"control-group={value}: there is no such group; make it: groupadd {value}"
+            ) from None
+        found = int(value)
+    if found == _overflow_gid():
+        raise UsageError(
+            f"control-group={value} is the group of those whose group has no number here, which "
+            "can be anybody; choose another"
+        )
+    return found
+
+
+def _overflow_gid() -> int:
+    """What the kernel calls groups that are unknown in this user namespace."""
+    try:
+        with open("/proc/sys/kernel/overflowgid") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65534
+
+
 OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "state": ("state", str),
     "cluster-size": ("cluster_size", _cluster_size),
@@ -171,6 +201,7 @@ OWN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "umask": ("umask", _number("umask", 8)),
     "fsname": ("fsname", str),
     "max_read": ("max_read", _max_read),
+    "control-group": ("control_group", _group),
     "log-level": ("log_level", _choice("log-level", LOG_LEVELS)),
 }
 FLAGS = {

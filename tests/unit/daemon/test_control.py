@@ -66,12 +66,18 @@ def message(chance: random.Random) -> bytes:
 
 
 @asynccontextmanager
-async def serving(path: str) -> AsyncIterator[Bench]:
+async def serving(path: str, *, group: int | None = None, owners: bool = True):
+    """A server; unless `owners` nobody owns its mount."""
     async with trio.open_nursery() as nursery:
         bench = Bench.make(nursery, pattern(1, SIZE))
         fast = lambda: defaultdict(int)  # noqa: E731
         commands = Commands(bench.engine, "image", "/mnt", "process", fast, "/temp", lambda: None)
-        server = ControlServer(path, commands.table(), frozenset({os.geteuid()}), Farewell())
+        server = ControlServer(
+            path, commands.table(), frozenset({os.geteuid()}), Farewell(),
+            group=group, visible=commands.visible(),
+        )  # fmt: skip
+        if not owners:
+            server._uids = frozenset()
         await nursery.start(server.serve)
         yield bench
         nursery.cancel_scope.cancel()
@@ -283,3 +289,77 @@ async def test_no_socket_is_made_in_a_directory_of_others(tmp_path):
                 await nursery.start(server.serve)
             nursery.cancel_scope.cancel()
     assert [] == os.listdir(tmp_path / "theirs")
+
+
+LOOKS = ("list", "status", "map", "regions", "events")
+
+
+async def test_members_of_the_group_may_look_and_nothing_else(tmp_path):
+    path = str(tmp_path / "socket")
+    async with serving(path, group=os.getegid(), owners=False) as bench:
+        await bench.engine.create_snapshot("s")
+        words = {*Commands.table(_commands(bench)), "farewell", "metrics", "", "visible"}
+        for word in sorted(words):
+            request = {"version": 1, "command": word, "name": "s", "new": "t", "file": "active"}
+            request |= {
+                "offset": 0,
+                "length": 1,
+                "bytes": 5,
+                "a": "s",
+                "source": "s",
+                "target": "s",
+            }
+            [answer] = await converse(path, [json.dumps(request).encode()])
+            assert answer["ok"] == (word in LOOKS), (word, answer)
+            if not answer["ok"]:
+                assert "NotPermitted" == answer["error"]["kind"]
+                assert "may look" in answer["error"]["message"]
+        assert ["s"] == [layer.name for layer in bench.engine.snapshots]
+        assert bench.engine.space.limit is None
+
+
+def _commands(bench: Bench) -> Commands:
+    fast = lambda: defaultdict(int)  # noqa: E731
+    return Commands(bench.engine, "image", "/mnt", "process", fast, "/temp", lambda: None)
+
+
+async def test_who_may_only_look_makes_the_kernel_write_nothing_back(tmp_path):
+    path = str(tmp_path / "socket")
+    written: list[str] = []
+
+    async def barrier() -> None:
+        written.append("back")
+
+    request = b'{"version": 1, "command": "map", "file": "active"}'
+    for owners in (False, True):
+        async with serving(path, group=os.getegid(), owners=owners) as bench:
+            bench.engine.barrier = barrier
+            assert (await converse(path, [request]))[0]["ok"]
+            assert owners == bool(written)
+
+
+@pytest.mark.parametrize("group", [None, 1 << 31])
+async def test_others_may_not_even_look(tmp_path, group):
+    path = str(tmp_path / "socket")
+    async with serving(path, group=group, owners=False):
+        [answer] = await converse(path, [STATUS])
+        assert "only the owner" in answer["error"]["message"]
+
+
+async def test_visitors_do_not_keep_the_owner_out(tmp_path):
+    path = str(tmp_path / "socket")
+    async with serving(path, group=os.getegid(), owners=False):
+        streams = [await trio.open_unix_socket(path) for _ in range(control.MAX_VISITORS)]
+        await trio.testing.wait_all_tasks_blocked()
+        [answer] = await converse(path, [STATUS])
+        assert "InUse" == answer["error"]["kind"]
+        for stream in streams:
+            await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await converse(path, [STATUS]))[0]["ok"]
+
+
+async def test_the_groups_of_a_peer_are_those_that_it_connected_with():
+    one, other = trio.socket.socketpair()
+    with one, other:
+        assert {os.getegid(), *os.getgroups()} == control._groups(one, os.getegid())

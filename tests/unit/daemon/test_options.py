@@ -57,3 +57,17 @@ def test_unknown_options_are_refused_with_the_nearest_and_passed_over_when_slopp
     with pytest.raises(UsageError, match="did you mean state"):
         parse_options(["stat=/x"])
     assert parse_options([]) == parse_options(["stat=/x,whatever"], sloppy=True)
+
+
+def test_the_control_group_is_a_name_or_a_number_and_nobody_in_particular():
+    assert 0 == parse_options(["control-group=root"]).control_group
+    assert 4711 == parse_options(["control-group=4711"]).control_group
+    for value, words in (
+        ("no-such-group", "groupadd no-such-group"),
+        ("65534", "anybody"),
+        ("-1", "no such group"),
+        (str((1 << 32) - 1), "no such group"),
+        ("", "needs a value"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            parse_options([f"control-group={value}"])
