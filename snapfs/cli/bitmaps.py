@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from ..client import mountinfo
 from ..client.naming import split_names
 from ..client.wire import Client
-from ..errors import ExitCode
+from ..errors import ExitCode, UsageError
 from .arguments import Verbs, add_json, add_words, file_of, only
 from .output import dump, human, print_pairs, print_table
 
@@ -22,6 +22,9 @@ def add_to(verbs: Verbs) -> None:
     add_words(verb, "FILE", "or MOUNTPOINT NAME of a snapshot")
     verb.add_argument("--bitmap", metavar="B", help="dirty is what this one says, not any")
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
+    verb.add_argument(
+        "--svg", metavar="PICTURE", help="a heat map of the image FILE, or MOUNTPOINT, is of"
+    )
     add_json(verb)
     verb.set_defaults(run=map_file)
 
@@ -146,6 +149,8 @@ def _begun(rows: Iterator[Row]) -> Iterator[Row]:
 
 def map_file(arguments: argparse.Namespace) -> int:
     """snapfs map FILE."""
+    if arguments.svg is not None:
+        return _draw(arguments)
     rows = _begun(_rows(file_of(arguments.words), arguments.bitmap))
     if arguments.totals:
         keys = ("extents", "length", "data", "zero", "inaccessible", "temp", "dirty")
@@ -161,6 +166,30 @@ def map_file(arguments: argparse.Namespace) -> int:
         _print_json(rows, sys.stdout)
     else:
         _print_rows(rows, sys.stdout)
+    return ExitCode.OK
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    """snapfs map FILE --svg PICTURE: of the whole image; - is the standard output."""
+    from ..client import newfiles  # noqa: PLC0415 - few draw
+    from . import picture, report  # noqa: PLC0415
+
+    if arguments.bitmap is not None or arguments.totals or arguments.json:
+        raise UsageError("--svg draws the whole image: it goes with no other option")
+    file = file_of(arguments.words)
+    found, inside = mountinfo.split(file)
+    if inside not in ("", "active"):
+        raise UsageError(
+            f"--svg draws the image with all of its snapshots; say {found.mountpoint} instead of "
+            f"{file}"
+        )
+    with Client(found) as client:
+        status, regions = client.call("status"), client.call("regions")
+    text = picture.svg(status, regions, report.current().isoformat())
+    if arguments.svg == "-":
+        sys.stdout.write(text)
+    else:
+        newfiles.replace(arguments.svg, text.encode())
     return ExitCode.OK
 
 

@@ -44,6 +44,7 @@ _KIND_OF = {
     "bash|zsh|fish": "shell",
     "IMAGE": "file",
     "PREVIOUS": "file",
+    "PICTURE": "file",
     "STATE": "file",
     "DEST": "file",
     "DIR": "directory",

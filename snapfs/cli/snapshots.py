@@ -1,4 +1,4 @@
-"""Snapshots and the mount they are of: create, list, show, status, limit, events."""
+"""Snapshots and the mount they are of: create, list, show, limit, events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..client.naming import split_names
 from ..client.wire import Client
 from ..errors import ExitCode
 from .arguments import Verbs, add_json, add_words, only, size_or_none
-from .output import dump, human, print_pairs, print_table
+from .listing import HEADS, list_all, list_row
+from .output import dump, print_pairs, print_table
 from .selection import add_selection, selection
 
 EVENT_SECONDS = 20  # of waiting in one request
@@ -28,7 +29,7 @@ def add_to(verbs: Verbs) -> None:
     verb.set_defaults(run=create)
 
     verb = verbs.add_parser("list", help="list snapshots")
-    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
+    verb.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="default: all")
     add_json(verb)
     verb.set_defaults(run=list_snapshots)
 
@@ -36,11 +37,6 @@ def add_to(verbs: Verbs) -> None:
     add_words(verb, "MOUNTPOINT NAME", "or the path MOUNTPOINT/snapshots/NAME")
     add_json(verb)
     verb.set_defaults(run=show)
-
-    verb = verbs.add_parser("status", help="show the state of a mount")
-    verb.add_argument("mountpoint", metavar="MOUNTPOINT")
-    add_json(verb)
-    verb.set_defaults(run=status)
 
     verb = verbs.add_parser("limit", help="bound the space of the temp images")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -76,21 +72,15 @@ def create(arguments: argparse.Namespace) -> int:
 
 
 def list_snapshots(arguments: argparse.Namespace) -> int:
-    """snapfs list MOUNTPOINT."""
+    """snapfs list [MOUNTPOINT]."""
+    if arguments.mountpoint is None:
+        return list_all(arguments)
     with Client(arguments.mountpoint) as client:
         answer = client.call("list")
     if arguments.json:
         dump("list", answer)
     else:
-        print_table(
-            ("NAME", "CREATED", "SIZE", "TEMP", "STATE", "NOTE"),
-            (
-                (each["name"], each["created"][:19] + "Z", human(each["size"]),
-                 human(each["temp_bytes"]), each["state"] + ", pinned" * each["pinned"],
-                 each["note"] or "")
-                for each in answer["snapshots"]
-            ),
-        )  # fmt: skip
+        print_table(HEADS, map(list_row, answer["snapshots"]))
     return _state_status(answer["snapshots"])
 
 
@@ -109,29 +99,6 @@ def show(arguments: argparse.Namespace) -> int:
     else:
         print_pairs(answer["snapshot"])
     return _state_status([answer["snapshot"]])
-
-
-def status(arguments: argparse.Namespace) -> int:
-    """snapfs status MOUNTPOINT."""
-    with Client(arguments.mountpoint) as client:
-        answer = client.call("status")
-    if arguments.json:
-        dump("status", answer)
-    else:
-        _print_status(answer)
-    if not answer["mount"]["healthy"]:
-        return ExitCode.ERROR
-    return _state_status(answer["snapshots"])
-
-
-def _print_status(answer: dict[str, Any]) -> None:
-    names = [
-        each["name"] + (" (inconsistent)" if each["inconsistent"] else "")
-        for each in answer["bitmaps"]
-    ]
-    print_pairs(
-        {**answer, "snapshots": len(answer["snapshots"]), "bitmaps": ", ".join(names) or None}
-    )
 
 
 def events(arguments: argparse.Namespace) -> int:

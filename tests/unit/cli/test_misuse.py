@@ -34,7 +34,7 @@ def test_a_word_that_is_no_command_names_the_nearest(arguments, said, capsys):
     [
         (["list", "/mnt/d", "--jsn"], "there is no option --jsn; did you mean --json?"),
         (["list", "/mnt/d", "more"], "what is 'more' for? that is one argument too many"),
-        (["list"], "the following arguments are required: MOUNTPOINT"),
+        (["limit"], "the following arguments are required: MOUNTPOINT, SIZE"),
         (["copy", "/mnt/d/snapshots/s"], "it takes a snapshot and where it is to go"),
         (["copy", "a", "b", "--format", "vmdk"], "'vmdk' is none of raw, qcow2"),
         (["delete"], "required: MOUNTPOINT NAME..."),
@@ -51,9 +51,9 @@ def test_a_usage_error_shows_the_usage_of_that_command(arguments, said, capsys):
 
 
 def test_wrong_arguments_are_json_too(capsys):
-    assert 2 == main(["list", "--json"])
+    assert 2 == main(["show", "--json"])
     document = json.loads(capsys.readouterr().out)
-    assert {"command": "list", "vers_major": 1, "vers_minor": 0} == document["output_version"]
+    assert {"command": "show", "vers_major": 1, "vers_minor": 0} == document["output_version"]
     assert {"code", "message", "exit_code"} == set(document["error"])
     assert ("misused", 2) == (document["error"]["code"], document["error"]["exit_code"])
 
