@@ -8,6 +8,7 @@ points.py        Backup: a backup directory and its points, made without a mount
 patterns.py      contents of images, such as that of the cases in the semantics
 devices.py       Device: a file system that is shut down, frozen, and mounted again
 filesystems.py   file systems on `active` and under the state: loop devices, tmpfs
+terminals.py     Terminal: a program on a terminal, what it shows there, and keys
 patched.py       Patched: the daemon with a part of it replaced, held where a test wants it
 writing.py       somebody who writes until the daemon is killed
 dying.py         a program: snapfs, killed at its Nth step
@@ -18,6 +19,7 @@ images.py        MemoryImage: an image in memory, with faults and stalls
 fakes.py         MemoryStore: a state directory in memory; Bench: an engine over it
 naive.py         the specification of the engine, written down naively
 world/           the engine beside plain bytes: steps, model and checks of its property test
+answers.py       what a daemon answers to status and regions, made up
 stores.py        sessions of the engine over a real state directory
 fastpaths.py     Rig: the fast path over real files, fed with requests without a kernel
 disk.py          Recorder: what a power cut at any moment may leave of a directory
