@@ -15,11 +15,15 @@ GAP = "  "
 
 
 class Line(ProgressColumn):
-    """Per cent first, then as much of the rest as `width()` columns take."""
+    """What it is and per cent, then as much of the rest as `width()` columns take.
 
-    def __init__(self, width: Callable[[], int]) -> None:
+    `full` and `rest`: what the bar is made of.
+    """
+
+    def __init__(self, width: Callable[[], int], full: str = "━", rest: str = " ") -> None:
         super().__init__()
         self._width = width
+        self._full, self._rest = full, rest
 
     def render(self, task: Task) -> Text:
         """See `ProgressColumn`."""
@@ -43,8 +47,8 @@ class Line(ProgressColumn):
         line.append(GAP.join([*shown[:1], ""]))
         if room >= BAR + len(GAP):
             filled = int(share * BAR)
-            line.append("━" * filled, "bar.complete")
-            line.append("━" * (BAR - filled), "bar.back")
+            line.append(self._full * filled, "bar.complete")
+            line.append(self._rest * (BAR - filled), "bar.back")
             line.append(GAP)
         line.append(GAP.join([percent, *shown[1:]]))
         return line
@@ -56,10 +60,16 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def glyphs(console: Console) -> tuple[str, str]:
+    """What a bar is made of: its full part, and the rest, which only a colour tells from it."""
+    full = "-" if console.options.ascii_only else "━"
+    return full, " " if console.no_color or console.color_system is None else full
+
+
 def start(what: str, total: int) -> tuple[Callable[[int], None], Callable[[], None]]:
     """Begin one on stderr; returns what counts bytes, and what ends it."""
     console = Console(stderr=True)
-    progress = Progress(Line(lambda: console.width), console=console)
+    progress = Progress(Line(lambda: console.width, *glyphs(console)), console=console)
     task = progress.add_task(what, total=total)
     progress.start()
     return lambda count: progress.advance(task, count), progress.stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from attrs import frozen
 from rich.console import Console
 
 from snapfs.backup import progress
-from snapfs.backup.bar import Line
+from snapfs.backup.bar import Line, glyphs
 from snapfs.backup.progress import Progress
 
 MIB = 1 << 20
@@ -45,7 +46,7 @@ def shown(width: int, task: object = Task()) -> str:
         (30, "backup   50 %  100 MiB/s"),
         (36, "backup   50 %  100 MiB/s  0:41 left"),
         (54, "backup   50 %  100 MiB/s  0:41 left  4 GiB of 8 GiB"),
-        (80, "backup  " + "━" * 20 + "   50 %  100 MiB/s  0:41 left  4 GiB of 8 GiB"),
+        (80, "backup  " + "━" * 10 + " " * 10 + "   50 %  100 MiB/s  0:41 left  4 GiB of 8 GiB"),
     ],
 )
 def test_a_terminal_gets_what_fits_into_one_line(width, line):
@@ -84,3 +85,13 @@ def test_a_line_of_json_says_of_which_command_it_is(capsys, monkeypatch):
     line = json.loads(capsys.readouterr().out)
     assert "copy" == line["output_version"]["command"]
     assert ("status", "monday", 1) == (line["message_type"], line["what"], line["bytes_done"])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "colour", "made_of"),
+    [("utf-8", True, ("━", "━")), ("utf-8", False, ("━", " ")), ("latin-1", False, ("-", " "))],
+)
+def test_a_terminal_without_colours_or_unicode_has_a_bar_all_the_same(encoding, colour, made_of):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, force_terminal=True, color_system="standard", no_color=not colour)
+    assert made_of == glyphs(console)
