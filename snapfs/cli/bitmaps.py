@@ -38,7 +38,9 @@ def add_to(verbs: Verbs) -> None:
 
 
 def _add_bitmap(verb: argparse.ArgumentParser) -> None:
-    actions = verb.add_subparsers(title="actions", metavar="ACTION", required=True)
+    actions = verb.add_subparsers(
+        title="actions", metavar="add|list|clear|merge|remove", required=True
+    )
     for name, words, summary in (
         ("add", ("NAME",), "make a bitmap, which records from now on"),
         ("list", (), "list the bitmaps"),

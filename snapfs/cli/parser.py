@@ -113,7 +113,8 @@ class Parser(argparse.ArgumentParser):
         if not options:
             return f"what is {rest[0]!r} for? that is one argument too many"
         known = [name for action in self._actions for name in action.option_strings]
-        return f"there is no option {options[0]}{_hint(options[0], known)}"
+        more = _hint(options[0], known) or f"; see {self.prog} --help"
+        return f"there is no option {options[0]}{more}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:

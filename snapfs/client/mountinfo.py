@@ -167,7 +167,11 @@ def find_snapfs(path: str) -> Mount:
                     f"{mount.source} is mounted over the snapfs on {path}; unmount that first"
                 )
     where = [each.mountpoint for each in mounts() if each.fs_type == FS_TYPE]
-    known = f"there is one on {', '.join(where[:_SHOWN])}" if where else "first: snapfs mount IMAGE"
+    known = (
+        f"there is one on {', '.join(where[:_SHOWN])}"
+        if where
+        else f"mount one: snapfs mount IMAGE {path}"
+    )
     raise NotMounted(f"no snapfs is mounted on {path}; {known}")
 
 

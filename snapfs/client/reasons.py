@@ -7,6 +7,7 @@ import os
 
 _REMEDIES = {
     errno.ENOSPC: "free some space there",
+    errno.ENOENT: "check the path, and whether its file system is mounted",
     errno.EDQUOT: "free some space there, or have the quota raised",
     errno.EROFS: "that file system is read-only: choose another place, or remount it read-write",
     errno.EACCES: "ask its owner, or be root",

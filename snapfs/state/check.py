@@ -34,6 +34,7 @@ from .manifest import MAX_BYTES, ImageStamp, Manifest
 from .recovery import distrust, holders
 from .store import CONTROL_SOCKET
 
+_NAMES = "name the image, or what -o state= names"
 KNOWN = {
     "manifest.json", "activity", "lock", "reserve", CONTROL_SOCKET, "snapshots", "bitmaps",
     "manifest.json.new", "daemon.log",
@@ -66,11 +67,11 @@ def _find(path: str) -> tuple[str, str | None]:
     if os.path.islink(directory):
         raise StateError(f"{directory} is a symbolic link; name the directory itself")
     if not os.path.lexists(directory):
-        raise NotFound(f"there is no state directory {directory}")
+        raise NotFound(f"there is no state directory {directory}; {_NAMES}")
     if not os.path.isdir(directory):
-        raise UsageError(f"{directory} is not a directory")
+        raise UsageError(f"{directory} is not a directory; {_NAMES}")
     if not KNOWN & set(os.listdir(directory)) - {"daemon.log"}:
-        raise UsageError(f"{directory} is not a state directory of snapfs")
+        raise UsageError(f"{directory} is not a state directory of snapfs; {_NAMES}")
     return directory, image
 
 
