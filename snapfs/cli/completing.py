@@ -62,7 +62,8 @@ _snapfs_names() {
     "zsh": """\
 _snapfs_names() {
   local -a found
-  found=(${(f)"$(snapfs completion "--for=$1" -- "$PREFIX" "${words[@]}" 2>/dev/null)"})
+  local -a before=("${(@)words[1,CURRENT-1]}")
+  found=(${(f)"$(snapfs completion "--for=$1" -- "$PREFIX" "${before[@]}" 2>/dev/null)"})
   if (( $#found )); then compadd -a found; else _files; fi
 }
 """,
@@ -105,7 +106,10 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
             kind = kind_of(each, action)
             if kind is not None:
                 action.complete = plain.get(kind) or _complete(kind)  # type: ignore[attr-defined]
-    return str(shtab.complete(parser, shell=shell))
+    text = str(shtab.complete(parser, shell=shell))
+    if shell == "zsh":  # where shtab has only the first of several arguments completed
+        text = re.sub(r'^(  ")\(\*\)::?', r"\1*:", text, flags=re.MULTILINE)
+    return text
 
 
 def kind_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str | None:

@@ -60,7 +60,7 @@ def test_mount_takes_the_line(kind, line, tmp_path):
     line(LINES[kind][0])
     done = installed(
         """
-        findmnt --verify --tab-file fstab >verified
+        findmnt --verify --tab-file fstab >verified 2>&1 || true
         mount -T fstab mnt
         findmnt -no FSTYPE,SOURCE mnt
         cat mnt/active
@@ -72,7 +72,8 @@ def test_mount_takes_the_line(kind, line, tmp_path):
     )
     assert f"fuse.snapfs {tmp_path}/a.img\nabc" == done.stdout.strip()
     verified = (tmp_path / "verified").read_text()
-    assert "0 parse errors, 0 errors" in verified, verified
+    assert "[E]" not in verified
+    assert "parse error" not in verified.replace("0 parse errors", "")
 
 
 def test_all_lines_are_mounted_at_once(line, tmp_path):

@@ -112,7 +112,8 @@ def typed(shell: str, scripts: Path, line: str, wanted: str) -> None:
         "bash": f"PS1='ready> '; bind 'set enable-bracketed-paste off'; "
         f"source {scripts}/completion.bash\r",
         "zsh": "PS1='ready> '; unsetopt zle_bracketed_paste; autoload -U compinit; "
-        f"compinit -u -D; source {scripts}/completion.zsh\r",
+        f"compinit -u -D; "
+        f'eval "$(<{scripts}/completion.zsh)"\r',
     }[shell]
     with Terminal(SHELL_SETUP[shell], columns=200, HOME=str(scripts)) as terminal:
         terminal.type(begin)
