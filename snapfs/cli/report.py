@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .output import human
-from .terminal import PLAIN_WIDTH, Painter, printable
+from .terminal import Painter, printable
 
 Status = Mapping[str, Any]
 
 LABEL = 12  # columns of what a fact is called
 MOST_SNAPSHOTS = 20  # that status lists; `snapfs list` has them all
 BAR = 20
+ENDLESS = 1 << 20  # where there is no terminal: a line each
 NARROWEST = 16  # terminal that lines are made for
 
 
@@ -32,9 +33,9 @@ def report(
     )
     yield f"{painter(printable(mount['mountpoint']), 'bold')}: {state}"
     for problem in status["problems"]:
-        yield from _problem(problem, painter, width or PLAIN_WIDTH)
+        yield from _problem(problem, painter, width or ENDLESS)
     for label, text in _facts(status, now, users, width is not None):
-        yield from _wrapped(label, text, width or PLAIN_WIDTH)
+        yield from _wrapped(label, text, width or ENDLESS)
     snapshots = status["snapshots"]
     if snapshots:
         yield ""
@@ -45,13 +46,12 @@ def report(
 
 def _problem(problem: Status, painter: Painter, width: int) -> Iterator[str]:
     colour = "red" if problem["severity"] == "error" else "yellow"
-    lines = textwrap.wrap(
-        f"{problem['severity']}: {printable(problem['message'])}", width - 2, subsequent_indent="  "
-    )
+    text = f"{problem['severity']}: {printable(problem['message'])}"
+    lines = textwrap.wrap(text, width - 2, subsequent_indent="  ", break_on_hyphens=False)
     yield from (f"  {painter(line, colour)}" for line in lines)
     yield from textwrap.wrap(
         f"what to do: {printable(problem['remedy'])}", width - 2,
-        initial_indent="    ", subsequent_indent="    ",
+        initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False,
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ import sys
 from typing import TextIO
 
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
-PLAIN_WIDTH = 100  # where nobody tells
 
 
 def wants_colour(choice: str = "auto", stream: TextIO | None = None) -> bool:

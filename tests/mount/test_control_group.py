@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
-from tests.support.mounted import PATIENCE, SNAPFS, Mounted, let_others_in
+from tests.support.mounted import SNAPFS, Mounted, let_others_in, run
 
 pytestmark = [
     pytest.mark.mount,
@@ -23,10 +22,8 @@ FOREIGN = 54322
 
 
 def as_nobody(*command, groups: tuple[int, ...], group: int = NOBODY):
-    return subprocess.run(
-        [*map(str, command)], user=NOBODY, group=group, extra_groups=groups, cwd="/",
-        capture_output=True, text=True, check=False, timeout=PATIENCE,
-    )  # fmt: skip
+    more = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
+    return run("setpriv", f"--reuid={NOBODY}", f"--regid={group}", more, *command, check=False)
 
 
 @pytest.fixture
