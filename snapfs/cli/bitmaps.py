@@ -174,6 +174,7 @@ def map_file(arguments: argparse.Namespace) -> int:
 def _draw(arguments: argparse.Namespace) -> int:
     """snapfs map FILE --svg PICTURE: of the whole image; - is the standard output."""
     from ..client import newfiles  # noqa: PLC0415 - few draw
+    from ..client.older import complete_status  # noqa: PLC0415
     from . import picture, report  # noqa: PLC0415
 
     if arguments.bitmap is not None or arguments.totals or arguments.json:
@@ -186,7 +187,7 @@ def _draw(arguments: argparse.Namespace) -> int:
             f"{file}"
         )
     with Client(found) as client:
-        status, regions = client.call("status"), client.call("regions")
+        status, regions = complete_status(client.call("status")), client.call("regions")
     text = picture.svg(status, regions, report.current().isoformat())
     if arguments.svg == "-":
         sys.stdout.write(text)

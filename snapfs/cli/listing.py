@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..client.documents import error_values
 from ..errors import ExitCode, SnapfsError, code_of
@@ -26,7 +26,7 @@ def list_row(each: dict[str, Any]) -> tuple[str, ...]:
 Asked = tuple[Any, Mapping[str, Any] | None, str | None]  # mount, answer, or why there is none
 
 
-def ask(command: str, worst: list[int]) -> Iterator[Asked]:
+def ask(command: Literal["status", "list"], worst: list[int]) -> Iterator[Asked]:
     """What all mounts answer; `worst`, a list of one, is what becomes of the exit status.
 
     Those of other users, which we may not look at, do no harm.

@@ -79,11 +79,11 @@ class _Found:
         self.backups: dict[str, Sequence[Mapping[str, Any]] | None] = {}
 
     def ask(self, mountpoint: str | None, directories: Sequence[str]) -> None:
-        from ..client import everywhere, wire  # noqa: PLC0415
+        from ..client import everywhere, older, wire  # noqa: PLC0415
 
         if mountpoint is not None:
             with wire.Client(mountpoint) as client:
-                self.mounts[client.mount.mountpoint] = client.call("status")
+                self.mounts[client.mount.mountpoint] = older.complete_status(client.call("status"))
         else:
             for mount, answer in everywhere.ask("status"):
                 if isinstance(answer, SnapfsError):
@@ -161,7 +161,8 @@ def _mounts(answers: Answers) -> Iterator[Metric]:
     ):  # fmt: skip
         yield _each(name, text, {where: answer[part][key] for where, answer in answers.items()})
     yield _each("snapfs_start_time_seconds", "When it was mounted, since 1970.", {
-        where: _seconds(answer["mount"]["since"]) for where, answer in answers.items()
+        where: _seconds(since) if (since := answer["mount"]["since"]) else None
+        for where, answer in answers.items()
     })  # fmt: skip
     from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
 

@@ -216,13 +216,15 @@ def bar(percent: float, width: int) -> str:
     return "[" + "#" * full + "." * (width - full) + "]"
 
 
-def moment(text: str) -> str:
-    """A time of JSON for people: 2026-11-30 12:00:00Z."""
-    return text[:19].replace("T", " ") + "Z"
+def moment(text: str | None) -> str:
+    """A time of JSON for people: 2026-11-30 12:00:00Z; ? if it is not known."""
+    return "?" if text is None else text[:19].replace("T", " ") + "Z"
 
 
-def age(text: str, now: datetime) -> str:
-    """How long ago a time of JSON was."""
+def age(text: str | None, now: datetime) -> str:
+    """How long ago a time of JSON was; ? if it is not known."""
+    if text is None:
+        return "?"
     passed = (now - datetime.fromisoformat(text)).total_seconds()
     return duration(max(0.0, passed))
 

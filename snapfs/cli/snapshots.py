@@ -8,6 +8,7 @@ from typing import Any
 
 from ..client.documents import document
 from ..client.naming import split_names
+from ..client.older import complete_list
 from ..client.wire import Client
 from ..errors import ExitCode
 from .arguments import Verbs, add_json, add_words, only, size_or_none
@@ -76,7 +77,7 @@ def list_snapshots(arguments: argparse.Namespace) -> int:
     if arguments.mountpoint is None:
         return list_all(arguments)
     with Client(arguments.mountpoint) as client:
-        answer = client.call("list")
+        answer = complete_list(client.call("list"))
     if arguments.json:
         dump("list", answer)
     else:

@@ -50,10 +50,11 @@ def status(arguments: argparse.Namespace) -> int:
         return watch.watch(arguments)
     if arguments.mountpoint is None:
         return _all(arguments)
+    from ..client.older import complete_status  # noqa: PLC0415
     from ..client.wire import Client  # noqa: PLC0415
 
     with Client(arguments.mountpoint) as client:
-        answer = client.call("status")
+        answer = complete_status(client.call("status"))
         if arguments.json:
             dump("status", answer)
         else:

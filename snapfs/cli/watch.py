@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ..client import everywhere
+from ..client.older import complete_status
 from ..client.wire import Client
 from ..errors import NotMounted, UsageError
 from . import report
@@ -249,14 +250,18 @@ def _live(client: Client, colour: str) -> int:
     looks = Looks()
     with Live(Screen(looks), console=console, screen=True, refresh_per_second=4):
         while True:  # it draws in a thread, also while we wait, and sees another size at once
-            looks.add(client.call("status"), client.call("regions"), time.monotonic())
+            looks.add(*_look(client), time.monotonic())
             time.sleep(SECONDS)
+
+
+def _look(client: Client) -> tuple[Status, Status]:
+    return complete_status(client.call("status")), client.call("regions")
 
 
 def _lines(client: Client, *, as_json: bool) -> int:
     looks = Looks()
     while True:
-        status, regions = client.call("status"), client.call("regions")
+        status, regions = _look(client)
         looks.add(status, regions, time.monotonic())
         if as_json:
             version = {"command": "status", "vers_major": 1, "vers_minor": 0}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Literal
 
 from ..errors import SnapfsError
-from . import mountinfo
+from . import mountinfo, older
 from .mountinfo import FS_TYPE, Mount
+from .older import Answer
 from .wire import Client
 
 PATIENCE = 5.0  # seconds for each: one that does not answer must not hide the others
@@ -24,12 +25,14 @@ def mounts() -> list[Mount]:
     return list(found.values())
 
 
-def ask(command: str, **arguments: Any) -> Iterator[tuple[Mount, Mapping[str, Any] | SnapfsError]]:
+def ask(command: Literal["status", "list"]) -> Iterator[tuple[Mount, Answer | SnapfsError]]:
     """Each mount, and the answer of its daemon or why there is none."""
+    complete = older.complete_status if command == "status" else older.complete_list
     for mount in mounts():
         try:
             with Client(mount) as client:
                 client.be_patient(PATIENCE)
-                yield mount, client.call(command, **arguments)
+                answer: Answer | SnapfsError = complete(client.call(command))
         except SnapfsError as error:
-            yield mount, error
+            answer = error
+        yield mount, answer
