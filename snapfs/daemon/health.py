@@ -13,7 +13,7 @@ from ..engine.space import SpaceStatus
 from .describe import timestamp
 
 NAMED = 3  # snapshots or bitmaps that a message names
-STALE_SECONDS = 30.0  # after which temp storage that does not answer is a problem
+STALE_SECONDS = 60.0  # after which temp storage that does not answer is a problem
 
 
 @frozen

@@ -6,6 +6,7 @@ So failures are a thing of the past only when none came for a while although oth
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,11 @@ from attrs import define, field
 from .counters import Counters
 
 PAST_SECONDS = 600.0
+
+# What tells a guest that it cannot be done so, and not that it was not done.
+REFUSALS = frozenset(
+    {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EFBIG, errno.EINTR, errno.EAGAIN}
+)
 
 
 @define(eq=False)
@@ -31,7 +37,7 @@ class WriteFailures:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno not in REFUSALS:
             self._counters.write_errors += 1
             self.newest, self.newest_ns = OSError(error.errno, error.strerror), time.time_ns()
             self._when, self._writes = self._clock(), self._counters.writes

@@ -320,7 +320,7 @@ def test_every_handle_is_told_of_an_image_that_was_not_written_back(on, storage,
     assert "the image could not be written back" in done.stderr
     assert not json.loads((state_of(disk) / "manifest.json").read_bytes())["clean"]
     disk.start()
-    assert disk.json("status", check=False)["mount"]["healthy"]
+    assert ["lost"] == [each["kind"] for each in disk.json("status", check=False)["problems"]]
     disk.create("s")
     fd = os.open(disk.active, os.O_RDWR)
     assert 0 == told(fd)

@@ -104,4 +104,6 @@ def test_failures_are_past_when_others_wrote_for_a_while_without_one():
         pass
     with pytest.raises(ValueError), failures:
         raise ValueError
+    with pytest.raises(OSError), failures:
+        raise OSError(errno.EOPNOTSUPP, "no such fallocate here")
     assert 2 == counters.write_errors
