@@ -141,7 +141,9 @@ class Commands:
         """All snapshots, oldest first."""
         self._engine.check_storage()
         await self._engine.space.refresh()
-        return {"snapshots": await describe_snapshots(self._engine.snapshots)}
+        return {
+            "snapshots": await describe_snapshots(self._engine.snapshots, self._engine.receiver)
+        }
 
     async def show(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One snapshot."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,8 +35,11 @@ def describe_event(event: Event) -> dict[str, Any]:
     }
 
 
-def describe_snapshot(layer: Layer) -> dict[str, Any]:
-    """One snapshot.  Bytes and clusters are integers, times RFC 3339 in UTC."""
+def describe_snapshot(layer: Layer, receiving: bool = True) -> dict[str, Any]:
+    """One snapshot.  Bytes and clusters are integers, times RFC 3339 in UTC.
+
+    `receiving`: it may get copies.
+    """
     total = layer.geometry.clusters
     return {
         "name": layer.name,
@@ -50,7 +53,7 @@ def describe_snapshot(layer: Layer) -> dict[str, Any]:
         "clusters": {
             "total": total,
             "accessible": layer.accessible,
-            "copied": layer.done.count(),
+            "copied": layer.copied(receiving),
             "lost": layer.lost,
             "discarded": layer.granted - layer.accessible - layer.lost,
         },
@@ -93,12 +96,14 @@ def describe_extent(extent: Extent) -> dict[str, Any]:
     }
 
 
-async def describe_snapshots(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+async def describe_snapshots(
+    layers: Sequence[Layer], receiver: Callable[[], Layer | None]
+) -> list[dict[str, Any]]:
     """Many snapshots, whose clusters take a while to be counted."""
     turns, found = Turns(), []
     for layer in layers:
         if layer.visible and layer.name is not None:  # still
-            found.append(describe_snapshot(layer))
+            found.append(describe_snapshot(layer, layer is receiver()))
         await turns.take()
     return found
 
@@ -132,7 +137,7 @@ async def describe_engine(engine: Engine) -> dict[str, Any]:
     """The parts of status that the engine knows: image, snapshots, temp, counters."""
     return {
         "image": {"size": engine.size, "cluster_size": engine.geometry.cluster_size},
-        "snapshots": await describe_snapshots(engine.snapshots),
+        "snapshots": await describe_snapshots(engine.snapshots, engine.receiver),
         "bitmaps": [describe_bitmap(each, engine.geometry) for each in engine.tracker.bitmaps],
         "temp": describe_space(engine),
         "copies": describe_copies(engine.copier.times),

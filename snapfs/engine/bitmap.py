@@ -53,6 +53,7 @@ class Bitmap:
                 raise ValueError(f"a buffer for {bits} bits needs {buffer_size(bits)} bytes")
             self._bits = bitarray(buffer=buffer, endian="little")
         self._length = bits
+        self.changes = 0  # by us; native code changes the bits behind our back
 
     def __len__(self) -> int:
         return self._length
@@ -69,11 +70,13 @@ class Bitmap:
     def set(self, first: int, stop: int) -> None:
         """Set [first, stop)."""
         assert 0 <= first <= stop <= self._length
+        self.changes += 1
         self._bits[first:stop] = 1
 
     def clear(self, first: int, stop: int) -> None:
         """Clear [first, stop)."""
         assert 0 <= first <= stop <= self._length
+        self.changes += 1
         self._bits[first:stop] = 0
 
     def any(self, first: int, stop: int) -> bool:
@@ -103,6 +106,7 @@ class Bitmap:
     def assign(self, first: int, bits: bitarray) -> None:
         """Replace the bits from `first` on by `bits`."""
         assert first + len(bits) <= self._length
+        self.changes += 1
         self._bits[first : first + len(bits)] = bits
 
     def grow(self, bits: int) -> None:
@@ -118,6 +122,7 @@ class Bitmap:
 
     def release(self) -> None:
         """Let go of the buffer; the bitmap has no bits from then on."""
+        self.changes += 1
         self._bits = bitarray(endian="little")
         self._length = 0
 

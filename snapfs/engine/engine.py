@@ -75,6 +75,10 @@ class Engine(ActiveImage):
         """Snapshots that can be found by name, oldest first."""
         return tuple(layer for layer in self._stack if layer.visible and layer.name is not None)
 
+    def receiver(self) -> Layer | None:
+        """The layer that gets copies now."""
+        return self._stack.receiver
+
     def find(self, name: str) -> Layer:
         """The snapshot of that name; raises SnapshotNotFound."""
         layer = self._stack.find(name)

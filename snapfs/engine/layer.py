@@ -151,6 +151,7 @@ class Layer:
     temp_bytes: int = 0  # space that temp took when its storage was asked last (space.py)
     removed: bool = False  # out of the stack for good; its files go when pins is 0
     _accessible: int | None = field(default=None, init=False)  # cached count
+    _copied: tuple[int, int] | None = field(default=None, init=False)  # changes of done, and count
     _record: LayerRecord | None = field(default=None, init=False)  # the newest, and what
     _recorded: tuple[object, ...] = field(default=(), init=False)  # it was made of
 
@@ -275,6 +276,22 @@ class Layer:
         if self._accessible is None:
             self._accessible = self.access.count()
         return self._accessible
+
+    def copied(self, receiving: bool) -> int:
+        """Number of clusters whose old data is in its temp image.
+
+        Kept for as long as nothing changes; not while it is `receiving` copies, which native
+        code makes, and `received_all` ends.
+        """
+        if receiving:
+            return self.done.count()
+        if self._copied is None or self._copied[0] != self.done.changes:
+            self._copied = self.done.changes, self.done.count()
+        return self._copied[1]
+
+    def received_all(self) -> None:
+        """A newer layer receives copies from now on."""
+        self._copied = None
 
     def stat_blocks(self) -> int:
         """st_blocks of the snapshot's file: what data a reader finds, about.

@@ -92,6 +92,9 @@ class LayerStack:
 
     def append(self, layer: Layer) -> None:
         """Add the newest layer; what it may read is pending from now on."""
+        before = self.receiver
+        if before is not None:
+            before.received_all()
         self._layers.append(layer)
         self._by_id[layer.id] = layer
         if layer.name is not None:

@@ -238,3 +238,27 @@ def test_names_and_numbers_are_found_at_once():
     stack.remove(one)
     assert (None, None, [two]) == (stack.find("two"), stack.find_id(1), list(stack))
     assert (False, True) == (one in stack, two in stack)
+
+
+def test_how_much_was_copied_is_counted_when_it_may_have_changed(monkeypatch):
+    """Native code sets bits of the layer that receives, behind the back of its bitmap."""
+    wanted, nothing = [True] * 8, [False] * 8
+    stack = stack_of([(8, wanted, nothing, True)])
+    (old,) = stack
+    old.done.set(0, 2)
+    assert (2, 2) == (old.copied(True), old.copied(False))
+    old.done.bits[2] = 1
+    assert (3, 2) == (old.copied(True), old.copied(False))
+    (new,) = stack_of([(8, wanted, nothing, True)])
+    new.id = 2
+    stack.append(new)
+    counted = []
+    real = Bitmap.count
+    monkeypatch.setattr(Bitmap, "count", lambda *a: counted.append(1) or real(*a))
+    assert [3] * 3 == [old.copied(False) for _ in range(3)]
+    assert 1 == len(counted)
+    old.done.clear(0, 1)
+    assert 2 == old.copied(False)
+    old.done.assign(0, old.done.slice(0, 8) | ~old.done.slice(0, 8))
+    assert 8 == old.copied(False)
+    assert 3 == len(counted)
