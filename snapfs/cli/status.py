@@ -20,7 +20,10 @@ def add_to(verbs: Verbs) -> None:
     """Add our command."""
     verb = verbs.add_parser("status", help="show what is wrong with a mount, and how it is")
     verb.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="default: all")
-    verb.add_argument("--watch", action="store_true", help="go on showing it, with a heat map")
+    verb.add_argument(  # as lines, when it is JSON
+        "--watch", action="store_const", dest="form", const="lines", default="document",
+        help="go on showing it, with a heat map",
+    )  # fmt: skip
     add_colour(verb)
     add_json(verb)
     verb.set_defaults(run=status)
@@ -44,7 +47,7 @@ def exit_status(answer: Mapping[str, Any]) -> int:
 def status(arguments: argparse.Namespace) -> int:
     """snapfs status [MOUNTPOINT]: 1 if it is not healthy, 4 or 6 if no more than snapshots,
     or bitmaps, are concerned."""
-    if arguments.watch:
+    if arguments.form == "lines":
         from . import watch  # noqa: PLC0415 - rich takes long to import
 
         return watch.watch(arguments)

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ..client import everywhere
+from ..client.documents import document
 from ..client.older import complete_status
 from ..client.wire import Client
 from ..errors import NotMounted, UsageError
@@ -264,9 +265,8 @@ def _lines(client: Client, *, as_json: bool) -> int:
         status, regions = _look(client)
         looks.add(status, regions, time.monotonic())
         if as_json:
-            version = {"command": "status", "vers_major": 1, "vers_minor": 0}
-            document = {"message_type": "status", "output_version": version, **status}
-            print(json.dumps({**document, "regions": regions}), flush=True)
+            line = {"message_type": "status", **status, "regions": regions}
+            print(json.dumps(document("status", line)), flush=True)
         else:
             print(_line(status, looks), flush=True)
         time.sleep(SECONDS)

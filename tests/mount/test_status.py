@@ -272,8 +272,10 @@ def test_watching_where_there_is_no_terminal_is_a_line_a_second(disk):
                 document["message_type"], document["output_version"]["vers_major"],
             )  # fmt: skip
             assert 64 == sum(document["regions"]["clusters"]["needed"])
-        process.send_signal(signal.SIGINT)
-        assert 130 == process.wait(PATIENCE)
+        disk.stop()
+        *_, last = process.stdout.read().splitlines()
+        assert 5 == process.wait(PATIENCE)
+        assert ("error", 5) == (json.loads(last)["message_type"], json.loads(last)["exit_code"])
 
 
 # Pictures
