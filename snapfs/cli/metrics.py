@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ExitCode, SnapfsError
+from ..client.documents import error_values
+from ..errors import ExitCode, SnapfsError, code_of
 from .arguments import Verbs
 from .output import complain
 
@@ -87,6 +88,8 @@ class _Found:
         else:
             for mount, answer in everywhere.ask("status"):
                 if isinstance(answer, SnapfsError):
+                    if error_values(answer)["code"] == code_of("NotPermitted"):
+                        continue  # it is somebody else's, and not for us to watch
                     self._missing(mount.mountpoint, answer)
                     self.mounts[mount.mountpoint] = None
                 else:

@@ -81,6 +81,10 @@ def test_who_is_in_other_groups_does_not_look(disk):
             done = as_nobody(*SNAPFS, verb, disk.mountpoint, groups=groups)
             assert 1 == done.returncode
             assert "only the owner" in done.stderr
+    done = as_nobody(*SNAPFS, "metrics", groups=(FOREIGN,))  # of all mounts: it is not down
+    assert f'snapfs_up{{mountpoint="{disk.mountpoint}"}}' not in done.stdout
+    done = as_nobody(*SNAPFS, "metrics", groups=(GROUP,))
+    assert f'snapfs_up{{mountpoint="{disk.mountpoint}"}} 1.0' in done.stdout
 
 
 # The groups are those of the connection's maker, whoever sends: a descriptor that root hands on.
