@@ -89,9 +89,10 @@ def _space(engine: Engine, space: SpaceStatus, where: str) -> Iterator[Problem]:
             "see to it; writes that need a copy wait, or fail, meanwhile",
         )  # fmt: skip
     elif space.room < engine.geometry.cluster_size:
-        consequence = "the next copies fail" if live else "the next snapshot could keep nothing"
+        needed = engine.needs_copies()
+        consequence = "the next copies fail" if needed else "a new snapshot could keep nothing"
         yield Problem(
-            "error" if live else "warning", "temp-space",
+            "error" if needed else "warning", "temp-space",
             f"no room is left for temp images: {consequence}", _make_room(where),
         )  # fmt: skip
     elif space.warning is not None and live:

@@ -79,6 +79,10 @@ class Engine(ActiveImage):
         """The layer that gets copies now."""
         return self._stack.receiver
 
+    def needs_copies(self) -> bool:
+        """Is there a cluster whose next write copies it?"""
+        return self._stack.pending.any(0, len(self._stack.pending))
+
     def find(self, name: str) -> Layer:
         """The snapshot of that name; raises SnapshotNotFound."""
         layer = self._stack.find(name)

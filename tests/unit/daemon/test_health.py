@@ -95,6 +95,9 @@ async def test_temp_space_is_a_warning_before_it_is_gone_and_while_nothing_needs
         it.engine.space.set_limit(3 * CLUSTER + CLUSTER // 2)
         (space,) = found(it)
         assert ("error", "temp-space") == (space.severity, space.kind)
+        await it.engine.write(3 * CLUSTER, b"x")
+        await it.engine.discard(it.engine.find("s"), 0, 8 * CLUSTER)
+        assert ["warning"] == [each.severity for each in found(it) if each.kind == "temp-space"]
         await it.engine.delete_snapshot("s")
         it.engine.space.set_limit(0)
         await it.engine.space.refresh()
