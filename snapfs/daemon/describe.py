@@ -66,12 +66,17 @@ def describe_snapshot(layer: Layer, receiving: bool = True) -> dict[str, Any]:
 
 
 def describe_bitmap(bitmap: DirtyBitmap, geometry: Geometry) -> dict[str, Any]:
-    """One dirty bitmap, in the keys of QMP; `granularity` and `count` are bytes."""
+    """One dirty bitmap, in the keys of QMP; `granularity` and `count` are bytes.
+
+    `began`: since when it has every change, which is `created` of the snapshot in whose instant
+    it was made or cleared; null if it is from before that was kept.
+    """
     consistent = bitmap.parts is not None
     return {
         "name": bitmap.name,
         "granularity": geometry.cluster_size,
         "count": bitmap.count(geometry.clusters) * geometry.cluster_size,
+        "began": None if bitmap.began_ns is None else timestamp(bitmap.began_ns),
         "recording": consistent,
         "busy": bitmap.busy,
         "persistent": True,

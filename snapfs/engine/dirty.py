@@ -33,12 +33,14 @@ REMEDY = "a full copy is needed"
 class BitmapRecord:
     """What the manifest keeps of a dirty bitmap; the rest is in its file.
 
-    `reason`: why it is inconsistent, if its file cannot be relied upon to say so.
+    `reason`: why it is inconsistent, if its file cannot be relied upon to say so.  `began_ns`:
+    see DirtyBitmap; None in what was saved before that was known.
     """
 
     id: int
     name: str
     reason: str | None = None
+    began_ns: int | None = None
 
 
 @frozen
@@ -90,6 +92,9 @@ class DirtyBitmap:
     listed_reason: str | None = None  # the same, if the saved list must have it
     listed: bool = True  # found by name and in the list that is saved next
     busy: bool = False  # a command is about to replace it
+    # Since when it has every change, as nanoseconds since 1970: created_ns of the snapshot in
+    # whose instant it began, if there was one.
+    began_ns: int | None = None
 
     def spoil(self, reason: str) -> None:
         """It may lack a bit from now on."""
@@ -100,7 +105,7 @@ class DirtyBitmap:
 
     def record(self) -> BitmapRecord:
         """What the manifest keeps."""
-        return BitmapRecord(self.id, self.name, self.listed_reason)
+        return BitmapRecord(self.id, self.name, self.listed_reason, self.began_ns)
 
     def usable(self, clusters: int) -> Bitmap:
         """Its bits, for an image of that many clusters; BitmapUnusable if there are none."""

@@ -155,6 +155,8 @@ class Engine(ActiveImage):
                                 layer.name, layer.policy = wanted.name, wanted.policy
                                 layer.note, layer.pinned = wanted.note, wanted.pinned
                                 self._begin(layer, bits, selection)
+                                if switch.fresh is not None:
+                                    switch.fresh.began_ns = layer.created_ns
                                 break
                         # A write extended the image meanwhile.  No write must wait for a
                         # new temp image, unless there is no end to it.

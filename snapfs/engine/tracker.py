@@ -12,6 +12,7 @@ then what the new bitmap replaces goes on recording:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -250,6 +251,7 @@ class Tracker:
             if old.bits is not fresh.parts.bits:
                 old.bits.release()
         fresh.listed = True
+        fresh.began_ns = time.time_ns()
         if switch.replaced is not None:
             switch.replaced.listed = False
         switch.begun = True

@@ -19,6 +19,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -155,8 +156,9 @@ class DirtyFiles:
         return found, notices
 
     def _load(self, record: BitmapRecord, clusters: int) -> DirtyBitmap:
+        made = partial(DirtyBitmap, record.id, record.name, began_ns=record.began_ns)
         if record.reason is not None:
-            return DirtyBitmap(record.id, record.name, None, record.reason, record.reason)
+            return made(None, record.reason, record.reason)
         try:
             fd = statefiles.open_file(self._fd, str(record.id))
             try:
@@ -171,11 +173,11 @@ class DirtyFiles:
             log.error("bitmap %s cannot be read: %s", record.name, reason)
             # The list must have it: the file may be readable next time, without our bits.
             text = f"it cannot be read: {reason}"
-            return DirtyBitmap(record.id, record.name, None, text, text)
+            return made(None, text, text)
         reason = distrusted(mapping)
         if reason is not None:
-            return DirtyBitmap(record.id, record.name, None, reason)
-        bitmap = DirtyBitmap(record.id, record.name, self._mapped(record.id, mapping))
+            return made(None, reason)
+        bitmap = made(self._mapped(record.id, mapping))
         if size < file_bytes(clusters):
             bits = (size - HEAD_BYTES) * 8
             bitmap.spoil(f"its file has room for {bits} clusters and the image has {clusters}")

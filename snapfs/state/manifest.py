@@ -210,6 +210,8 @@ class Manifest:
             if bitmap.id in taken or not 0 < bitmap.id < self.next_id:
                 raise ValueError(f"bitmap {bitmap.name!r} has the id {bitmap.id}")
             taken.add(bitmap.id)
+            if abs(bitmap.began_ns or 0) >= MAX_NUMBER:
+                raise ValueError(f"bitmap {bitmap.name!r} has a time that is too large")
         if len({bitmap.name for bitmap in self.bitmaps}) != len(self.bitmaps):
             raise ValueError("two bitmaps have one name")
 

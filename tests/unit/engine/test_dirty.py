@@ -58,6 +58,24 @@ async def test_every_kind_of_change_marks_its_clusters(bench):
     assert [0, 1, 2, 3, 6, 7, 8, 9] == dirty(engine)
 
 
+def began(engine: Engine, name: str) -> int | None:
+    return engine.tracker.bitmaps.find(name).began_ns
+
+
+async def test_a_bitmap_knows_the_snapshot_in_whose_instant_it_began(bench):
+    engine = bench.engine
+    added = began(engine, "b")
+    one = await engine.create_snapshot("1", selection=Selection(next="c"))
+    assert added < one.created_ns == began(engine, "c")
+    two = await engine.create_snapshot("2", selection=Selection(bitmap="c", clear=True))
+    assert two.created_ns == began(engine, "c") > one.created_ns
+    await engine.tracker.merge("b", "c")
+    assert two.created_ns == began(engine, "c")
+    await engine.tracker.clear("c")
+    assert two.created_ns < began(engine, "c")
+    assert added == began(engine, "b")
+
+
 async def test_a_write_beyond_the_end_marks_what_becomes_zeros_too(bench):
     await bench.engine.write(SIZE + 40 * CLUSTER, b"x")
     assert list(range(8, 49)) == dirty(bench.engine)

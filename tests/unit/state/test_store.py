@@ -256,6 +256,21 @@ async def test_bitmaps_come_back(image):
     await session(image, expect_dirty("b", 0, 3, *range(6, 207)))
 
 
+async def test_when_a_bitmap_began_is_known_whatever_became_of_it(image):
+    began: list[int | None] = []
+
+    async def look(engine: Engine) -> None:
+        began.append(engine.tracker.bitmaps.find("b").began_ns)
+
+    await session(image, add("b"), look)
+    await session(image, look)
+    with open(image, "r+b") as file:
+        file.write(b"behind our back")
+    await session(image, look)
+    await session(image, look)
+    assert began[0] and 1 == len(set(began))
+
+
 async def test_a_bitmap_grows_by_pages(image):
     far = 4096 * 8 * CLUSTER  # the bits of one page
     await session(image, add("b"), write(far, b"x"))
