@@ -141,11 +141,17 @@ class BitmapCommands:
         self._staged.pop(request.get("token") or 0, None)
 
     async def diff(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Some extents that differ between snapshot `a` and `b`, or now, from `offset` on."""
+        """Some extents that differ between snapshot `a` and `b`, or now, from `offset` on.
+
+        With `bitmap` in place of `a`: that may differ from what was when this began; the answer
+        then describes it as well.
+        """
         engine = self._engine
         name = optional(request, "b")
         if name is None:
             await engine.write_back()
+        if optional(request, "bitmap") is not None:
+            return self._diff_since(request, name)
         older = engine.find(text(request, "a"))
         newer = None if name is None else engine.find(name)
         offset = number(request, "offset", 0)
@@ -158,6 +164,23 @@ class BitmapCommands:
         await trio.lowlevel.checkpoint()
         first = geometry.touched(offset, 1).start
         return _page(difference.extents(geometry, changed, unknown, first, PAGE + 1))
+
+    def _diff_since(self, request: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+        engine = self._engine
+        found = engine.tracker.bitmaps.find(text(request, "bitmap"))
+        layer = None if name is None else engine.find(name)
+        # Ids are given in the order of things, but that of a bitmap which a snapshot begins.
+        if layer is not None and (found.id > layer.id or found.began_ns == layer.created_ns):
+            raise errors.UsageError(
+                f"bitmap {found.name!r} began with snapshot {name!r} or later, so it does not tell "
+                "what had changed by then"
+            )
+        geometry = engine.geometry if layer is None else layer.geometry
+        dirty = found.usable(engine.geometry.clusters)
+        changed, unknown = difference.since(dirty, engine.geometry, geometry)
+        first = geometry.touched(number(request, "offset", 0), 1).start
+        extents = difference.extents(geometry, changed, unknown, first, PAGE + 1)
+        return {**_page(extents), "bitmap": describe_bitmap(found, engine.geometry)}
 
 
 def _page(found: Iterable[tuple[int, int, str]]) -> dict[str, Any]:

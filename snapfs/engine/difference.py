@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from bitarray import bitarray
-from bitarray.util import zeros
+from bitarray.util import ones, zeros
 
 from . import bitmap
+from .bitmap import Bitmap
 from .geometry import Geometry
 from .layer import Layer
 
@@ -60,6 +61,18 @@ def differences(
     changed[only.start : only.stop] = 1
     unknown[only.start : only.stop] = 0
     return changed[:clusters], unknown[:clusters]
+
+
+def since(dirty: Bitmap, now: Geometry, then: Geometry) -> tuple[bitarray, bitarray]:
+    """As `differences`, of a moment of geometry `then` from when a bitmap began.
+
+    `dirty`: of the image now; so what was written after that moment counts as changed as well,
+    and so does what an image that was cut meanwhile has no bits of any more.
+    """
+    known = min(now.clusters, then.clusters)
+    changed = dirty.slice(0, known)
+    changed.extend(ones(then.clusters - known, endian="little"))
+    return changed, zeros(len(changed), endian="little")
 
 
 def extents(

@@ -102,3 +102,56 @@ async def test_a_lost_snapshot_cannot_be_compared(commands):
     layer.degrade("lost", "a test")
     with pytest.raises(SnapshotLost):
         await ask(commands, "diff", a="s")
+
+
+async def since(commands, bitmap: str, snapshot: str | None) -> list[int]:
+    """The clusters that a bitmap tells of."""
+    answer = await ask(commands, "diff", bitmap=bitmap, b=snapshot)
+    assert None is answer["next"]
+    assert bitmap == answer["bitmap"]["name"]
+    return [
+        cluster
+        for each in answer["extents"]
+        for cluster in range(each["start"] // CLUSTER, -(-(sum(extent_of(each))) // CLUSTER))
+    ]
+
+
+def extent_of(each: dict) -> tuple[int, int]:
+    assert "changed" == each["state"]
+    return each["start"], each["length"]
+
+
+async def test_what_changed_since_a_bitmap_began(commands):
+    engine = commands.engine
+    await ask(commands, "bitmap_add", name="b")
+    await engine.write(0, b"x")
+    await ask(commands, "create", name="s")
+    await engine.write(3 * CLUSTER, b"y")
+    assert [0, 3] == await since(commands, "b", None)
+    assert [0, 3] == await since(commands, "b", "s")  # one too many does no harm
+    with pytest.raises(BitmapNotFound):
+        await since(commands, "c", None)
+
+
+async def test_what_was_cut_after_a_snapshot_counts_as_changed(commands):
+    engine = commands.engine
+    await ask(commands, "bitmap_add", name="b")
+    await ask(commands, "create", name="s")
+    await engine.resize(6 * CLUSTER)
+    assert [6, 7] == await since(commands, "b", "s")
+    assert [] == await since(commands, "b", None)
+    await engine.resize(5 * CLUSTER - 1)
+    assert [4, 5, 6, 7] == await since(commands, "b", "s")
+
+
+async def test_a_bitmap_that_began_with_a_snapshot_or_later_tells_nothing_of_it(commands):
+    await ask(commands, "bitmap_add", name="a")
+    await ask(commands, "create", name="s", next="b")
+    await ask(commands, "bitmap_add", name="c")
+    assert [] == await since(commands, "a", "s")
+    for bitmap in ("b", "c"):
+        with pytest.raises(UsageError, match="began with snapshot 's' or later"):
+            await since(commands, bitmap, "s")
+    await ask(commands, "create", name="t", bitmap="a", clear_bitmap=True)
+    with pytest.raises(UsageError, match="began with snapshot 't' or later"):
+        await since(commands, "a", "t")
