@@ -173,6 +173,18 @@ class PartialCopy(SnapfsError):
     exit_code = ExitCode.SNAPSHOT_UNUSABLE
 
 
+class StreamBroken(SnapfsError):
+    """A stream ends before its end, or is not what was sent."""
+
+    exit_code = ExitCode.SNAPSHOT_UNUSABLE
+
+
+class WrongBase(SnapfsError):
+    """An image is not at the moment that a stream of changes begins at: a full copy is needed."""
+
+    exit_code = ExitCode.BITMAP_UNUSABLE
+
+
 class PointDamaged(SnapfsError):
     """A point of a backup is not what its checksums say."""
 

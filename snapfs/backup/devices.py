@@ -20,6 +20,7 @@ import os
 import re
 import stat
 import zlib
+from collections.abc import Callable
 
 from ..errors import BackupError, InUse, PartialCopy
 from . import records
@@ -88,12 +89,22 @@ def _new_token(path: str, journal: bytes) -> str:
 class DeviceTarget(RawTarget):
     """A block device of at least `size` bytes, marked until `finish`."""
 
-    def __init__(self, path: str, size: int, journal: bytes, *, whole_head: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        journal: bytes,
+        *,
+        whole_head: bool,
+        ours: Callable[[], None] | None = None,
+    ) -> None:
         """Open, lock and mark it; raises InUse, BackupError, PartialCopy.
 
-        `whole_head`: everything below min(HEAD_BYTES, size) is going to be written.
+        `whole_head`: everything below min(HEAD_BYTES, size) is going to be written.  `ours` as
+        in RawTarget.
         """
-        super().__init__(path, size)
+        super().__init__(path, size, ours)
+        self._head_saved = True
         try:
             device_size = os.lseek(self._fd, 0, os.SEEK_END)
             if device_size < max(size, MARK_BYTES):
@@ -131,8 +142,17 @@ class DeviceTarget(RawTarget):
                 )
             return
         self._head[:] = os.pread(self._fd, self._length, 0)
+        self._save(where)
+
+    def _save(self, where: str) -> None:
         os.makedirs(os.path.dirname(where), mode=0o700, exist_ok=True)
         records.replace_durably(where, zlib.compress(self._head))
+
+    def save_head(self) -> None:
+        """Have what was written to the head outlive us, durably: not all of it may come again."""
+        if not self._head_saved:
+            self._save(_head_file(self._token))
+            self._head_saved = True
 
     def mark(self, journal: bytes) -> None:
         """Replace the journal in the mark, durably."""
@@ -149,6 +169,7 @@ class DeviceTarget(RawTarget):
         """See `Target`.  What belongs to the head waits in memory."""
         inside = max(0, min(len(data), self._length - offset))
         self._head[offset : offset + inside] = data[:inside]
+        self._head_saved = self._head_saved and not inside
         if inside < len(data):
             self._write_through(offset + inside, memoryview(data)[inside:])
 
@@ -156,6 +177,7 @@ class DeviceTarget(RawTarget):
         """See `Target`."""
         inside = max(0, min(length, self._length - offset))
         self._head[offset : offset + inside] = bytes(inside)
+        self._head_saved = self._head_saved and not inside
         if inside < length:
             super().zero(offset + inside, length - inside)
 

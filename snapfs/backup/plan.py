@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Iterator
 from enum import IntEnum
 
+from .extents import Extents
+
 ALIGNMENT = 4096  # data extents begin and end there, except at the end of the image
 
 
@@ -63,6 +65,21 @@ class Plan:
     def ranges(self, kind: Kind) -> list[tuple[int, int]]:
         """(start, length) of all extents of one kind."""
         return [(start, stop - start) for start, stop, each in self if each is kind]
+
+
+def within(plan: Plan, wanted: Extents) -> Plan:
+    """A plan of the same length in which all that is not wanted is left alone."""
+    found = Plan()
+    for start, stop, kind in plan:
+        position = start
+        for first, end in wanted.inside(start, stop):
+            if position < first:
+                found.add(position, first - position, Kind.MISSING)
+            found.add(first, end - first, kind)
+            position = end
+        if position < stop:
+            found.add(position, stop - position, Kind.MISSING)
+    return found
 
 
 def pieces(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

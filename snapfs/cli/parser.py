@@ -39,6 +39,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "points": ("points", "list the points of a backup"),
     "verify": ("points", "prove the checksums of a backup"),
     "prune": ("points", "take out old points of a backup, or old snapshots"),
+    "send": ("streams", "write a snapshot, or what changed up to it, to a pipe"),
+    "receive": ("streams", "apply what snapfs send writes to an image"),
     "help": ("guiding", "say how a command is used"),
     "completion": ("guiding", "print what has a shell complete our words"),
 }
