@@ -16,7 +16,7 @@ from typing import Any
 from snapfs.backup import qemu, records
 from snapfs.backup.devices import DeviceTarget
 from snapfs.backup.source import Source
-from snapfs.backup.targets import Qcow2Target
+from snapfs.backup.targets import Qcow2Target, RawTarget
 from snapfs.cli import main
 from snapfs.client.wire import Client
 
@@ -56,4 +56,8 @@ for owner, name in (
     (DeviceTarget, "_write_through"),
 ):
     watch(owner, name)
+if sys.argv[2] == "receive":
+    for name in ("write", "zero", "flush"):
+        watch(RawTarget, name)
+    watch(os, "ftruncate")
 sys.exit(main(sys.argv[2:]))
