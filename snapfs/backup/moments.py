@@ -112,6 +112,7 @@ class _Asking:
         for later in chain.points[chain.points.index(point) + 1 :]:
             for start, stop, _ in spans(directory.refuse_other_sums(later)):
                 found.changed.add(start, stop)
+        found.changed.cut(self._size())
         return Changes(
             f"point {point.name} of {directory.path}",
             Moment(point.created, point.size),
@@ -119,6 +120,11 @@ class _Asking:
             found.unknown,
             label if point == last else None,
         )
+
+    def _size(self) -> int:
+        if self._snapshot is not None:
+            return int(self._client.call("show", name=self._snapshot)["snapshot"]["size"])
+        return int(self._client.call("status")["image"]["size"])
 
     def _differences(self, **since: str) -> tuple[Extents, Extents, str | None]:
         """Changed, unknown, and when the bitmap began, if it is one."""

@@ -18,6 +18,7 @@ from attrs import frozen
 
 from ..errors import BackupError
 from . import devices, records
+from .chain import Point
 from .moments import Moment
 from .sums import digest_of
 from .targets import RawTarget
@@ -59,9 +60,10 @@ def describe(snapshot: str, moment: Moment) -> str:
 
 def path_of(image: str) -> str:
     """Where the record of an image is."""
+    image = os.path.realpath(image)
     if not devices.is_device(image):
         return f"{image}.received"
-    name = digest_of(os.fsencode(os.path.realpath(image)))[:16]
+    name = digest_of(os.fsencode(image))[:16]
     return os.path.join(devices.state_directory(), f"{name}.received")
 
 
@@ -103,17 +105,23 @@ def _text(path: str) -> str:
 
 
 def finish(target: RawTarget, path: str, moment: Moment, **source: str) -> None:
-    """Make an image durable, and then note what it holds; `source` is for people, see Received.
+    """`target.finish`, and note what the image holds now; `source` is for people, see Received.
 
     A file is still locked then.  Of a device the head comes last, and the note is made after it.
     """
     is_file = not isinstance(target, devices.DeviceTarget)
     target.flush() if is_file else target.finish()
     where = path_of(path)
-    os.makedirs(os.path.dirname(os.path.abspath(where)), mode=0o700, exist_ok=True)
+    os.makedirs(os.path.dirname(where), mode=0o700, exist_ok=True)
     record = Received(VERSION, moment, proof=proof_of(path), **source)
     if not record.proof:
         raise BackupError(f"{path} is whole, but nothing tells whether it changes from now on")
     records.replace_durably(where, records.unstructure(record))
     if is_file:
         target.finish()
+
+
+def finish_point(target: RawTarget, path: str, point: Point) -> None:
+    """The same, when a point of a backup was restored."""
+    source = {"snapshot": f"point {point.name}", "image": point.image, "host": ""}
+    finish(target, path, Moment(point.created, point.size), **source)

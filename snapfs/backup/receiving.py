@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from attrs import evolve, frozen
 
 from ..errors import BackupError, PartialCopy, StreamBroken, UsageError, WrongBase
+from ..client.reasons import why
 from . import copies, devices, received, records
 from .copies import Journal
 from .copying import CHECKPOINT_BYTES, CHECKPOINT_SECONDS, check_room
@@ -217,12 +218,8 @@ class _Run:
         return size == journal.size or begun
 
     def _refuse_to_overwrite(self, held: received.Received | None) -> None:
-        if self._header.start:
-            raise UsageError(
-                f"the stream goes on at {self._header.start}, and nothing of it has come to "
-                f"{self._path}; send it without --resume-from"
-            )
         self._stop_if_there(held)
+        self._refuse_the_rest()
         if devices.is_device(self._path):
             return
         status = os.stat(self._path)
@@ -258,6 +255,9 @@ class _Run:
                 f"{self._path} is at {held.words}, and the stream has what changed since "
                 f"{base.created}; send what changed since the former, or everything"
             )
+        self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
         if self._header.start:
             raise UsageError(
                 f"the stream goes on at {self._header.start}, and nothing of it has come to "
@@ -287,10 +287,7 @@ class _Run:
                 raise
             raise StreamBroken(f"{error}.  {self._unfinished()}") from None
         except OSError as error:
-            raise BackupError(
-                f"{os.fsdecode(error.filename or self._path)}: {error.strerror or error}.  "
-                f"{self._unfinished()}"
-            ) from None
+            raise BackupError(f"{why(error)}.  {self._unfinished()}") from None
         source = {"snapshot": header.snapshot, "image": header.image, "host": header.host}
         received.finish(target, self._path, header.moment, **source)
         self._remove_mark()

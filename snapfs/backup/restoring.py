@@ -19,7 +19,7 @@ from typing import Any
 from attrs import field, frozen
 
 from ..errors import BackupError, PointDamaged, SnapfsError, UsageError
-from . import devices, qemu, records
+from . import devices, qemu, received, records
 from .chain import Directory, Point, opened
 from .choosing import choose
 from .copies import VERSION, Journal
@@ -44,6 +44,7 @@ class RestoreOptions:
     at: str | None = None
     force: bool = False
     salvage: bool = False
+    for_receive: bool = False
     wait: float = 0.0
     progress_fd: int | None = None
     json: bool = False
@@ -66,7 +67,10 @@ def restore(path: str, dest: str, options: RestoreOptions) -> dict[str, Any]:
         target = _open(dest, point.size, journal)
         try:
             bad = _replay(directory, layers, target, options)
-            target.finish()
+            if options.for_receive and not bad:
+                received.finish_point(target, dest, point)
+            else:
+                target.finish()
         except BaseException:
             target.abandon()
             raise

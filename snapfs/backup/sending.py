@@ -171,7 +171,7 @@ def _refuse(source: Source, missing: list[tuple[int, int]]) -> None:
 
 def _copy(source: Source, target: StreamTarget, plan: Plan, options: SendOptions) -> None:
     total = plan.total(Kind.DATA) + plan.total(Kind.ZERO)
-    with Progress(source.name, total, options) as progress:
+    with Progress(source.name, total, options, "send") as progress:
         copying = Copying(
             source,
             target,

@@ -51,6 +51,9 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument(
         "--salvage", action="store_true", help="restore what is good and name what is not"
     )
+    verb.add_argument(
+        "--for-receive", action="store_true", help="note beside DEST what it holds, see receive"
+    )
     add_wait(verb)
     add_progress(verb)
     verb.set_defaults(run=restore)
@@ -139,6 +142,7 @@ def restore(arguments: argparse.Namespace) -> int:
         at=arguments.at,
         force=arguments.force,
         salvage=arguments.salvage,
+        for_receive=arguments.for_receive,
         wait=arguments.wait,
         progress_fd=arguments.progress,
         json=arguments.json,

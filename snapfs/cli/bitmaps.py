@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from ..client.naming import split_names
 from ..client.wire import Client
 from ..errors import ExitCode, UsageError
 from .arguments import Verbs, add_json, add_words, file_of, only
+from .guarding import Misused
 from .output import dump, human, print_pairs, print_table
 
 
@@ -29,7 +31,17 @@ def add_to(verbs: Verbs) -> None:
     verb.set_defaults(run=map_file)
 
     verb = verbs.add_parser("diff", help="list what differs between snapshots, or from now")
-    add_words(verb, "MOUNTPOINT A [B]", "or paths of snapshots; default of B: the image now")
+    add_words(
+        verb,
+        "MOUNTPOINT A [B]",
+        "or paths of snapshots; default of B: the image now; with --since no A",
+    )
+    verb.add_argument(
+        "--since", metavar="MOMENT", help="in place of A: a snapshot, a bitmap or DIR/POINT"
+    )
+    verb.add_argument(
+        "--format", choices=("table", "json", "extents", "ddrescue"), help="default: table"
+    )
     verb.add_argument("--totals", action="store_true", help="sums instead of extents")
     add_json(verb)
     verb.set_defaults(run=diff)
@@ -90,25 +102,50 @@ def bitmap(arguments: argparse.Namespace) -> int:
 
 
 def diff(arguments: argparse.Namespace) -> int:
-    """snapfs diff MOUNTPOINT A [B]."""
+    """snapfs diff MOUNTPOINT A [B], and snapfs diff MOUNTPOINT [B] --since MOMENT."""
+    form = arguments.format or ("json" if arguments.json else "table")
+    if arguments.json and form != "json":
+        raise Misused(f"--json and --format {form} are two formats")
+    if arguments.totals and form not in ("json", "table"):
+        raise Misused("--totals prints no extents, in no format")
     mount, names = split_names(arguments.words)
-    only(names, 1, 2, "one or two snapshots")
-    with Client(mount) as client:
-        extents = _differences(client, dict(zip(("a", "b"), names, strict=False)))
-        if arguments.totals:
-            totals = dict.fromkeys(("extents", "changed", "unknown"), 0)
-            for extent in extents:
-                totals["extents"] += 1
-                totals[extent["state"]] += extent["length"]
-            _print_totals("diff", totals, arguments.json)
-        elif arguments.json:
-            dump("diff", {"extents": list(extents)})
-        else:
-            print_table(
-                ("START", "LENGTH", "STATE"),
-                ((each["start"], each["length"], each["state"]) for each in extents),
-            )
+    extents: Iterable[dict[str, Any]]
+    if arguments.since is not None:
+        only(names, 0, 1, "one snapshot at most, as --since is in place of A")
+        extents = _since(mount.mountpoint, names[0] if names else None, arguments.since)
+    else:
+        only(names, 1, 2, "one or two snapshots")
+        with Client(mount) as client:
+            request = dict(zip(("a", "b"), names, strict=False))
+            extents = list(_differences(client, request))
+    if arguments.totals:
+        totals = dict.fromkeys(("extents", "changed", "unknown"), 0)
+        for extent in extents:
+            totals["extents"] += 1
+            totals[extent["state"]] += extent["length"]
+        _print_totals("diff", totals, form == "json")
+    elif form == "json":
+        dump("diff", {"extents": list(extents)})
+    elif form == "table":
+        print_table(
+            ("START", "LENGTH", "STATE"),
+            ((each["start"], each["length"], each["state"]) for each in extents),
+        )
+    else:
+        _print_ranges(extents, form)
     return ExitCode.OK
+
+
+def _since(mountpoint: str, snapshot: str | None, since: str) -> Iterator[dict[str, Any]]:
+    from ..backup.moments import changes  # noqa: PLC0415
+
+    found = changes(mountpoint, snapshot, since)
+    both = heapq.merge(
+        ((start, stop, "changed") for start, stop in found.changed),
+        ((start, stop, "unknown") for start, stop in found.unknown),
+    )
+    for start, stop, state in both:
+        yield {"start": start, "length": stop - start, "state": state}
 
 
 def _differences(client: Client, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -117,6 +154,29 @@ def _differences(client: Client, request: dict[str, Any]) -> Iterator[dict[str, 
         answer = client.call("diff", offset=offset, **request)
         yield from answer["extents"]
         offset = answer["next"]
+
+
+def _print_ranges(extents: Iterable[dict[str, Any]], form: str) -> None:
+    """All that may differ, neighbours merged: for programs that copy it."""
+    ranges: list[tuple[int, int]] = []
+    for each in extents:
+        start, stop = each["start"], each["start"] + each["length"]
+        if ranges and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, stop))
+    if form == "extents":
+        for start, stop in ranges:
+            print(start, stop - start)
+        return
+    # https://www.gnu.org/software/ddrescue/manual/ddrescue_manual.html#Mapfile-structure:
+    # a domain is what is finished (+); the map must begin at 0 and have no gaps.
+    print("# Mapfile of what differs, by snapfs diff", "0x0 ? 1", sep="\n")
+    position = 0
+    for start, stop in ranges:
+        if position < start:
+            print(f"{position:#x} {start - position:#x} ?")
+        print(f"{start:#x} {stop - start:#x} +")
+        position = stop
 
 
 def _print_totals(command: str, totals: dict[str, int], as_json: bool) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import ExitCode, UsageError
-from .arguments import Verbs, descriptor, rate
+from ..errors import ExitCode
+from .arguments import Verbs, add_words, descriptor, file_of, rate
+from .guarding import Misused
 from .jobs import Result, add_progress, add_quiet, long_job
 from .output import dump, human
 
@@ -17,7 +18,7 @@ from .output import dump, human
 def add_to(verbs: Verbs) -> None:
     """Add our commands."""
     verb = verbs.add_parser("send", help="write a snapshot, or what changed up to it, to a pipe")
-    verb.add_argument("snapshot", metavar="SNAPSHOT", help="MOUNTPOINT/snapshots/NAME")
+    add_words(verb, "SNAPSHOT", "a path, or MOUNTPOINT NAME")
     verb.add_argument(
         "--since", metavar="MOMENT", help="only what changed: a snapshot, a bitmap or DIR/POINT"
     )
@@ -27,7 +28,7 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument("--bwlimit", type=rate, metavar="BYTES", help="bytes a second at most")
     verb.add_argument("--progress", type=descriptor, metavar="FD", help="write lines N/100 there")
     add_quiet(verb)
-    verb.set_defaults(run=send, json=False)
+    verb.set_defaults(run=send, json=False, form=None)
 
     verb = verbs.add_parser("receive", help="apply what snapfs send writes to an image")
     verb.add_argument("image", metavar="IMAGE", help="a raw image, or a block device")
@@ -58,7 +59,7 @@ def send(arguments: argparse.Namespace) -> int:
 
     long_job(
         arguments,
-        lambda: sending.send(arguments.snapshot, sys.stdout.fileno(), options),
+        lambda: sending.send(file_of(arguments.words), sys.stdout.fileno(), options),
         describe,
         interrupted="interrupted; what has arrived is said by snapfs receive --state IMAGE",
         out=sys.stderr,
@@ -76,7 +77,7 @@ def receive(arguments: argparse.Namespace) -> int:
 
     if arguments.state:
         if arguments.force:
-            raise UsageError("--state changes nothing, so there is nothing to force")
+            raise Misused("--state changes nothing, so there is nothing to force")
         found = receiving.state(arguments.image)
         if arguments.json:
             dump("receive", found)

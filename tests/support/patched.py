@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 from tests.support.mounted import PATIENCE, Mounted
 
@@ -80,14 +80,20 @@ class Program:
 
     _running: ClassVar[list[Program]] = []
 
-    def __init__(self, patch: str, *arguments: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        patch: str,
+        *arguments: str | Path,
+        pass_fds: tuple[int, ...] = (),
+        stdout: int | BinaryIO = subprocess.PIPE,
+    ) -> None:
         self._reached, reached = os.pipe()
         go, self._go = os.pipe()
         self.output = ""
         self.process = subprocess.Popen(
             [sys.executable, "-c", START.format(patch=patch), str(reached), str(go), *arguments],
             pass_fds=(reached, go, *pass_fds),
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
