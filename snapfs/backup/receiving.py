@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 from attrs import evolve, frozen
 
-from ..errors import BackupError, PartialCopy, StreamBroken, UsageError, WrongBase
 from ..client.reasons import why
+from ..errors import BackupError, PartialCopy, StreamBroken, UsageError, WrongBase
 from . import copies, devices, received, records
 from .copies import Journal
 from .copying import CHECKPOINT_BYTES, CHECKPOINT_SECONDS, check_room

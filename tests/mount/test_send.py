@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from attrs import define, field
 from snapfs.backup import receiving
 from snapfs.client.wire import Client
 from snapfs.errors import WrongBase
+from snapfs.storage.locks import lock_image
 from tests.support import streams
 from tests.support.calls import bitmap, punch
 from tests.support.filesystems import loop_device, tmpfs
+from tests.support.filtered import wait_until
 from tests.support.mounted import DYING, K64, MIB, PATIENCE, SNAPFS, Mounted, run
 from tests.support.patched import Program, held_copy
 
@@ -494,3 +497,75 @@ def test_ddrescue_takes_what_differs(mount, tmp_path):
     )
     run("ddrescue", "-m", domain, disk.snapshots / "2", dest)
     assert (disk.snapshots / "2").read_bytes() == dest.read_bytes()
+
+
+def wait_unlocked(image: Path) -> None:
+    """Return when the receiver on the other machine has noticed that nothing comes any more."""
+    with open(image, "r+b") as file:
+        wait_until(lambda: lock_image(file.fileno(), writable=True))
+
+
+@pytest.fixture
+def ssh(tmp_path) -> Iterator[list[str]]:
+    """What runs a command over ssh on this machine, as the user who runs the tests."""
+    server = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if server is None or shutil.which("ssh") is None:
+        pytest.skip("OpenSSH is not installed")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd(8): privilege separation
+    for name in ("host", "user"):
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
+    keys = tmp_path / "authorized_keys"
+    keys.write_text((tmp_path / "user.pub").read_text())
+    keys.chmod(0o600)
+    (tmp_path / "sshd_config").write_text(
+        f"HostKey {tmp_path}/host\nAuthorizedKeysFile {keys}\nStrictModes no\nUsePAM no\n"
+    )
+    # Started for each connection by the client itself: there is no port to be taken.
+    proxy = f"{server} -i -f {tmp_path}/sshd_config"
+    yield [
+        "ssh", "-F", "none", "-i", str(tmp_path / "user"), "-o", f"ProxyCommand={proxy}",
+        "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={tmp_path}/known",
+        "-o", "IdentitiesOnly=yes", "-o", "LogLevel=ERROR", "127.0.0.1",
+    ]  # fmt: skip
+
+
+def test_over_ssh_to_another_machine(pipe, ssh, tmp_path):
+    """As the manual has it; killed in the middle, and gone on with."""
+    disk, image = pipe.disk, pipe.image
+
+    def there(*words: str | Path) -> str:
+        return " ".join(map(str, (f"cd {Path.cwd()} &&", *SNAPFS, *words)))
+
+    def send(name: str, *options: str, kill: bool = False) -> int:
+        sender = subprocess.Popen(
+            [*SNAPFS, "send", "--quiet", disk.snapshots / name, *options], stdout=subprocess.PIPE
+        )
+        receiver = subprocess.Popen(
+            [*ssh, there("receive", "--quiet", image)], stdin=subprocess.PIPE
+        )
+        assert sender.stdout and receiver.stdin
+        with contextlib.suppress(BrokenPipeError), receiver.stdin:
+            while data := sender.stdout.read(3 * MIB):
+                receiver.stdin.write(data)
+                receiver.stdin.flush()
+                if kill:
+                    wait_until(Path(f"{image}.partial").exists)
+                    receiver.kill()
+                    wait_unlocked(image)
+        sender.stdout.close()
+        sender.wait(PATIENCE)
+        return receiver.wait(PATIENCE)
+
+    disk.create("1")
+    assert send("1", kill=True)
+    found = run(*ssh, there("receive", "--state", image)).stdout.strip()
+    assert not send("1", "--resume-from", found)
+    assert pipe.holds("1")
+    change(disk, MIB)
+    disk.create("2")
+    assert not send("2", "--since", "1")
+    assert pipe.holds("2")
+    change(disk, MIB)
+    disk.create("3")
+    assert 6 == send("3", "--since", "1")  # ssh hands on what the receiver says
