@@ -10,7 +10,7 @@ from typing import Any
 from attrs import field, frozen
 
 from ..client.wire import Client, RemoteError
-from ..errors import UsageError
+from ..errors import PointDamaged, UsageError
 from . import folding, qemu
 from .chain import is_backups_own, opened
 from .retention import Policy
@@ -29,12 +29,16 @@ class PruneOptions:
 
 
 def prune(path: str, options: PruneOptions) -> dict[str, Any]:
-    """Take out the points that the policy does not keep; returns what was kept by which rule."""
+    """Take out the points that the policy does not keep; returns what was kept by which rule.
+
+    `failed` has those that cannot be folded, for they are damaged; all the others go.
+    """
     options.policy.refuse_empty()
     if options.pattern is not None:
         raise UsageError("--pattern is for the snapshots of a mount; a backup has points")
     qemu.find_program("qemu-img")
     dry_run = options.dry_run
+    failed: list[str] = []
     with opened(path, change=not dry_run, wait=options.wait) as directory:
         chain = directory.chain
         points = chain.points
@@ -49,13 +53,18 @@ def prune(path: str, options: PruneOptions) -> dict[str, Any]:
                 folding.finish(directory)
                 for name in folded:
                     options.chat(f"folding {name} into the next point")
-                    folding.fold(directory, name)
+                    try:
+                        folding.fold(directory, name)
+                    except PointDamaged as error:
+                        options.say(f"point {name} stays: {error}")
+                        rules[name] = ["damaged"]
+                        failed.append(name)
     rows = [
         {"number": point.number, "name": point.name, "time": point.created,
          "kept_by": rules.get(point.name)}
         for point in points
     ]  # fmt: skip
-    return _summary("points", rows, options)
+    return {**_summary("points", rows, options), "failed": failed}
 
 
 @frozen

@@ -124,7 +124,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def prune(arguments: argparse.Namespace) -> int:
-    """snapfs prune DIR, and snapfs prune MOUNTPOINT: 3 if some snapshot could not be deleted."""
+    """snapfs prune DIR, and snapfs prune MOUNTPOINT: 3 if something could not be taken out."""
     from ..backup import pruning, retention  # noqa: PLC0415
 
     policy = retention.Policy(

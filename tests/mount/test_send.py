@@ -28,6 +28,7 @@ from tests.support.filesystems import loop_device, tmpfs
 from tests.support.filtered import wait_until
 from tests.support.mounted import DYING, K64, MIB, PATIENCE, SNAPFS, Mounted, run
 from tests.support.patched import Program, held_copy
+from tests.support.steps import some_steps
 
 pytestmark = pytest.mark.mount
 
@@ -373,7 +374,7 @@ def test_a_full_disk_there(pipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_device_is_old_marked_or_whole_whenever_it_is_killed(tmp_path, whole):
+def test_killed_at_any_step_a_device_is_old_marked_or_whole(tmp_path, whole):
     first, second = streams.moment(1, 2 * MIB), streams.moment(2, 2 * MIB)
     everything = [(0, os.urandom(2 * MIB))]
     changes = [(K64, os.urandom(K64)), (MIB + K64, os.urandom(K64))]
@@ -390,7 +391,7 @@ def test_a_device_is_old_marked_or_whole_whenever_it_is_killed(tmp_path, whole):
     with open(tmp_path / "disk", "wb") as file:
         file.truncate(5 * MIB)
     with loop_device(tmp_path / "disk") as device:
-        for step in range(1, 1000):
+        for step in some_steps():
             take(streams.stream(first, everything), force=True)
             assert old == device.read_bytes()[: 2 * MIB]
             with open(tmp_path / "stream", "rb") as file:
