@@ -5,6 +5,7 @@ installed.py     a script, where mount(8) and the shell find snapfs as if it wer
 terminal.py      Terminal: a program on a terminal of any width
 calls.py         one call on such a mount, or question to it: punch, map, copy, state, errno
 points.py        Backup: a backup directory and its points, made without a mount
+year.py          a program: a year of backups in minutes, and every restore compared
 streams.py       streams as `snapfs send` writes them, without a mount
 patterns.py      contents of images, such as that of the cases in the semantics
 devices.py       Device: a file system that is shut down, frozen, and mounted again

@@ -220,7 +220,7 @@ class Year:
                 self.totals["prunes killed"] += done.returncode == -signal.SIGKILL
             else:
                 options = pruning.PruneOptions(POLICY, say=quiet, chat=quiet)
-                pruning.prune(str(disk.path), options)
+                self.check_failed(disk, pruning.prune(str(disk.path), options)["failed"])
         except SnapfsError:
             if not disk.damaged:
                 raise
@@ -230,6 +230,15 @@ class Year:
             raise Wrong(f"prune kept {after}, not {kept}")
         self.totals["points pruned"] += len(before) - len(after)
         disk.forget()
+
+    def check_failed(self, disk: Disk, names: list[str]) -> None:
+        """Only what is damaged stays."""
+        for name in names:
+            point = disk.chain().find(name)
+            child = disk.chain().child(name)
+            if not (disk.is_hurt(point) or (child and disk.is_hurt(child))):
+                raise Wrong(f"{name} is called damaged by prune")
+        self.totals["folds refused"] += len(names)
 
     def fill(self, disk: Disk) -> None:
         """A full disk: what cannot be added is in the next point, and pruning still works."""
