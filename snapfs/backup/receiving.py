@@ -31,7 +31,7 @@ from .moments import Moment
 from .progress import Progress
 from .sending import NOTHING, state_of
 from .source import refuse_served
-from .stream import Header, Reader, Record
+from .stream import Header, Reader, Record, widen
 from .targets import RawTarget
 
 _WHOLE = "whole"  # in place of a base
@@ -62,6 +62,8 @@ def receive(image: str, file: BinaryIO, options: ReceiveOptions) -> dict[str, An
         )
     path = os.path.realpath(image)
     refuse_served(path, "receive")
+    with suppress(OSError):  # of a file in memory
+        widen(file.fileno())
     reader = Reader(file)
     stream = iter(reader)
     first = next(stream, None)

@@ -17,9 +17,11 @@ It is no defence against somebody who forges a stream: ssh(1) is.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
 import xxhash
@@ -36,6 +38,7 @@ from .targets import Data
 VERSION = 1
 MAGIC = b"snapfs stream %d\n" % VERSION
 MAX_JSON = 64 << 10
+PIPE_BYTES = 1 << 20  # what an ordinary user may have, pipe(7)
 _HEAD = struct.Struct(">4sIQQ")
 _DIGEST_BYTES = 16
 
@@ -107,6 +110,12 @@ def _digest(before: bytes, head: bytes, payload: Data) -> bytes:
     return state.digest()
 
 
+def widen(fd: int) -> None:
+    """Let a pipe hold more, if it is one and may: each end then waits less for the other."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
 class StreamTarget:
     """A stream as the target of a copy, on a descriptor.  Raises OSError, or BackupError if
     nobody reads any more.
@@ -114,6 +123,7 @@ class StreamTarget:
 
     def __init__(self, fd: int, header: Header) -> None:
         """Write the head."""
+        widen(fd)
         self._fd = fd
         self._digest = xxhash.xxh3_128_digest(MAGIC)
         self._put([memoryview(MAGIC)])
