@@ -87,9 +87,10 @@ def bitmap(arguments: argparse.Namespace) -> int:
         dump(command, answer)
     else:
         print_table(
-            ("NAME", "DIRTY", "GRANULARITY", "STATE"),
+            ("NAME", "DIRTY", "GRANULARITY", "SINCE", "STATE"),
             (
                 (each["name"], human(each["count"]), human(each["granularity"]),
+                 f"{each['began'][:19]}Z" if each["began"] else "-",
                  f"inconsistent: {each['reason']}" if each["inconsistent"] else "recording")
                 for each in answer["bitmaps"]
             ),
