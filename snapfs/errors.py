@@ -167,6 +167,10 @@ class BackupError(SnapfsError):
     """A copy, backup or restore cannot be made; the message names the remedy."""
 
 
+class NoRoom(BackupError):
+    """There is not enough space for what is about to be written."""
+
+
 class PartialCopy(SnapfsError):
     """A file is an unfinished copy: it must not be taken for a whole one."""
 

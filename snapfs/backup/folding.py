@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 from attrs import evolve
 
-from ..errors import BackupError, PointDamaged
+from ..errors import NoRoom, PointDamaged
 from . import qemu, records
 from .chain import Chain, Directory, Fold, Point
 from .extents import Extents
@@ -59,15 +59,15 @@ def fold(directory: Directory, name: str) -> None:
     child = chain.child(name)
     assert child is not None
     old = chain.find(name)
-    directory.refuse_partial(old)
-    directory.refuse_partial(child)
+    for each in chain.lineage(child):  # which qemu-img opens, all of them
+        directory.refuse_partial(each)
     _check_room(directory, old.name, child.name)
     _begin(directory, old, child)
     finish(directory)
 
 
 def _check_room(directory: Directory, old: str, into: str) -> None:
-    """Raises BackupError if the file of `old` cannot take what that of `into` has."""
+    """Raises NoRoom if the file of `old` cannot take what that of `into` has."""
     there, new = _data(directory.image_of(old)), _data(directory.image_of(into))
     tables = os.stat(directory.image_of(into)).st_blocks * 512 - new.total()
     needed = METADATA_BYTES + max(0, tables)
@@ -76,7 +76,7 @@ def _check_room(directory: Directory, old: str, into: str) -> None:
     room = os.statvfs(directory.path)
     free = room.f_bavail * room.f_frsize
     if needed > free:
-        raise BackupError(
+        raise NoRoom(
             f"folding {old} into {into} takes up to {needed} bytes, and "
             f"{directory.path} has {free} free; keep fewer points of other chains, or make room"
         )

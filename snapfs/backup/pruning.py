@@ -10,7 +10,7 @@ from typing import Any
 from attrs import field, frozen
 
 from ..client.wire import Client, RemoteError
-from ..errors import PointDamaged, UsageError
+from ..errors import BackupError, NoRoom, PointDamaged, UsageError
 from . import folding, qemu
 from .chain import is_backups_own, opened
 from .retention import Policy
@@ -55,7 +55,9 @@ def prune(path: str, options: PruneOptions) -> dict[str, Any]:
                     options.chat(f"folding {name} into the next point")
                     try:
                         folding.fold(directory, name)
-                    except PointDamaged as error:
+                    except (PointDamaged, BackupError) as error:
+                        if isinstance(error, NoRoom) or directory.chain.fold is not None:
+                            raise
                         options.say(f"point {name} stays: {error}")
                         rules[name] = ["damaged"]
                         failed.append(name)

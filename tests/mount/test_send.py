@@ -113,6 +113,12 @@ class Pipe:
         return True
 
 
+@pytest.fixture(autouse=True)
+def _own_records(tmp_path, monkeypatch):
+    """What is noted of devices is gone with the test."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
 @pytest.fixture
 def pipe(mount, tmp_path) -> Pipe:
     content = os.urandom(2 * MIB) + bytes(2 * MIB) + os.urandom(2 * MIB + 100)
@@ -300,6 +306,7 @@ def test_terminals_are_refused(pipe):
 HOWS = ("sender", "receiver", "cut", "flip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOWS)
 def test_whatever_happens_on_the_way_the_rest_follows(pipe, how):
     """And what was called whole is, to the byte."""
@@ -570,3 +577,18 @@ def test_over_ssh_to_another_machine(pipe, ssh, tmp_path):
     change(disk, MIB)
     disk.create("3")
     assert 6 == send("3", "--since", "1")  # ssh hands on what the receiver says
+
+
+def test_a_device_that_was_restored_takes_what_changed_since(mount, tmp_path):
+    disk, directory = mount(os.urandom(2 * MIB)), tmp_path / "backup"
+    run(*SNAPFS, "backup", "--init", directory)
+    disk.snapfs("backup", disk.mountpoint, directory)
+    with open(tmp_path / "disk", "wb") as file:
+        file.truncate(3 * MIB)
+    with loop_device(tmp_path / "disk") as device:
+        pipe = Pipe(disk, device)
+        run(*SNAPFS, "restore", directory, device, "--force", "--for-receive")
+        change(disk, MIB)
+        disk.create("s")
+        assert pipe.run("s", "--since", directory / "latest"), pipe.words
+        assert (disk.snapshots / "s").read_bytes() == device.read_bytes()[: 2 * MIB]

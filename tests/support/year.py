@@ -221,10 +221,11 @@ class Year:
             else:
                 options = pruning.PruneOptions(POLICY, say=quiet, chat=quiet)
                 self.check_failed(disk, pruning.prune(str(disk.path), options)["failed"])
-        except SnapfsError:
+        except SnapfsError as error:
             if not disk.damaged:
                 raise
             self.totals["prunes refused"] += 1
+            print("year:", self.now.date(), "prune:", error, flush=True)
         after = {point.name for point in disk.chain().points}
         if not kept.keys() <= after <= before:
             raise Wrong(f"prune kept {after}, not {kept}")
