@@ -115,7 +115,7 @@ class Year:
     totals: Counter[str] = field(factory=Counter)
 
     @classmethod
-    def begin(cls, where: Path, seed: int, size: str = "64m") -> Year:
+    def begin(cls, where: Path, seed: int, size: str = "192m") -> Year:
         machine, *places = (where / name for name in ("machine", "a", "b"))
         for place in (machine, *places):
             place.mkdir()
