@@ -39,7 +39,7 @@ from .control import ControlServer, failure
 from .farewell import Farewell
 from .preflight import Config, check, check_temp_dir
 from .process import raise_limits, set_io_flusher, spare_from_oom
-from .sdnotify import notify, tell_status
+from .sdnotify import notify, tell_ready, tell_status
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class Daemon:
         self._served = True
         log.info("%s is mounted on %s", self._config.image, mount.mountpoint)
         self._ready()
-        notify("READY=1")
+        await tell_ready()
         await tell_status(self._config.image, engine)
 
     async def _watch_signals(

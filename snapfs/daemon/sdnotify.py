@@ -12,20 +12,34 @@ from ..client.documents import human
 from ..engine.engine import Engine
 
 STATUS_SECONDS = 5.0  # between two looks at what systemctl status says
+RETRY_SECONDS = 0.2  # after which who does not listen is told again that the mount is there
 
 
-def notify(state: str) -> None:
-    """Tell systemd, if it started us, such as READY=1 (sd_notify(3))."""
+def notify(state: str) -> bool:
+    """Tell systemd, if it started us, such as READY=1 (sd_notify(3)).  Waits for nobody.
+
+    False: it has not taken what it was told before, and is to be told again later.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
-        return
+        return True
     if address.startswith("@"):
         address = "\0" + address[1:]
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        with socket.socket(socket.AF_UNIX, kind) as sender:
             sender.sendto(os.fsencode(state), address)
+    except BlockingIOError:
+        return False
     except OSError:
         pass  # it goes on without
+    return True
+
+
+async def tell_ready() -> None:
+    """Tell systemd that the mount is there."""
+    while not notify("READY=1"):
+        await trio.sleep(RETRY_SECONDS)
 
 
 def status_of(image: str, engine: Engine) -> str:
@@ -50,7 +64,6 @@ async def tell_status(image: str, engine: Engine) -> None:
     said = ""
     while os.environ.get("NOTIFY_SOCKET"):
         text = status_of(image, engine)
-        if text != said:
-            notify(f"STATUS={text}")
+        if text != said and notify(f"STATUS={text}"):
             said = text
         await trio.sleep(STATUS_SECONDS)
