@@ -66,10 +66,17 @@ class Traces:
 
     @staticmethod
     def note(noted: Bitmap, first: int, bits: bitarray) -> None:
-        """The clusters of `bits`, which begin with cluster `first`, are such."""
+        """The clusters of `bits`, which begin with cluster `first`, are such.
+
+        Without memory the picture lacks them: whoever discards or loses them goes on.
+        """
         stop = first + len(bits)
-        noted.grow(stop)
-        noted.assign(first, noted.slice(first, stop) | bits)
+        try:
+            if stop > len(noted):  # to more than that, since discards come one after the other
+                noted.grow(max(stop, 2 * len(noted)))
+            noted.assign(first, noted.slice(first, stop) | bits)
+        except MemoryError:
+            pass
 
     def note_read(self, geometry: Geometry, offset: int, length: int) -> None:
         """A snapshot is read there; `geometry` of the image now."""
