@@ -27,12 +27,17 @@
  * live: a file system that is gone costs each mapping the pages that are written, a few. */
 enum { MOST_REPLACED = 65536 };
 
+/* Bytes of mappings that may be kept in memory, and the share of the machine's that is: a thousand
+ * snapshots of 1 TiB have 4 GB of bitmaps, which nobody else could have otherwise. */
+enum { MOST_KEPT = 256 << 20, SHARE_KEPT = 16 };
+
 typedef struct mapping {
     PyObject_HEAD
     char *address; /* NULL: closed */
     size_t length; /* whole pages are mapped */
     Py_ssize_t exports;
     uint32_t failed; /* pages replaced; set in the handler */
+    bool kept;       /* in memory, once touched */
     struct mapping *next, *previous;
 } Mapping;
 
@@ -44,6 +49,7 @@ static uintptr_t replaced[MOST_REPLACED];
 static size_t replaced_count;
 static uint64_t failures; /* in this process; shared with C that judges requests, see `counter` */
 static size_t page_size;
+static size_t kept; /* bytes of mappings that are; with the GIL */
 static struct sigaction previous_action;
 
 static void lock(void)
@@ -135,9 +141,43 @@ static bool install(void)
 
 /* ---- the type ------------------------------------------------------------------------------ */
 
+static size_t most_kept(void)
+{
+    const long pages = sysconf(_SC_PHYS_PAGES);
+    const size_t share = pages < 0 ? MOST_KEPT : (size_t)pages / SHARE_KEPT * page_size;
+
+    return share < MOST_KEPT ? share : MOST_KEPT;
+}
+
+/* A page that could not be written back stays as it is until memory is short: not before we have
+ * asked, if its mapping is kept.  Beyond what may be, the oldest has to do without: a snapshot that
+ * gets no copies any more, in most cases.  So does what an ordinary user may not lock.  With the GIL,
+ * and the new one in the list. */
+static void keep(Mapping *self)
+{
+    const size_t most = most_kept();
+    Mapping *oldest = self;
+
+    if (self->length > most || mlock2(self->address, self->length, MLOCK_ONFAULT))
+        return;
+    self->kept = true;
+    kept += self->length;
+    while (oldest->next)
+        oldest = oldest->next;
+    for (; kept > most && oldest != self; oldest = oldest->previous)
+        if (oldest->kept) {
+            (void)munlock(oldest->address, oldest->length);
+            oldest->kept = false;
+            kept -= oldest->length;
+        }
+}
+
 static void forget(Mapping *self)
 {
-    size_t kept = 0;
+    size_t left = 0;
+
+    if (self->kept)
+        kept -= self->length;
 
     lock();
     if (self->previous)
@@ -148,8 +188,8 @@ static void forget(Mapping *self)
         self->next->previous = self->previous;
     for (size_t i = 0; i < replaced_count; i++)
         if (replaced[i] - (uintptr_t)self->address >= self->length)
-            replaced[kept++] = replaced[i];
-    replaced_count = kept;
+            replaced[left++] = replaced[i];
+    replaced_count = left;
     unlock();
     munmap(self->address, self->length);
     self->address = NULL;
@@ -179,9 +219,6 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         Py_DECREF(self);
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    /* A page that could not be written back stays as it is until memory is short: not before we
-     * have asked.  Beyond what an ordinary user may lock that has to do without. */
-    (void)mlock2(address, (size_t)size, MLOCK_ONFAULT);
     self->address = address;
     self->length = (size_t)size;
     lock();
@@ -190,6 +227,7 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         mappings->previous = self;
     mappings = self;
     unlock();
+    keep(self);
     return (PyObject *)self;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,37 @@ def test_a_page_that_was_touched_stays_in_memory(file):
     locked = next(line for line in of_it.splitlines() if line.startswith("Locked:"))
     assert ["4", "kB"] == locked.split()[1:], "of the page that was touched, and of no other"
     mapping.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="who may lock little has little locked")
+def test_what_is_kept_in_memory_is_bounded_and_the_newest_ones_are(tmp_path):
+    """A thousand snapshots of 1 TiB have 4 GB of bitmaps."""
+    fd = os.open(tmp_path / "sparse", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, size := 16 << 20)
+    made = [Mapping(fd, size) for _ in range(24)]
+    found = [_is_locked(each) for each in made]
+    most = min(256 << 20, os.sysconf("SC_PHYS_PAGES") * PAGE // 16)
+    assert not found[0]
+    assert found == sorted(found)
+    assert most - 2 * size <= size * sum(found) <= most
+    for each in made[20:]:
+        each.close()
+    left = [*made[:20], Mapping(fd, size)]
+    assert [*found[:20], True] == [_is_locked(each) for each in left], "there is room again"
+    for each in left:
+        each.close()
+    os.close(fd)
+
+
+def _is_locked(mapping) -> bool:
+    with memoryview(mapping) as view:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            first, last = (int(each, 16) for each in line.split()[0].split("-"))
+        elif line.startswith("VmFlags:") and first <= address < last:
+            return "lo" in line.split()
+    raise AssertionError
 
 
 def test_a_closed_mapping_has_nothing_and_one_in_use_cannot_be_closed(file):
