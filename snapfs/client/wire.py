@@ -30,10 +30,11 @@ from .mountinfo import Mount
 VERSION = 1
 MAX_LINE = 64 << 10  # bytes of a request; an answer may be longer
 BUFFER = 1 << 20  # bytes of an answer that are read at once
+MAX_ANSWER = 256 << 20  # bytes; 50,000 snapshots take some 50 MB
 FAREWELL = "farewell"  # a request that is answered twice: at once, and when the mount has ended
 SOCKET_NAME = "control.sock"
 ADDRESSES = 8  # of one device number
-ASK_SECONDS = 5.0  # for the state directory
+ASK_SECONDS = 5  # for the state directory, and for a connection
 PATH_MAX = 4097
 XATTR_STATE = "user.snapfs.state"
 
@@ -153,12 +154,21 @@ class Client:
     def _connect_by_state(self) -> socket.socket:
         state = self._state_directory()
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # One who listens and accepts nobody must not keep us for ever.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", ASK_SECONDS, 0))
         try:
             directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 made.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
             finally:
                 os.close(directory)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
+        except BlockingIOError:
+            made.close()
+            raise errors.NotMounted(
+                f"the daemon of {self.mount.mountpoint} does not answer: it has too many clients, "
+                "or is stopped"
+            ) from None
         except PermissionError:
             made.close()
             raise errors.NotPermitted(
@@ -260,12 +270,16 @@ class Client:
     def _read_line(self) -> bytes:
         """A line, empty at the end."""
         parts = [self._received]
+        size = 0
         while b"\n" not in parts[-1]:
             self._limit_time()
             part = self._socket.recv(BUFFER)
             if not part:
                 return b""
             parts.append(part)
+            size += len(part)
+            if size > MAX_ANSWER:
+                raise errors.NotMounted("what answers is no snapfs: it says too much")
         last, _, self._received = parts[-1].partition(b"\n")
         return b"".join([*parts[:-1], last])
 

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from snapfs import errors
 from snapfs.client import wire
 from snapfs.client.mountinfo import Mount
 from snapfs.client.wire import Client, RemoteError
+from tests.support.mounted import PATIENCE
 
 DEVICE = "0:999999"  # nobody has so many
 
@@ -91,3 +92,46 @@ def test_an_answer_that_is_none_is_told_in_words(tmp_path, monkeypatch, text):
         with Client(mount_of(os.geteuid())) as client:
             with pytest.raises(errors.NotMounted, match="no snapfs"):
                 client.call("list")
+
+
+def test_who_accepts_nobody_does_not_keep_us_for_ever(tmp_path, monkeypatch):
+    """An ordinary user may listen at a place of theirs, and root asks all mounts."""
+    monkeypatch.setattr(wire, "ASK_SECONDS", 1)
+    monkeypatch.setattr(wire, "_ask_mount", lambda _mount: os.fsencode(tmp_path))
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as waiting:
+        listener.bind(str(tmp_path / wire.SOCKET_NAME))
+        listener.listen(0)
+        while True:
+            one = waiting.enter_context(
+                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            )
+            try:
+                one.connect(listener.getsockname())
+            except BlockingIOError:
+                break
+        heard: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                Client(mount_of(os.geteuid()))
+            except errors.NotMounted as error:
+                heard.append(error)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(PATIENCE)
+        assert 1 == len(heard)
+        assert "too many clients" in str(heard[0])
+
+
+def test_who_never_ends_an_answer_does_not_fill_our_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(wire, "MAX_ANSWER", 10 << 20)
+
+    def talk(connected: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connected.sendall(bytes(1 << 20))
+
+    with answering(tmp_path, monkeypatch, talk), Client(mount_of(os.geteuid())) as client:
+        with pytest.raises(errors.NotMounted, match="too much"):
+            client.call("list")
