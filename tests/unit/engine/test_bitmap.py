@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapfs.engine import bitmap
 from snapfs.engine.bitmap import Bitmap, buffer_size
 
 LENGTH = 77
 ranges = st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted)
 
 
-@given(st.lists(st.tuples(st.booleans(), ranges)), ranges, st.booleans())
-def test_against_a_list(steps, within, value):
+@given(st.lists(st.tuples(st.booleans(), ranges)), ranges, st.booleans(), st.sampled_from((5, 999)))
+def test_against_a_list(steps, within, value, counted):
     bits, model = Bitmap(LENGTH), [False] * LENGTH
     for on, (first, stop) in steps:
         (bits.set if on else bits.clear)(first, stop)
@@ -24,7 +25,9 @@ def test_against_a_list(steps, within, value):
     assert model == [bits.get(index) for index in range(LENGTH)]
     assert any(part) == bits.any(first, stop)
     assert all(part) == bits.all(first, stop)
-    assert sum(part) == bits.count(first, stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bitmap, "COUNTED", counted)
+        assert sum(part) == bits.count(first, stop)
     found = list(bits.runs(first, stop, value))
     assert [index for index in range(first, stop) if model[index] == value] == [
         index for start, end in found for index in range(start, end)
