@@ -18,8 +18,9 @@ HEADS = ("NAME", "CREATED", "SIZE", "TEMP", "STATE", "NOTE")
 def list_row(each: dict[str, Any]) -> tuple[str, ...]:
     """What list says of a snapshot, by HEADS."""
     return (
-        each["name"], each["created"][:19] + "Z", human(each["size"]), human(each["temp_bytes"]),
-        each["state"] + ", pinned" * each["pinned"], each["note"] or "",
+        printable(each["name"]), printable(each["created"][:19]) + "Z", human(each["size"]),
+        human(each["temp_bytes"]), printable(each["state"]) + ", pinned" * bool(each["pinned"]),
+        printable(each["note"] or ""),
     )  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def _mounts(answers: Answers) -> Iterator[Metric]:
     )  # fmt: skip
     for where, answer in answers.items():
         for kind, severity in sorted({(p["kind"], p["severity"]) for p in answer["problems"]}):
-            family.add_metric([_label(where), kind, severity], 1)
+            family.add_metric([_label(where), _label(kind), _label(severity)], 1)
     yield family
 
 
@@ -206,7 +206,7 @@ def _snapshots(answers: Answers) -> Iterator[Metric]:
         for state in STATES:
             states.add_metric([mount, state], sum(each["state"] == state for each in found))
         for each in found:
-            name = each["name"]
+            name = _label(each["name"])
             for state in STATES:
                 one.add_metric([mount, name, state], float(each["state"] == state))
             created.add_metric([mount, name], _seconds(each["created"]))
@@ -222,7 +222,7 @@ def _snapshots(answers: Answers) -> Iterator[Metric]:
     )  # fmt: skip
     for where, answer in answers.items():
         for each in answer["bitmaps"]:
-            labels = [_label(where), each["name"]]
+            labels = [_label(where), _label(each["name"])]
             broken.add_metric(labels, float(each["inconsistent"]))
             if not each["inconsistent"]:
                 bitmaps.add_metric(labels, each["count"])

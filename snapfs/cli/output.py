@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..client.documents import document, human
+from .terminal import printable
 
 __all__ = ["complain", "dump", "human", "print_pairs", "print_table"]
 
@@ -41,5 +42,5 @@ def print_pairs(values: Mapping[str, Any], prefix: str = "") -> None:
 
 def complain(message: str, status: int) -> int:
     """Say what is wrong on stderr, in one line, and return the exit status."""
-    print("snapfs:", " ".join(message.split()), file=sys.stderr)
+    print("snapfs:", printable(" ".join(message.split())), file=sys.stderr)
     return status

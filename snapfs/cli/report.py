@@ -46,7 +46,7 @@ def report(
 
 def _problem(problem: Status, painter: Painter, width: int) -> Iterator[str]:
     colour = "red" if problem["severity"] == "error" else "yellow"
-    text = f"{problem['severity']}: {printable(problem['message'])}"
+    text = f"{printable(problem['severity'])}: {printable(problem['message'])}"
     lines = textwrap.wrap(text, width - 2, subsequent_indent="  ", break_on_hyphens=False)
     yield from (f"  {painter(line, colour)}" for line in lines)
     yield from textwrap.wrap(
@@ -81,7 +81,7 @@ def _facts(
         "Mounted",
         (
             f"for {age(mount['since'], now)}, since {moment(mount['since'])}; "
-            f"process {mount['pid']}, durability={mount['durability']}, fast path {fast}"
+            f"process {mount['pid']}, durability={printable(mount['durability'])}, fast path {fast}"
         ),
     )
     yield "Temp space", temp(status["temp"], terminal)
@@ -170,7 +170,7 @@ def snapshot_row(snapshot: Status, now: datetime) -> list[str]:
     return [
         printable(snapshot["name"]),
         age(snapshot["created"], now),
-        snapshot["state"],
+        printable(snapshot["state"]),
         _share(clusters["copied"], total),
         _share(clusters["accessible"], total),
         _share(clusters["discarded"], total),
@@ -201,7 +201,7 @@ def snapshot_table(
 
 
 def _share(part: int, total: int) -> str:
-    if not part:
+    if not (part and total):
         return "0 %"
     percent = 100 * part / total
     return "<1 %" if percent < 1 else f"{percent:.0f} %" if part < total else "100 %"

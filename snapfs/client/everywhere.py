@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from ..errors import SnapfsError
-from . import mountinfo, older
+from ..errors import NotMounted, SnapfsError
+from . import mountinfo, older, shapes
 from .mountinfo import FS_TYPE, Mount
 from .older import Answer
 from .wire import Client
@@ -27,12 +27,26 @@ def mounts() -> list[Mount]:
 
 def ask(command: Literal["status", "list"]) -> Iterator[tuple[Mount, Answer | SnapfsError]]:
     """Each mount, and the answer of its daemon or why there is none."""
-    complete = older.complete_status if command == "status" else older.complete_list
     for mount in mounts():
         try:
             with Client(mount) as client:
                 client.be_patient(PATIENCE)
-                answer: Answer | SnapfsError = complete(client.call(command))
+                answer: Answer | SnapfsError = _complete(command, client.call(command))
         except SnapfsError as error:
             answer = error
         yield mount, answer
+
+
+def _complete(command: Literal["status", "list"], answer: Answer) -> Answer:
+    """An answer with what it lacks, if it has the rest; raises NotMounted."""
+    complete, shape = {
+        "status": (older.complete_status, shapes.STATUS),
+        "list": (older.complete_list, shapes.LIST),
+    }[command]
+    try:
+        found = complete(answer)
+    except (LookupError, TypeError, AttributeError):
+        found = {}
+    if not shapes.fits(found, shape):
+        raise NotMounted("what answers is no snapfs: it says something else")
+    return found
