@@ -66,6 +66,7 @@ REFUSED = {
 }
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+GID_DIGITS = 10  # of a number of a group, at most
 MIN_READ = 4096  # below a page the kernel could read nothing
 
 _UNITS = ("", "K", "M", "G", "T", "P", "E")
@@ -161,7 +162,8 @@ def _group(value: str) -> int:
     try:
         found = grp.getgrnam(value).gr_gid
     except KeyError:
-        if not (value.isascii() and value.isdigit() and int(value) < (1 << 32) - 1):
+        number = value if len(value) <= GID_DIGITS and value.isascii() else ""
+        if not (number.isdigit() and int(number) < (1 << 32) - 1):
             raise UsageError(
                 f"control-group={value}: there is no such group; make it: groupadd {value}"
             ) from None

@@ -68,6 +68,7 @@ def test_the_control_group_is_a_name_or_a_number_and_nobody_in_particular():
         ("-1", "no such group"),
         (str((1 << 32) - 1), "no such group"),
         ("", "needs a value"),
+        ("1" * 5000, "no such group"),
     ):
         with pytest.raises(UsageError, match=words):
             parse_options([f"control-group={value}"])
