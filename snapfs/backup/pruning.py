@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from ..client.older import complete_list
 from ..client.wire import Client, RemoteError
 from ..errors import BackupError, NoRoom, PointDamaged, UsageError
 from . import folding, qemu
@@ -85,7 +86,7 @@ def prune_snapshots(mountpoint: str, options: PruneOptions) -> dict[str, Any]:
         raise UsageError("say which snapshots: --pattern 'auto-*'")
     failed: list[str] = []
     with Client(mountpoint) as client:
-        listed = client.call("list")["snapshots"]
+        listed = complete_list(client.call("list"))["snapshots"]
         found = [
             _Snapshot(each["name"], datetime.fromisoformat(each["created"]))
             for each in listed

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from ..client import mountinfo
+from ..client.older import complete_list
 from ..client.wire import Client
 from ..errors import (
     NotMounted,
@@ -86,6 +87,7 @@ class Source:
         """What the daemon says of the snapshot now."""
         with Client(self.mountpoint) as client:
             shown: dict[str, Any] = client.call("show", name=self.name)["snapshot"]
+        complete_list({"snapshots": [shown]})
         return shown
 
     def plan(self, start: int = 0, stop: int | None = None) -> Plan:

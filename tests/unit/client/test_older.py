@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from snapfs.backup import pruning, source
+from snapfs.backup.retention import Policy
 from snapfs.cli import metrics, picture, report, watch
 from snapfs.cli.listing import list_row
 from snapfs.cli.status import exit_status
 from snapfs.cli.terminal import Painter
+from snapfs.client.mountinfo import Mount
 from snapfs.client.older import complete_list, complete_status
 from tests.support.answers import regions, snapshot, status
 
@@ -71,3 +74,39 @@ def test_the_list_of_an_older_daemon_is_printed():
         list_row(found["snapshots"][0])[0],
         *list_row(found["snapshots"][0])[-2:],
     )
+
+
+class OldDaemon:
+    """Takes the place of `Client`: an earlier version, with two snapshots."""
+
+    deleted: ClassVar[list[str]] = []
+
+    def __init__(self, _mountpoint: object) -> None:
+        self._snapshots = first_version(snapshot(1, "a-1"), snapshot(2, "a-2"))["snapshots"]
+
+    def __enter__(self) -> OldDaemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        if command == "delete":
+            self.deleted.append(arguments["name"])
+        return {"snapshots": self._snapshots, "snapshot": self._snapshots[0], "image": {}}
+
+
+def test_snapshots_of_an_older_daemon_are_pruned_and_copied(monkeypatch, tmp_path):
+    """Every night, also after the update."""
+    monkeypatch.setattr(OldDaemon, "deleted", [])
+    monkeypatch.setattr(pruning, "Client", OldDaemon)
+    options = pruning.PruneOptions(Policy(last=1), "a-*", say=str)
+    assert [] == pruning.prune_snapshots("/mnt/d", options)["failed"]
+    assert ["a-1"] == OldDaemon.deleted
+    monkeypatch.setattr(source, "Client", OldDaemon)
+    mount = Mount(1, 0, "0:99", "/", "/mnt/d", "fuse.snapfs", "i", 0)
+    monkeypatch.setattr(source.mountinfo, "split", lambda _path: (mount, "snapshots/a-1"))
+    (tmp_path / "a-1").touch()
+    opened = source.Source(str(tmp_path / "a-1"), discard=True)
+    assert not opened.described["pinned"]
+    opened.close()
