@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from ..client.naming import split_names
 from ..errors import UsageError
 from .guarding import Misused
 
@@ -76,6 +75,8 @@ def file_of(words: Sequence[str]) -> str:
     only(words, 1, 2, "one file, or a mountpoint and a name")
     if len(words) == 1:
         return words[0]
+    from ..client.naming import split_names  # noqa: PLC0415 - only for two
+
     mount, names = split_names(words)
     return os.path.join(mount.mountpoint, "snapshots", only(names, 1, 1, "one snapshot")[0])
 

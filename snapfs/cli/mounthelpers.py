@@ -10,7 +10,6 @@ from collections.abc import Container, Sequence
 from ..client.reasons import why
 from ..errors import HelperExit, NotPermitted, SnapfsError, UsageError
 from .guarding import guarded
-from .mounting import mount_in_background, unmount
 from .output import complain
 
 
@@ -53,6 +52,7 @@ def mount(arguments: Sequence[str]) -> int:
     parser.add_argument("-N", metavar="NAMESPACE", help="ignored: mount(8) has entered it")
     parser.add_argument("-t", metavar="TYPE", help="ignored")
     parsed = parser.parse_intermixed_args(arguments)
+    from .mounting import mount_in_background  # noqa: PLC0415 - for who mounts
 
     try:
         mount_in_background(parsed.spec, parsed.dir, parsed.o, dry_run=parsed.f, sloppy=parsed.s)
@@ -76,5 +76,7 @@ def umount(arguments: Sequence[str]) -> int:
     parser.add_argument("-N", metavar="NAMESPACE", help="ignored: umount(8) has entered it")
     parser.add_argument("-t", metavar="TYPE", help="ignored")
     parsed = parser.parse_args(arguments)
+    from .mounting import unmount  # noqa: PLC0415
+
     status = guarded(lambda: unmount(parsed.dir, lazy=parsed.l, force=parsed.f))
     return HelperExit.FAILURE if status else HelperExit.OK

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from .. import __version__
 from .guarding import Misused
@@ -140,6 +140,13 @@ def _hint(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+class _Name:
+    """Stands for the parser of a command that is listed and nothing else."""
+
+    def __init__(self, **_options: object) -> None:
+        pass
+
+
 def family(name: str) -> ModuleType:
     """The module of a family, by its name in COMMANDS."""
     return importlib.import_module(f".{name}", __package__)
@@ -159,16 +166,20 @@ def build_parser(
         epilog="mount -t fuse.snapfs IMAGE MOUNTPOINT works as well.  See snapfs(1).",
     )
     parser.add_argument("--version", action="version", version=f"snapfs {__version__}")
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+    first = next((word for word in words or () if not word.startswith("-")), None)
+    named = words is not None and first is None
+    verbs = parser.add_subparsers(
+        title="commands",
+        metavar="COMMAND",
+        parser_class=cast(Any, _Name) if named else Parser,
+    )
     wanted = dict.fromkeys(name for name, _ in COMMANDS.values())
-    if words is not None:
-        first = next((word for word in words if not word.startswith("-")), None)
-        if first is None:
-            for name, (_, text) in COMMANDS.items():
-                verbs.add_parser(name, help=text)
-            wanted = {}
-        elif first in COMMANDS and COMMANDS[first][0] not in OF_ALL:
-            wanted = {COMMANDS[first][0]: None}
+    if named:
+        for name, (_, text) in COMMANDS.items():
+            verbs.add_parser(name, help=text)
+        wanted = {}
+    elif first is not None and first in COMMANDS and COMMANDS[first][0] not in OF_ALL:
+        wanted = {COMMANDS[first][0]: None}
     for name in wanted:
         family(name).add_to(verbs)
     parser.set_defaults(top=parser)

@@ -7,13 +7,12 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import NotMounted
 
-BLOCKS = Path("/sys/dev/block")
-PROC = Path("/proc")
+BLOCKS = "/sys/dev/block"
+PROC = "/proc"
 FS_TYPE = "fuse.snapfs"
 
 AT_FDCWD = -100  # linux/fcntl.h
@@ -53,7 +52,9 @@ def _unescape(field: bytes) -> str:
 def mounts(process: int | str = "self") -> list[Mount]:
     """All mounts that a process sees, the newest last.  Raises OSError."""
     found = []
-    for line in (PROC / str(process) / "mountinfo").read_bytes().split(b"\n"):
+    with open(os.path.join(PROC, str(process), "mountinfo"), "rb") as file:
+        lines = file.read().split(b"\n")
+    for line in lines:
         if not line:
             continue
         left, _, right = line.partition(b" - ")
@@ -213,8 +214,8 @@ def lives_on(path: str) -> list[str]:
     while waiting and len(found) < 16:
         try:
             device = _device_below(waiting.pop())
-            block = Path(os.path.realpath(BLOCKS / f"{os.major(device)}:{os.minor(device)}"))
-            backing = list(_backing_files(block))
+            number = f"{os.major(device)}:{os.minor(device)}"
+            backing = list(_backing_files(os.path.realpath(os.path.join(BLOCKS, number))))
         except OSError:
             continue  # a file that is gone, or a dead mount: what was found counts
         found += backing
@@ -237,12 +238,14 @@ def _device_below(path: str) -> int:
     return device
 
 
-def _backing_files(block: Path) -> Iterator[str]:
+def _backing_files(block: str) -> Iterator[str]:
     """The files of loop devices that a block device is, is a part of, or is built on."""
-    for candidate in (block, block.parent):  # a partition is below its disk
-        backing = candidate / "loop" / "backing_file"
-        if backing.exists():
-            yield os.fsdecode(backing.read_bytes().removesuffix(b"\n"))
+    for candidate in (block, os.path.dirname(block)):  # a partition is below its disk
+        path = os.path.join(candidate, "loop", "backing_file")
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                yield os.fsdecode(file.read().removesuffix(b"\n"))
             return
-    for below in sorted(block.glob("slaves/*")):
-        yield from _backing_files(Path(os.path.realpath(below)))
+    slaves = os.path.join(block, "slaves")
+    for name in sorted(os.listdir(slaves)) if os.path.isdir(slaves) else ():
+        yield from _backing_files(os.path.realpath(os.path.join(slaves, name)))

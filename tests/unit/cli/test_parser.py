@@ -44,14 +44,15 @@ def imported_by(code: str) -> set[str]:
     return set(done.stderr.split())
 
 
-OTHERS = {"snapfs.cli.backups", "snapfs.backup", "snapfs.daemon.options", "difflib"}
+DAEMONS = {"snapfs.client.wire", "snapfs.client.mountinfo", "snapfs.cli.mounting"}
+OTHERS = {"snapfs.cli.backups", "snapfs.backup", "snapfs.daemon.options", "difflib", "pathlib"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "beside"),
     [
-        (["--help"], {"json", "socket", "shutil", "snapfs.client.wire", *OTHERS}),
-        (["--version"], {"json", "socket", "snapfs.client.wire", *OTHERS}),
+        (["--help"], {"json", "socket", "shutil", *DAEMONS, *OTHERS}),
+        (["--version"], {"json", "socket", *DAEMONS, *OTHERS}),
         (["list", "--help"], OTHERS),
         (["list", "/nonexistent"], OTHERS),
         (["status", "/nonexistent"], OTHERS),
