@@ -43,6 +43,7 @@ class Journal:
     incomplete: bool = False
     missing: tuple[tuple[int, int], ...] = ()  # before `position`: offset and length of the first
     missing_more: int = 0  # and how many more
+    proof: str | None = None  # what DEST looked like when it was left so, see received.py
 
     @staticmethod
     def path_of(dest: str) -> str:

@@ -93,6 +93,10 @@ def state(image: str) -> dict[str, Any]:
         if moment is None:
             raise PartialCopy(f"{path} is an unfinished copy or restore of something else")
         at = journal.position
+        if not _is_there(path, journal, held):
+            if not journal.source.endswith(f" {_WHOLE}"):
+                raise WrongBase(_not_the_file(path))
+            at = 0
         return found | {
             "state": state_of("partial", moment, at), "created": moment.created, "position": at
         }  # fmt: skip
@@ -118,6 +122,24 @@ def _is_leftover(path: str, journal: Journal, held: received.Received | None) ->
         and not devices.is_device(path)
         and held.moment.is_same(moment)
         and held.is_unchanged(path)
+    )
+
+
+def _is_there(path: str, journal: Journal, held: received.Received | None) -> bool:
+    """Is an unfinished image what it was left as, whatever moment we were killed at?"""
+    if devices.is_device(path):
+        return True
+    size = os.stat(path).st_size
+    begun = journal.position == 0 and held is not None and size == held.moment.size
+    if size != journal.size and not begun:
+        return False
+    return journal.proof is None or journal.proof == received.proof_of(path)
+
+
+def _not_the_file(path: str) -> str:
+    return (
+        f"{path} is not what had got a part of this snapshot, or was written to since; send "
+        "everything, without --since, and receive it with --force"
     )
 
 
@@ -187,7 +209,7 @@ class _Run:
         """The image is unfinished."""
         header = self._header
         if journal.source == self._journal.source and journal.size == header.size:
-            there = self._is_there(journal, held)
+            there = _is_there(self._path, journal, held)
             position = journal.position if there else 0
             if header.start > position:
                 raise UsageError(
@@ -195,10 +217,7 @@ class _Run:
                     f"to {position}; give send what snapfs receive --state says"
                 )
             if not there and header.base is not None:
-                raise WrongBase(
-                    f"{self._path} is not the file that has got a part of this snapshot; send "
-                    "everything, without --since"
-                )
+                raise WrongBase(_not_the_file(self._path))
             self._journal = evolve(self._journal, position=position)
             return
         everything = header.base is None and not header.start
@@ -210,14 +229,6 @@ class _Run:
             f"{self._path} is unfinished: it has got a part of {what}; send that again, or send "
             "everything, without --since, and receive it with --force"
         )
-
-    def _is_there(self, journal: Journal, held: received.Received | None) -> bool:
-        """Has the image the size that it must have, whatever moment we were killed at?"""
-        if devices.is_device(self._path):
-            return True
-        size = os.stat(self._path).st_size
-        begun = journal.position == 0 and held is not None and size == held.moment.size
-        return size == journal.size or begun
 
     def _refuse_to_overwrite(self, held: received.Received | None) -> None:
         self._stop_if_there(held)
@@ -284,7 +295,7 @@ class _Run:
                     record = next(stream, None)
         except (StreamBroken, KeyboardInterrupt) as error:
             with suppress(OSError):
-                self._checkpoint(position)
+                self._checkpoint(position, last=True)
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise StreamBroken(f"{error}.  {self._unfinished()}") from None
@@ -302,11 +313,15 @@ class _Run:
             self._target.write(record.offset, record.data)
             self._data += record.length
 
-    def _checkpoint(self, position: int) -> None:
+    def _checkpoint(self, position: int, *, last: bool = False) -> None:
         self._target.flush()
+        proof = None
         if isinstance(self._target, DeviceTarget):
             self._target.save_head()
-        self._journal = evolve(self._journal, position=max(self._journal.position, position))
+        elif last:
+            proof = received.proof_of(self._path)
+        position = max(self._journal.position, position)
+        self._journal = evolve(self._journal, position=position, proof=proof)
         self._journal.store(self._path, self._target)
 
     def _unfinished(self) -> str:

@@ -240,8 +240,31 @@ def test_what_is_not_the_file_that_has_a_part_does_not_get_the_rest(image, repla
     with pytest.raises(StreamBroken):
         take(image, CHANGES[:-10])
     image.write_bytes(replaced)
-    with pytest.raises(WrongBase, match="not the file"):
+    with pytest.raises(WrongBase, match="is not what had got a part"):
         take(image, CHANGES)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_what_somebody_wrote_to_since_does_not_get_the_rest(image, changes):
+    if changes:
+        take(image, WHOLE)
+    data = CHANGES if changes else WHOLE
+    with pytest.raises(StreamBroken):
+        take(image, data[:-10])
+    with open(image, "r+b") as file:
+        file.write(b"x")
+    if changes:
+        with pytest.raises(WrongBase, match="written to since"):
+            state(str(image))
+        with pytest.raises(WrongBase, match="written to since"):
+            take(image, CHANGES)
+        take(image, WHOLE, FORCE)
+    else:
+        assert f"partial@{ONE.created}/0" == state(str(image))["state"]
+        with pytest.raises(UsageError, match="up to 0"):
+            take(image, stream(ONE, [(200_000, FULL[-1][1])], start=200_000))
+        take(image, WHOLE)
+    assert FIRST == image.read_bytes()
 
 
 def test_an_image_in_use_is_left_alone(image):
