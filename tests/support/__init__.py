@@ -4,6 +4,7 @@ mounted.py       Mounted: an image and its mount by the real daemon; how tests r
 installed.py     a script, where mount(8) and the shell find snapfs as if it were installed
 terminal.py      Terminal: a program on a terminal of any width
 calls.py         one call on such a mount, or question to it: punch, map, copy, state, errno
+backedup.py      Disk: a mount with a backup directory, and what the image was at each point
 points.py        Backup: a backup directory and its points, made without a mount
 year.py          a program: a year of backups in minutes, and every restore compared
 streams.py       streams as `snapfs send` writes them, without a mount
