@@ -193,3 +193,7 @@ class PointDamaged(SnapfsError):
     """A point of a backup is not what its checksums say."""
 
     exit_code = ExitCode.SNAPSHOT_UNUSABLE
+
+
+class KeyRefused(SnapfsError):
+    """An encrypted backup cannot be read without its key, or not with the one that was given."""

@@ -21,7 +21,7 @@ import os
 import stat
 from collections.abc import Container
 
-from .chain import Chain
+from .chain import Begun, Chain, Point
 
 MACHINE_ID = "/etc/machine-id"  # machine-id(5)
 
@@ -35,14 +35,20 @@ def machine_id() -> str:
         return ""
 
 
+def newest(chain: Chain) -> Point | Begun | None:
+    """What says whose the directory is: its newest point, or the first one that is begun."""
+    return chain.points[-1] if chain.points else chain.begun
+
+
 def why_strange(chain: Chain, image: str, bitmaps: Container[str]) -> str | None:
     """Why an image, with these bitmaps, is not the one of the newest point; None if it is."""
-    if not chain.points:
+    last = newest(chain)
+    if last is None:
         return None
-    last, here = chain.points[-1], machine_id()
+    here = machine_id()
     moved_in = bool(last.machine and here and last.machine != here)
     if chain.prefix + last.token in bitmaps:
-        if not moved_in and _is_another_file(last.image, image):
+        if not moved_in and is_another_file(last.image, image):
             return f"it is a copy of {last.image}, which is still there"
         return None
     if moved_in:
@@ -52,7 +58,7 @@ def why_strange(chain: Chain, image: str, bitmaps: Container[str]) -> str | None
     return None
 
 
-def _is_another_file(one: str, other: str) -> bool:
+def is_another_file(one: str, other: str) -> bool:
     """Are there two files by these names?  False if that cannot be known."""
     try:
         first, second = os.stat(one), os.stat(other)

@@ -6,11 +6,12 @@
                                 points out or folds them; a point is added beside readers
     DIR/POINT.qcow2             what changed up to a point, over the point before
     DIR/POINT.sums              its checksums (sums.py)
+    DIR/POINT.*.partial         of the full point that is `begun` (unfinished.py)
 
 The manifest is replaced atomically and is the truth: a file that it does not
 name as a point does not count.  Names of files that may be there and are no
-points are in `garbage` *before* the files are made, so the next run can remove
-exactly those and never a file of somebody else's.
+points are in `garbage`, or `begun`, *before* the files are made, so the next run can
+remove exactly those and never a file of somebody else's.
 
 Folding point OLD into the next one, INTO, is on record in `fold` from before
 the first byte of OLD.qcow2 changes:
@@ -31,7 +32,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -42,7 +43,10 @@ from ..errors import BackupError, InUse, NotFound, PartialCopy, PointDamaged
 from . import records
 from .copies import Journal
 from .extents import Extents
-from .qemu import header
+from .keys import Key
+from .layers import Layer
+from .qcow2 import Qcow2File
+from .qemu import is_encrypted, try_key
 from .source import refuse_served
 from .sums import Unit, digest_of, load, spans
 
@@ -86,6 +90,19 @@ class Point:
 
 
 @frozen
+class Begun:
+    """A full point that is being copied, or was when the run was interrupted; see unfinished.py.
+
+    Its snapshot and the bitmap that began with it have the token in their names.
+    """
+
+    name: str = field(validator=matches_re(_NAME))
+    token: str = field(validator=matches_re(_TOKEN))
+    image: str
+    machine: str = ""
+
+
+@frozen
 class Fold:
     """Point `old`, which is none any more, is being folded into `into`."""
 
@@ -103,6 +120,7 @@ class Chain:
     points: tuple[Point, ...] = ()
     garbage: tuple[str, ...] = ()
     fold: Fold | None = None
+    begun: Begun | None = None
 
     def __attrs_post_init__(self) -> None:
         known: set[str] = set()
@@ -123,6 +141,8 @@ class Chain:
                 parents.add(point.parent)
         if self.fold is not None and (self.fold.into not in known or self.fold.old in known):
             raise ValueError("its fold is of points that cannot be folded")
+        if self.begun is not None and self.begun.name in {*known, *self.garbage}:
+            raise ValueError(f"{self.begun.name} is begun and something else as well")
         for name in self.garbage:
             if name in known or not re.fullmatch(_NAME, name):
                 raise ValueError(f"{name} cannot be garbage")
@@ -146,8 +166,9 @@ class Chain:
     def lineage(self, point: Point) -> list[Point]:
         """A point and all below it, the full one first."""
         found = [point]
-        while found[-1].parent is not None:
-            found.append(self.find(found[-1].parent))
+        for each in reversed(self.points):  # a point comes behind the one that it stands on
+            if each.name == found[-1].parent:
+                found.append(each)
         return found[::-1]
 
     def new_name(self, now: datetime) -> str:
@@ -155,7 +176,7 @@ class Chain:
         return f"{self.next_number:04d}-{now.astimezone(UTC):%Y-%m-%dT%H-%M-%SZ}"
 
 
-records.register(Point, Fold, Chain)
+records.register(Point, Begun, Fold, Chain)
 
 
 def new_token() -> str:
@@ -163,17 +184,27 @@ def new_token() -> str:
     return secrets.token_hex(6)
 
 
+def split_label(name: str) -> tuple[str, str] | None:
+    """The ids of the directory and the point in the name of a snapshot or a bitmap of a backup."""
+    found = re.fullmatch(rf"backup-({_TOKEN})-({_TOKEN})", name)
+    return None if found is None else (found[1], found[2])
+
+
 def is_backups_own(name: str) -> bool:
     """Is it the name of a snapshot, or a bitmap, that some backup made?"""
-    return re.fullmatch(rf"backup-{_TOKEN}-{_TOKEN}", name) is not None
+    return split_label(name) is not None
 
 
 class Directory:
-    """A backup directory, locked.  `chain` is what its manifest says."""
+    """A backup directory, locked.  `chain` is what its manifest says.
 
-    def __init__(self, path: str) -> None:
+    `key` is that of the points that are encrypted, if it was given.
+    """
+
+    def __init__(self, path: str, key: Key | None = None) -> None:
         """Read the manifest; use `opened` to have the lock."""
         self.path = os.path.abspath(path)
+        self.key = key
         self.chain = self._read()
 
     def _read(self) -> Chain:
@@ -208,10 +239,14 @@ class Directory:
         """The checksums of a point."""
         return os.path.join(self.path, f"{name}.sums")
 
+    def ledger_of(self, name: str) -> str:
+        """How far a point that is begun is durable."""
+        return f"{self.sums_of(name)}.partial"
+
     def files_of(self, name: str) -> Iterator[str]:
         """All that may be there of a name in `garbage`."""
-        for suffix in (".qcow2", ".qcow2.partial", ".sums", ".sums.new", ".sums.fold",
-                       ".sums.fold.new"):  # fmt: skip
+        for suffix in (".qcow2", ".qcow2.partial", ".qcow2.new", ".sums", ".sums.partial",
+                       ".sums.new", ".sums.fold", ".sums.fold.new"):  # fmt: skip
             yield os.path.join(self.path, name + suffix)
 
     def units(self, point: Point) -> list[Unit]:
@@ -252,6 +287,21 @@ class Directory:
             return path, self.image_of(fold.old)
         return (path,)
 
+    def layer(self, point: Point) -> Layer:
+        """What a point has over the one below, to be read; raises what `Layer` does."""
+        return Layer(self.layer_of(point), self.key)
+
+    def is_encrypted(self, point: Point) -> bool:
+        """Does it take a key to read what a point has itself?"""
+        return any(is_encrypted(path) for path in self.layer_of(point))
+
+    def refuse_key(self, points: Iterable[Point]) -> None:
+        """Raises KeyRefused if some points are encrypted and our key is not that of the first."""
+        for point in points:
+            if self.is_encrypted(point):
+                try_key(self.layer_of(point), self.key)
+                return
+
     def refuse_partial(self, point: Point) -> None:
         """Raises PartialCopy or PointDamaged unless the file of a point is there and whole."""
         path = self.image_of(point.name)
@@ -260,9 +310,15 @@ class Directory:
         if not os.path.isfile(path):
             raise PointDamaged(f"point {point.name}: {path} is missing")
         try:
-            header(path)
+            Qcow2File(path).close()
         except BackupError as error:
             raise PointDamaged(f"point {point.name}: {error}") from None
+
+    def drop_begun(self) -> None:
+        """Have the full point that is begun be garbage."""
+        begun = self.chain.begun
+        if begun is not None:
+            self.save(evolve(self.chain, begun=None, garbage=(*self.chain.garbage, begun.name)))
 
     def sweep(self) -> None:
         """Remove what interrupted runs left."""
@@ -272,6 +328,8 @@ class Directory:
         if self.chain.garbage:
             records.sync_directory(self.path)
             self.save(evolve(self.chain, garbage=()))
+        if self.chain.points:  # a run that was killed when its point was complete
+            records.remove(self.ledger_of(self.chain.points[-1].name))
         records.remove(os.path.join(self.path, f"{MANIFEST}.new"))
 
 
@@ -292,18 +350,21 @@ def init(path: str) -> Directory:
 
 
 @contextmanager
-def opened(path: str, *, change: bool, wait: float = 0.0) -> Iterator[Directory]:
+def opened(
+    path: str, *, change: bool, wait: float = 0.0, key_file: str | None = None
+) -> Iterator[Directory]:
     """A backup directory, locked: to change it, or to have its points stay as they are.
 
-    `wait`: seconds for the lock.  Raises InUse, BackupError.
+    `wait`: seconds for the lock.  Raises InUse, BackupError, KeyRefused.
     """
     Directory(path)  # first: a lock file in an empty mountpoint helps nobody
+    key = None if key_file is None else Key.read(key_file)
     if change:
         with _locked(path, LOCK, fcntl.LOCK_EX, wait):
-            yield Directory(path)
+            yield Directory(path, key)
     else:
         with _locked(path, READERS, fcntl.LOCK_SH, wait):
-            yield Directory(path)
+            yield Directory(path, key)
 
 
 @contextmanager

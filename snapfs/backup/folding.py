@@ -15,7 +15,11 @@ from ..errors import NoRoom, PointDamaged
 from . import qemu, records
 from .chain import Chain, Directory, Fold, Point
 from .extents import Extents
-from .sums import Part, Unit, damaged, digest_of, dump, left_of, unit_of
+from .keys import Key, secret_of
+from .layers import Layer
+from .plan import pieces
+from .qcow2 import Kind, Qcow2File
+from .sums import UNIT_BYTES, Part, Unit, damaged, digest_of, dump, left_of, unit_of
 
 METADATA_BYTES = 2 << 20  # what a fold takes besides: checksums, the manifest, odds and ends
 
@@ -68,11 +72,15 @@ def fold(directory: Directory, name: str) -> None:
 
 def _check_room(directory: Directory, old: str, into: str) -> None:
     """Raises NoRoom if the file of `old` cannot take what that of `into` has."""
-    there, new = _data(directory.image_of(old)), _data(directory.image_of(into))
+    there = _overwritable(directory.image_of(old), directory.key)
+    with Layer([directory.image_of(into)], directory.key) as layer:
+        new = Extents(span for span, zero in layer.spans() if not zero)
     tables = os.stat(directory.image_of(into)).st_blocks * 512 - new.total()
-    needed = METADATA_BYTES + max(0, tables)
+    needed = METADATA_BYTES + max(new.total() >> 12, tables)
     for start, stop in new:
         needed += sum(end - first for first, end in there.outside(start, stop))
+    if _takes_encrypting(directory, old, into):
+        needed += os.stat(directory.image_of(old)).st_blocks * 512
     room = os.statvfs(directory.path)
     free = room.f_bavail * room.f_frsize
     if needed > free:
@@ -82,12 +90,21 @@ def _check_room(directory: Directory, old: str, into: str) -> None:
         )
 
 
-def _data(path: str) -> Extents:
-    """What has data in a file itself."""
-    return Extents(
-        (each["start"], each["start"] + each["length"])
-        for each in qemu.layer_map(path)
-        if each["data"]
+def _overwritable(path: str, key: Key | None) -> Extents:
+    """Where a file can take other data without growing: not where it is compressed."""
+    with Qcow2File(path) as file:
+        if file.plain:
+            return Extents(
+                (each.start, each.stop) for each in file.extents() if each.kind is Kind.PLAIN
+            )
+    with Layer([path], key) as layer:
+        return Extents(span for span, zero in layer.spans() if not zero)
+
+
+def _takes_encrypting(directory: Directory, old: str, into: str) -> bool:
+    """Would a fold put what is encrypted into a file that is not?"""
+    return qemu.is_encrypted(directory.image_of(into)) and not qemu.is_encrypted(
+        directory.image_of(old)
     )
 
 
@@ -117,28 +134,100 @@ def _merge(directory: Directory, old: Point, into: Point) -> Iterator[Unit]:
     left = list(left_of(directory.units(old), new, into.size))
     below = [part.unit if part.whole else None for part in left]
     cut = [part for part in left if not part.whole]
-    sums = iter(_sums_of_parts(directory.image_of(old.name), cut))
+    sums = iter(_sums_of_parts(directory, old, into, cut))
     kept = [unit if unit is not None else next(sums) for unit in below]
     yield from sorted([*new, *kept])
 
 
-def _sums_of_parts(image: str, parts: list[Part]) -> Iterator[Unit]:
+def _sums_of_parts(
+    directory: Directory, old: Point, into: Point, parts: list[Part]
+) -> Iterator[Unit]:
     """What is left of units that newer ones cut; what is damaged of them must not be left."""
     if not any(part.unit.digest for part in parts):
         for part in parts:
             yield Unit(part.start, part.stop - part.start, None)
         return
-    with qemu.Server(image, alone=True, read_only=True) as server:
+    secret = secret_of(directory.key)
+    encrypted = directory.is_encrypted(old) or directory.is_encrypted(into)
+    with directory.layer(old) as layer:
         for part in parts:
             unit = part.unit
             if unit.digest is None:
                 yield Unit(part.start, part.stop - part.start, None)
                 continue
-            data = memoryview(server.client.read(unit.start, unit.length))
-            for first, stop in damaged(unit, data):
+            data = memoryview(layer.content(unit.start, unit.stop))
+            for first, stop in damaged(unit, data, secret):
                 if first < part.stop and part.start < stop:
-                    raise PointDamaged(f"{image} is damaged at {first}; it was not folded")
-            yield unit_of(part.start, data[part.start - unit.start : part.stop - unit.start])
+                    raise PointDamaged(f"point {old.name} is damaged at {first}; it was not folded")
+            left = data[part.start - unit.start : part.stop - unit.start]
+            yield unit_of(part.start, left, secret if encrypted else None)
+
+
+def _size(path: str) -> int:
+    with Qcow2File(path) as file:
+        return file.size
+
+
+def _commit(directory: Directory, point: Point, old: str, into: str) -> None:
+    """Have `old` get what `into`, the file of a point, has."""
+    below = [directory.image_of(each.name) for each in directory.chain.lineage(point)[-2::-1]]
+    key = directory.key
+    if _size(old) < point.size:
+        qemu.resize([old, *below], point.size, key)
+    files = [into, old]
+    with Qcow2File(old) as one, Qcow2File(into) as other:
+        if one.cluster_size > other.cluster_size:
+            files += below  # what of a cluster is in neither comes from there
+    # -d: leave `into` as it is, it must read the same until it is replaced.
+    qemu.run_on(files, key, "commit", "-q", "-d")
+    if _size(old) > point.size:
+        qemu.resize([old, *below], point.size, key)
+
+
+def _zero_leftovers(directory: Directory, point: Point, path: str) -> None:
+    """Overwrite data where a point has zeros, which its file did not need to say.
+
+    It is what a smaller image cut off, in the middle of a cluster, and a larger one shows again.
+    """
+    with Layer([path], directory.key) as layer:
+        data = Extents(span for span, zero in layer.spans() if not zero)
+    left = [
+        each
+        for unit in directory.units(point)
+        if unit.digest is None
+        for each in data.inside(unit.start, unit.stop)
+    ]
+    if left:
+        with qemu.Server(path, alone=True, unordered=True, key=directory.key) as server:
+            for start, stop in left:
+                server.client.zero(start, stop - start)
+            server.client.flush()
+
+
+def _encrypt(directory: Directory, path: str) -> None:
+    """Replace a file by an encrypted one that has the same, over the same."""
+    key = directory.key
+    assert key is not None
+    new = f"{path}.new"
+    records.remove(new)
+    with Qcow2File(path) as file:
+        size, cluster = file.size, file.cluster_size
+        below = None if file.backing is None else os.path.join(directory.path, file.backing)
+    qemu.create(new, size, below, alone=True, cluster=cluster, key=key)
+    with (
+        Layer([path]) as layer,
+        qemu.Server(new, alone=True, unordered=True, key=key) as server,
+    ):
+        for (start, stop), zero in layer.spans():
+            if zero:
+                server.client.zero(start, stop - start)
+                continue
+            for first, end in pieces(start, stop, UNIT_BYTES):
+                server.client.write(first, layer.content(first, end))
+        server.client.flush()
+    records.sync_file(new)
+    os.rename(new, path)
+    records.sync_directory(directory.path)
 
 
 def finish(directory: Directory) -> None:
@@ -150,15 +239,13 @@ def finish(directory: Directory) -> None:
     if fold is None:
         return
     old, into = directory.image_of(fold.old), directory.image_of(fold.into)
-    size = directory.chain.find(fold.into).size
     if os.path.exists(old):
         _check_room(directory, fold.old, fold.into)
-        if qemu.header(old)[0] < size:
-            qemu.resize(old, size)
-        # -d: leave `into` as it is, it must read the same until it is replaced.
-        qemu.run("commit", "-q", "-d", "-f", "qcow2", qemu.image_name(into))
-        if qemu.header(old)[0] > size:
-            qemu.resize(old, size)
+        if _takes_encrypting(directory, fold.old, fold.into):
+            _encrypt(directory, old)
+        point = directory.chain.find(fold.into)
+        _commit(directory, point, old, into)
+        _zero_leftovers(directory, point, old)
         records.sync_file(old)
         os.rename(old, into)
     sums = directory.sums_of(fold.into)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from . import verified
@@ -13,20 +14,28 @@ def points(path: str) -> list[dict[str, Any]]:
     """The points, oldest first; `time` is one that --at takes, sizes are bytes."""
     directory = Directory(path)
     known = verified.found(directory.path, directory.chain)
-    return [_row(directory, point, known.get(point.name)) for point in directory.chain.points]
+    numbers = {point.name: point.number for point in directory.chain.points}
+    return [
+        _row(directory, point, numbers, known.get(point.name)) for point in directory.chain.points
+    ]
 
 
-def _row(directory: Directory, point: Point, record: verified.Verified | None) -> dict[str, Any]:
-    parent = None if point.parent is None else directory.chain.find(point.parent)
+def _row(
+    directory: Directory,
+    point: Point,
+    numbers: Mapping[str, int],
+    record: verified.Verified | None,
+) -> dict[str, Any]:
     return {
         "number": point.number,
         "name": point.name,
         "time": point.created,
-        "kind": "full" if parent is None else "incremental",
+        "kind": "full" if point.parent is None else "incremental",
         "size": point.size,
         "data_bytes": point.data_bytes,
         "disk_bytes": disk_bytes(directory, point.name),
-        "parent": None if parent is None else parent.number,
+        "encrypted": directory.is_encrypted(point),
+        "parent": None if point.parent is None else numbers[point.parent],
         "image": point.image,
         "verified": None if record is None else {"time": record.when, "good": record.good},
     }

@@ -72,13 +72,15 @@ class NbdClient:
 
     def _receive(self, length: int) -> bytearray:
         buffer = bytearray(length)
-        view = memoryview(buffer)
+        self._receive_into(memoryview(buffer))
+        return buffer
+
+    def _receive_into(self, view: memoryview) -> None:
         while view:
             count = self._socket.recv_into(view)
             if not count:
                 raise ConnectionResetError(errno.ECONNRESET, "the NBD server went away")
             view = view[count:]
-        return buffer
 
     def _send(
         self, command: int, offset: int, length: int, data: bytes | bytearray | memoryview = b""
@@ -103,15 +105,19 @@ class NbdClient:
             number = error if error in _KNOWN else errno.EIO
             raise OSError(number, os.strerror(number))
 
-    def _request(self, command: int, offset: int = 0, length: int = 0) -> bytearray:
+    def _request(self, command: int, offset: int = 0, length: int = 0) -> None:
+        self.settle()
+        self._answer({self._send(command, offset, length)})
+
+    def settle(self) -> None:
+        """Return when all writes are answered; raises OSError if one failed."""
         while self._writes:
             self._answer(self._writes)
-        self._answer({self._send(command, offset, length)})
-        return self._receive(length if command == CMD_READ else 0)
 
-    def read(self, offset: int, length: int) -> bytearray:
-        """Read exactly `length` bytes, at most MAX_REQUEST."""
-        return self._request(CMD_READ, offset, length)
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view`, which is at most MAX_REQUEST bytes."""
+        self._request(CMD_READ, offset, len(view))
+        self._receive_into(view)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data`, at most MAX_REQUEST bytes; at the latest `flush` raises."""

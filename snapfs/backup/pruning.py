@@ -23,6 +23,7 @@ class PruneOptions:
 
     policy: Policy
     pattern: str | None = None
+    key_file: str | None = None
     dry_run: bool = False
     wait: float = 0.0
     say: Callable[[str], None] = field(default=print)
@@ -40,7 +41,9 @@ def prune(path: str, options: PruneOptions) -> dict[str, Any]:
     qemu.find_program("qemu-img")
     dry_run = options.dry_run
     failed: list[str] = []
-    with opened(path, change=not dry_run, wait=options.wait) as directory:
+    with opened(
+        path, change=not dry_run, wait=options.wait, key_file=options.key_file
+    ) as directory:
         chain = directory.chain
         points = chain.points
         rules = options.policy.kept(points)
@@ -51,6 +54,8 @@ def prune(path: str, options: PruneOptions) -> dict[str, Any]:
             directory.sweep()
             with directory.without_readers(options.wait):
                 folding.delete(directory, deleted)
+                if folded or directory.chain.fold is not None:
+                    directory.refuse_key(reversed(directory.chain.points))
                 folding.finish(directory)
                 for name in folded:
                     options.chat(f"folding {name} into the next point")

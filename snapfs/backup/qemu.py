@@ -7,19 +7,22 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from ..errors import BackupError
+from ..errors import BackupError, KeyRefused
 from ..storage.linux import end_with_parent
+from .keys import SECRET, Key
 from .nbd import NbdClient
+from .qcow2 import Qcow2File
 
 PACKAGE = "qemu-utils"  # of Debian, for all programs used here
 LOCKED = "Is another process using the image"  # what QEMU says of a lock that it does not get
+WRONG_KEY = "Invalid password, cannot unlock"  # what QEMU says of another key
+KEY_MS = 10  # what it spends on making a weak key strong: ours are strong, keys.py
 LOCK_SECONDS = 15.0  # for the server of a killed run to finish and let the image go
 START_SECONDS = 5.0  # for a server that does not answer to say why
 END_SECONDS = 600.0  # for a server to write what is left
@@ -36,6 +39,12 @@ def find_program(name: str) -> str:
     return path
 
 
+def _refuse_key(complaint: str, image: str) -> None:
+    """Raises KeyRefused if that is what QEMU complains of."""
+    if WRONG_KEY in complaint:
+        raise KeyRefused(f"{image} is encrypted with another key than the one that was given")
+
+
 def image_name(path: str) -> str:
     """A file name that QEMU takes for nothing else (a colon makes a protocol of `a:b`)."""
     return os.path.abspath(path)
@@ -48,11 +57,11 @@ def backing_name(path: str, of: str) -> str:
     return f"./{name}" if ":" in name.split("/")[0] else name
 
 
-def run(*arguments: str, directory: str | None = None) -> str:
+def run(*arguments: str, directory: str | None = None, image: str = "the image") -> str:
     """Run qemu-img; returns its output, raises BackupError with its complaint.
 
     It ends when we die, so that the next run does not find it at work; what it
-    makes is for its owner's eyes only.
+    makes is for its owner's eyes only.  Raises KeyRefused, which names `image`.
     """
     end = time.monotonic() + LOCK_SECONDS
     while True:
@@ -71,20 +80,41 @@ def run(*arguments: str, directory: str | None = None) -> str:
             break
         time.sleep(0.2)  # the programs of a run that was killed end in a moment
     if done.returncode:
+        _refuse_key(done.stderr, image)
         reason = done.stderr.strip().removeprefix("qemu-img: ")
         raise BackupError(f"qemu-img {arguments[0]}: {reason or f'status {done.returncode}'}")
     return done.stdout
 
 
-def create(path: str, size: int, backing: str | None = None, *, alone: bool = False) -> None:
+def create(
+    path: str,
+    size: int,
+    backing: str | None = None,
+    *,
+    alone: bool = False,
+    cluster: int | None = None,
+    compress: bool = False,
+    key: Key | None = None,
+) -> None:
     """A new qcow2 image of `size` bytes, rounded up to 512, over `backing` or empty.
 
-    `alone`: what is below is not opened, however many files that may be.
+    `alone`: what is below is not opened, however many files that may be.  `compress`: what is
+    compressed is so by zstd.  `key`: it is encrypted.
     """
     over = []
     if backing is not None:
         over = ["-b", backing_name(backing, path), "-F", file_format(backing)]
         over += ["-u"] if alone else []
+    options = [f"cluster_size={cluster}"] if cluster else []
+    options += ["compression_type=zstd"] if compress else []
+    if key is not None:
+        options += [
+            "encrypt.format=luks",
+            f"encrypt.key-secret={SECRET}",
+            f"encrypt.iter-time={KEY_MS}",
+        ]
+        over += key.objects
+    over += ["-o", ",".join(options)] if options else []
     run("create", "-q", "-f", "qcow2", *over, image_name(path), str(size))
 
 
@@ -94,44 +124,72 @@ def file_format(path: str) -> Literal["qcow2", "raw"]:
         return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
-def layer_name(paths: Sequence[str]) -> str:
+def layer_name(paths: Sequence[str], *, compress: bool = False) -> str:
     """Some qcow2 files of one directory, the topmost first, without those below.
 
     What they do not have reads as zeros.  The names are relative to the directory, which
-    need not be one that JSON can say.
+    need not be one that JSON can say.  `compress`: what is written is compressed.
     """
     found: dict[str, Any] | None = None
     for path in reversed(paths):
         file = {"driver": "file", "filename": os.path.basename(path)}
         found = {"driver": "qcow2", "backing": found, "file": file}
+        if is_encrypted(path):
+            found["encrypt"] = {"format": "luks", "key-secret": SECRET}
+    if compress:
+        found = {"driver": "compress", "file": found}
     return "json:" + json.dumps(found)
 
 
-def layer_map(*paths: str) -> Iterator[dict[str, Any]]:
+def is_encrypted(path: str) -> bool:
+    """Does it take a key to read a file?  False if it is none that can be read."""
+    try:
+        with Qcow2File(path) as file:
+            return file.encrypted
+    except (OSError, BackupError):
+        return False
+
+
+def key_objects(paths: Sequence[str], key: Key | None) -> list[str]:
+    """Arguments that some files take; raises KeyRefused if that is a key and there is none."""
+    for path in paths:
+        if is_encrypted(path):
+            if key is None:
+                raise KeyRefused(f"{path} is encrypted; give its --key-file")
+            return key.objects
+    return []
+
+
+def try_key(paths: Sequence[str], key: Key | None) -> None:
+    """Raises KeyRefused if some files of one directory cannot be read with a key."""
+    run_on(paths, key, "map", "-U", "--output=json", "--max-length=512")
+
+
+def layer_map(*paths: str, key: Key | None = None) -> Iterator[dict[str, Any]]:
     """The extents that some qcow2 files have themselves, ascending: start, length, zero, data."""
-    text = run("map", "-U", "--output=json", layer_name(paths), directory=_directory(paths[0]))
+    text = run_on(paths, key, "map", "-U", "--output=json")
     for each in json.loads(text):
         if each["present"]:
             yield each
 
 
+def run_on(
+    paths: Sequence[str], key: Key | None, *arguments: str, behind: Sequence[str] = ()
+) -> str:
+    """Run qemu-img on some files of one directory, without those below.
+
+    `behind`: arguments that come behind the image.
+    """
+    image = layer_name(paths)
+    objects = key_objects(paths, key)
+    return run(
+        arguments[0], *objects, *arguments[1:], image, *behind,
+        directory=_directory(paths[0]), image=paths[0],
+    )  # fmt: skip
+
+
 def _directory(path: str) -> str:
     return os.path.dirname(os.path.abspath(path))
-
-
-def header(path: str) -> tuple[int, str | None]:
-    """The virtual size and the backing file of a qcow2 image; raises BackupError if it has none.
-
-    As docs/interop/qcow2.txt of QEMU has it; quicker than a program for each of many files.
-    """
-    with open(path, "rb") as file:
-        head = file.read(32)
-        if len(head) < 32 or head[:4] != b"QFI\xfb":
-            raise BackupError(f"{path} is no qcow2 image any more")
-        offset, length, _bits, size = struct.unpack(">QIIQ", head[8:32])
-        file.seek(offset if offset < 1 << 21 else 0)
-        backing = file.read(min(length, 1023)) if offset else b""
-    return size, os.fsdecode(backing) if offset else None
 
 
 class Server:
@@ -149,6 +207,9 @@ class Server:
         alone: bool = False,
         read_only: bool = False,
         unordered: bool = False,
+        connections: int = 1,
+        compress: bool = False,
+        key: Key | None = None,
     ) -> None:
         """`alone`: nothing below `paths` is opened, however many files that may be.
 
@@ -156,15 +217,22 @@ class Server:
 
         What is flushed is in the file then, but durable only when the caller syncs
         it; after a power cut before that the image may be spoilt altogether.
+
+        `compress`: what is written is compressed: whole clusters only, and each only once.
+        `connections`: so many `clients` there are; to be read by that many threads.
         """
         self._path = paths[0]
         assert alone or len(paths) == 1
-        self._image = [layer_name(paths)] if alone else ["--format=qcow2", image_name(paths[0])]
+        self._image = ["--format=qcow2", image_name(paths[0])]
+        if alone:
+            self._image = [*key_objects(paths, key), layer_name(paths, compress=compress)]
         cache = "--cache=unsafe" if unordered else "--cache=writeback"
         self._how = "--read-only" if read_only else cache
-        self._process, self.client = self._start_patiently()
+        self._connections = connections
+        self._process, self.clients = self._start_patiently()
+        self.client = self.clients[0]
 
-    def _start_patiently(self) -> tuple[subprocess.Popen[bytes], NbdClient]:
+    def _start_patiently(self) -> tuple[subprocess.Popen[bytes], tuple[NbdClient, ...]]:
         """Start; the server of a run that was killed may still have the image locked."""
         end = time.monotonic() + LOCK_SECONDS
         while True:
@@ -175,14 +243,15 @@ class Server:
                     raise
                 time.sleep(0.2)
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], NbdClient]:
+    def _start(self) -> tuple[subprocess.Popen[bytes], tuple[NbdClient, ...]]:
         command = [
             find_program("qemu-nbd"),
             "--discard=unmap",
+            f"--shared={self._connections}",
             self._how,
             *self._image,
         ]
-        connection, listener = _socket_pair()
+        connections, listener = _connected(self._connections)
         with listener:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", _ACTIVATE, "sh", *command],
@@ -194,9 +263,9 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for us; the server ends after us
             )
         try:
-            return process, NbdClient(connection)
+            return process, tuple(NbdClient(each) for each in connections)
         except (OSError, BackupError) as error:
-            connection.close()
+            _close(connections)
             try:  # it has most likely ended by itself
                 complaint = (
                     process.communicate(timeout=START_SECONDS)[1].decode(errors="replace").strip()
@@ -204,17 +273,19 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 complaint = process.communicate()[1].decode(errors="replace").strip()
+            _refuse_key(complaint, self._path)
             reason = complaint.removeprefix("qemu-nbd: ") or str(error)
             raise BackupError(f"{self._path} cannot be opened: {reason}") from None
         except BaseException:
-            connection.close()
+            _close(connections)
             process.kill()
             process.communicate()
             raise
 
     def finish(self) -> None:
         """End the server; raises BackupError if it could not write everything."""
-        self.client.close()
+        for client in self.clients:
+            client.close()
         try:
             complaint = self._process.communicate(timeout=END_SECONDS)[1]
         except subprocess.TimeoutExpired:
@@ -225,7 +296,8 @@ class Server:
 
     def abandon(self) -> None:
         """End the server, whatever it thinks of it."""
-        self.client.close()
+        for client in self.clients:
+            client.close()
         self._process.terminate()
         try:
             self._process.communicate(timeout=LOCK_SECONDS)
@@ -244,30 +316,43 @@ class Server:
         return False
 
 
-def _socket_pair() -> tuple[socket.socket, socket.socket]:
-    """A connected socket and the listener that it waits at; its name exists no more."""
+def _connected(count: int) -> tuple[list[socket.socket], socket.socket]:
+    """Connected sockets and the listener that they wait at; its name exists no more."""
     directory = tempfile.mkdtemp(prefix="snapfs-")
     path = os.path.join(directory, "nbd")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connections: list[socket.socket] = []
     try:
         listener.bind(path)
-        listener.listen(1)
-        connection.connect(path)
+        listener.listen(count)
+        for _ in range(count):
+            connections.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            connections[-1].connect(path)
     except BaseException:
-        listener.close()
-        connection.close()
+        _close([listener, *connections])
         raise
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return connection, listener
+    return connections, listener
 
 
-def free_leaks(path: str) -> None:
+def _close(sockets: list[socket.socket]) -> None:
+    for each in sockets:
+        each.close()
+
+
+def free_leaks(path: str, key: Key | None = None) -> None:
     """Free the space that is in use for nothing since a server was killed."""
-    run("check", "-q", "-r", "leaks", "-f", "qcow2", image_name(path))
+    if key is None:
+        run("check", "-q", "-r", "leaks", "-f", "qcow2", image_name(path))
+    else:
+        run_on([path], key, "check", "-q", "-r", "leaks")
 
 
-def resize(path: str, size: int) -> None:
-    """Give a qcow2 image another size, rounded up to 512; what is added reads as zeros."""
-    run("resize", "-q", "--shrink", "-f", "qcow2", image_name(path), str(-(-size // 512) * 512))
+def resize(paths: Sequence[str], size: int, key: Key | None = None) -> None:
+    """Give the first of some qcow2 files another size, rounded up to 512.
+
+    What is added reads as zeros.  Those below it are among them, or of no account.
+    """
+    length = str(-(-size // 512) * 512)
+    run_on(paths, key, "resize", "-q", "--shrink", behind=[length])

@@ -13,19 +13,20 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from attrs import field, frozen
 
-from ..errors import BackupError, PointDamaged, SnapfsError, UsageError
+from ..errors import BackupError, KeyRefused, PointDamaged, SnapfsError, UsageError
 from . import devices, qemu, received, records
 from .chain import Directory, Point, opened
 from .choosing import choose
 from .copies import VERSION, Journal
-from .copying import ZERO_BYTES, check_room
+from .copying import check_room, split_zeros
 from .devices import DeviceTarget
 from .extents import Extents, Range
+from .keys import secret_of
+from .layers import READERS, Layer, Located, in_turn, scratch
 from .plan import pieces
 from .progress import Progress
 from .source import refuse_served
@@ -33,7 +34,6 @@ from .sums import PIECE_BYTES, UNIT_BYTES, Unit, damaged
 from .targets import RawTarget
 from .verified import note_damage
 
-_ZEROS = bytes(ZERO_BYTES)
 _UNPROVEN = ""  # the digest of what is there and has none
 
 
@@ -42,6 +42,7 @@ class RestoreOptions:
     """What the command line says."""
 
     at: str | None = None
+    key_file: str | None = None
     force: bool = False
     salvage: bool = False
     for_receive: bool = False
@@ -58,7 +59,7 @@ def restore(path: str, dest: str, options: RestoreOptions) -> dict[str, Any]:
     `damaged` in it is what is not the point's, as (offset, length): only with `salvage`.
     """
     qemu.find_program("qemu-nbd")
-    with opened(path, change=False, wait=options.wait) as directory:
+    with opened(path, change=False, wait=options.wait, key_file=options.key_file) as directory:
         point = choose(directory.chain, options.at)
         _refuse_inside(directory, dest)
         layers = _Layers(directory, point, salvage=options.salvage)
@@ -160,6 +161,7 @@ class _Layers:
     def look_over(self) -> int:
         """Bytes of data; raises, unless we salvage, if a file that has some is not there."""
         data = 0
+        taken: list[Point] = []
         for point, needed in self:
             found = sum(
                 stop - start
@@ -169,7 +171,10 @@ class _Layers:
             )
             if found and not self._salvage:
                 self._directory.refuse_partial(point)
+            if found:
+                taken.append(point)
             data += found
+        self._directory.refuse_key(taken)
         return data
 
     def _units(self, point: Point, seen: Extents, size: int) -> list[Unit]:
@@ -179,18 +184,20 @@ class _Layers:
             if not self._salvage:
                 raise
         try:
-            found = list(qemu.layer_map(*self._directory.layer_of(point)))
+            with self._directory.layer(point) as layer:
+                found = [span for span, _ in layer.spans()]
         except (BackupError, OSError):
             for start, stop in seen.outside(0, size):
                 self.stale.add(start, stop)
             return []
         return [
-            Unit(first, stop - first, _UNPROVEN)
-            for each in found
-            for first, stop in pieces(
-                each["start"], min(point.size, each["start"] + each["length"]), UNIT_BYTES
-            )
+            Unit(first, end - first, _UNPROVEN)
+            for start, stop in found
+            for first, end in pieces(start, min(point.size, stop), UNIT_BYTES)
         ]
+
+
+_Task = tuple[Unit, list[Range], Located | None]  # None: it cannot be read as a whole
 
 
 def _replay(
@@ -202,14 +209,16 @@ def _replay(
     target.truncate(size)
     with Progress("restore", size, options) as progress:
         for point, needed in layers:
-            with _Reader(directory, point, salvage=options.salvage) as reader:
-                for unit, parts in needed:
+            for unit, parts in needed:
+                if unit.digest is None:
                     for start, stop in parts:
-                        if unit.digest is None:
-                            target.zero(start, stop - start)
+                        target.zero(start, stop - start)
                         progress.advance(stop - start)
-                    if unit.digest is not None:
-                        _restore_unit(reader, unit, parts, target, bad)
+            with _Reader(directory, point, target, salvage=options.salvage) as reader:
+                for length, spoilt in reader.restore(needed):
+                    progress.advance(length)
+                    for start, stop in spoilt:
+                        bad.add(start, stop)
         for start, stop in layers.rest:
             target.zero(start, stop - start)
             progress.advance(stop - start)
@@ -218,46 +227,74 @@ def _replay(
     return bad
 
 
-def _restore_unit(
-    reader: _Reader, unit: Unit, parts: list[Range], target: RawTarget, bad: Extents
-) -> None:
-    data, spoilt = reader.read(unit, parts)
-    if unit.digest == _UNPROVEN:
-        for start, stop in parts:
-            bad.add(start, stop)
-    with memoryview(data) as view:
-        for start, stop in parts:
-            for first, end in spoilt.outside(start, stop):
-                _write_sparsely(target, first, view[first - unit.start : end - unit.start])
-            for first, end in spoilt.inside(start, stop):
-                target.zero(first, end - first)
-                bad.add(first, end)
-
-
 class _Reader:
-    """The data of one layer.  Its server starts when something is read.  A context manager."""
+    """The data of one layer, which is opened when something is read.  A context manager."""
 
-    def __init__(self, directory: Directory, point: Point, *, salvage: bool) -> None:
+    def __init__(
+        self, directory: Directory, point: Point, target: RawTarget, *, salvage: bool
+    ) -> None:
         self._directory = directory
         self._point = point
+        self._target = target
         self._salvage = salvage
-        self._server: qemu.Server | None = None
-        self._broken: SnapfsError | None = None
+        self._secret = secret_of(directory.key)
+        self._layer: Layer | None = None
+        self._broken: SnapfsError | OSError | None = None
 
-    def read(self, unit: Unit, parts: list[Range]) -> tuple[bytearray, Extents]:
-        """The data of a unit, and what of it is damaged; raises PointDamaged if that is needed.
+    def restore(self, needed: list[Needed]) -> Iterator[tuple[int, Extents]]:
+        """Write what is data; yields of each unit how much that was and what is not the point's.
+
+        Raises PointDamaged if something is damaged, unless we salvage.
+        """
+        tasks = (self._task(*each) for each in needed if each[0].digest is not None)
+        # What is damaged is read with one server after the other.
+        return in_turn(self._restore_unit, tasks, at_once=1 if self._salvage else READERS)
+
+    def _task(self, unit: Unit, parts: list[Range]) -> _Task:
+        try:
+            return unit, parts, self._opened().locate(unit.start, unit.stop)
+        except KeyRefused:
+            raise
+        except (SnapfsError, OSError) as error:
+            if not self._salvage:
+                raise self._unreadable(unit, error) from None
+            return unit, parts, None
+
+    def _unreadable(self, unit: Unit, error: SnapfsError | OSError) -> PointDamaged:
+        return PointDamaged(f"point {self._point.name} cannot be read at {unit.start}: {error}")
+
+    def _restore_unit(self, task: _Task) -> tuple[int, Extents]:
+        """For any thread, unless we salvage."""
+        unit, parts, located = task
+        view = scratch(unit.length)
+        spoilt = self._read(unit, parts, located, view)
+        bad = Extents(parts if unit.digest == _UNPROVEN else [])
+        for start, stop in parts:
+            for first, end in spoilt.outside(start, stop):
+                _write_sparsely(self._target, first, view[first - unit.start : end - unit.start])
+            for first, end in spoilt.inside(start, stop):
+                self._target.zero(first, end - first)
+                bad.add(first, end)
+        return sum(stop - start for start, stop in parts), bad
+
+    def _read(
+        self, unit: Unit, parts: list[Range], located: Located | None, view: memoryview
+    ) -> Extents:
+        """Read a unit; returns what of it is damaged, and raises PointDamaged if that is needed.
 
         With `salvage` it raises nothing.
         """
         try:
-            data = self._serving().client.read(unit.start, unit.length)
-            spoilt = Extents([] if unit.digest == _UNPROVEN else damaged(unit, data))
+            if located is None:
+                return self._read_what_is_left(unit, view)
+            self._opened().read(located, view)
+            spoilt = Extents([] if unit.digest == _UNPROVEN else damaged(unit, view, self._secret))
+        except KeyRefused:
+            raise
         except (SnapfsError, OSError) as error:
             if not self._salvage:
-                raise PointDamaged(
-                    f"point {self._point.name} cannot be read at {unit.start}: {error}"
-                ) from None
-            data, spoilt = self._what_can_be_read(unit)
+                raise self._unreadable(unit, error) from None
+            spoilt = self._read_what_is_left(unit, view)
         needed = Extents(each for part in parts for each in spoilt.inside(*part))
         if needed and not self._salvage:
             note_damage(self._directory, self._point)
@@ -267,61 +304,55 @@ class _Reader:
                 + " (offset+length); try another point, see snapfs verify, or restore what is "
                 "good with --salvage"
             )
-        return data, spoilt
+        return spoilt
 
-    def _serving(self) -> qemu.Server:
+    def _opened(self) -> Layer:
         if self._broken is not None:
             raise self._broken
-        if self._server is None:
+        if self._layer is None:
             try:
                 self._directory.refuse_partial(self._point)
-                files = self._directory.layer_of(self._point)
-                self._server = qemu.Server(*files, alone=True, read_only=True)
-            except SnapfsError as error:
+                self._layer = self._directory.layer(self._point)
+            except (SnapfsError, OSError) as error:
                 self._broken = error
                 raise
-        return self._server
+        return self._layer
 
-    def _what_can_be_read(self, unit: Unit) -> tuple[bytearray, Extents]:
-        """Piece by piece, each as good as can be proven."""
-        data = bytearray(unit.length)
+    def _read_what_is_left(self, unit: Unit, view: memoryview) -> Extents:
+        """Piece by piece, each as good as can be proven; returns what is not."""
+        view[:] = bytes(len(view))
         unread = Extents()
         for start, stop in pieces(unit.start, unit.stop, PIECE_BYTES):
+            piece = view[start - unit.start : stop - unit.start]
             try:
-                piece = self._serving().client.read(start, stop - start)
+                layer = self._opened()
+                layer.read(layer.locate(start, stop), piece)
+            except KeyRefused:
+                raise
             except (SnapfsError, OSError):
+                piece[:] = bytes(len(piece))
                 unread.add(start, stop)
-                self._forget()
-            else:
-                data[start - unit.start : stop - unit.start] = piece
         if not unread or unit.pieces is not None:
-            for start, stop in [] if unit.digest == _UNPROVEN else damaged(unit, data):
+            for start, stop in (
+                [] if unit.digest == _UNPROVEN else damaged(unit, view, self._secret)
+            ):
                 unread.add(start, stop)
         elif unit.digest != _UNPROVEN:
             unread.add(unit.start, unit.stop)  # nothing proves the rest
-        return data, unread
-
-    def _forget(self) -> None:
-        """After an error: the next piece may be one that a new server can read."""
-        server, self._server = self._server, None
-        if server is not None:
-            with suppress(SnapfsError, OSError):
-                server.abandon()
+        return unread
 
     def __enter__(self) -> _Reader:
         return self
 
-    def __exit__(self, kind: object, *_exception: object) -> None:
-        if self._server is not None:
-            if kind is None:
-                self._server.finish()
-            else:
-                self._server.abandon()
+    def __exit__(self, *_exception: object) -> Literal[False]:
+        if self._layer is not None:
+            self._layer.close()
+        return False
 
 
 def _write_sparsely(target: RawTarget, start: int, view: memoryview) -> None:
-    for first, end in pieces(0, len(view), ZERO_BYTES):
-        if view[first:end] != _ZEROS[: end - first]:
-            target.write(start + first, view[first:end])
-        else:
+    for (first, end), zero in split_zeros(view):
+        if zero:
             target.zero(start + first, end - first)
+        else:
+            target.write(start + first, view[first:end])

@@ -1,12 +1,16 @@
 """The checksums of a point: one line for each range that it holds.
 
     OFFSET LENGTH DIGEST PIECES    data; the digest is XXH3-128 in hex
-    OFFSET LENGTH DIGEST           the same, as old versions wrote it
+    OFFSET LENGTH kDIGEST PIECES   data of an encrypted point, see below
+    OFFSET LENGTH DIGEST           data, as old versions wrote it
     OFFSET LENGTH zero             zeros
 
 PIECES has the low 32 bits of XXH3-64 of each piece, eight hex digits each; pieces end at the
 multiples of PIECE_BYTES.  They prove nothing while the digest is right: they tell which
 pieces of damaged data are good, and so what a point that has newer data for the others reads.
+
+Of encrypted points the checksums tell nothing without the key: those of the pieces are BLAKE2b
+with its secret, of 128 bits, of which PIECES has the first 32, and the digest is that of them.
 
 Offsets and lengths are bytes in decimal, lines ascend and do not overlap.  What
 is in no line is as the point before has it.
@@ -14,13 +18,14 @@ is in no line is as the point before has it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import xxhash
 
-from ..errors import BackupError
+from ..errors import BackupError, KeyRefused
 from .plan import pieces
 
 UNIT_BYTES = 4 << 20  # data is read, and has a checksum, in pieces of this size at most
@@ -28,7 +33,7 @@ UNIT_BYTES = 4 << 20  # data is read, and has a checksum, in pieces of this size
 PIECE_BYTES = 64 << 10  # of data that is damaged, this much is given up
 
 _LINE = re.compile(
-    rb"(0|[1-9]\d{0,18}) ([1-9]\d{0,18}) (?:zero|([0-9a-f]{32})(?: ((?:[0-9a-f]{8})+))?)"
+    rb"(0|[1-9]\d{0,18}) ([1-9]\d{0,18}) (?:zero|(k?[0-9a-f]{32})(?: ((?:[0-9a-f]{8})+))?)"
 )
 
 
@@ -51,28 +56,46 @@ def digest_of(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def unit_of(start: int, data: bytes | bytearray | memoryview) -> Unit:
-    """The unit of some data."""
+def _keyed(data: bytes | memoryview, secret: bytes) -> bytes:
+    return hashlib.blake2b(data, key=secret, digest_size=16).digest()
+
+
+def unit_of(start: int, data: bytes | bytearray | memoryview, secret: bytes | None = None) -> Unit:
+    """The unit of some data; `secret` of that of an encrypted point."""
     view = memoryview(data)
-    found = b"".join(
-        (xxhash.xxh3_64_intdigest(view[first - start : end - start]) & 0xFFFFFFFF).to_bytes(4)
+    parts = [
+        view[first - start : end - start]
         for first, end in pieces(start, start + len(view), PIECE_BYTES)
-    )
-    return Unit(start, len(view), digest_of(view), found)
+    ]
+    if secret is not None:
+        digests = [_keyed(part, secret) for part in parts]
+        digest = f"k{_keyed(b''.join(digests), secret).hex()}"
+        return Unit(start, len(view), digest, b"".join(each[:4] for each in digests))
+    found = b"".join((xxhash.xxh3_64_intdigest(part) & 0xFFFFFFFF).to_bytes(4) for part in parts)
+    return Unit(start, len(view), digest_of(data), found)
 
 
-def damaged(unit: Unit, data: bytes | bytearray | memoryview) -> list[tuple[int, int]]:
-    """(start, stop) of what is not what it was of the data of a unit, ascending."""
-    if digest_of(data) == unit.digest:
+def damaged(
+    unit: Unit, data: bytes | bytearray | memoryview, secret: bytes | None = None
+) -> list[tuple[int, int]]:
+    """(start, stop) of what is not what it was of the data of a unit, ascending.
+
+    Raises KeyRefused if that takes the secret and it is None.
+    """
+    keyed = unit.digest is not None and unit.digest.startswith("k")
+    if keyed and secret is None:
+        raise KeyRefused("the checksums are those of an encrypted point; give its --key-file")
+    if not keyed and digest_of(data) == unit.digest:
         return []
-    if unit.pieces is None:
+    now = unit_of(unit.start, data, secret if keyed else None)
+    if now.digest == unit.digest:
+        return []
+    if unit.pieces is None or now.pieces is None:
         return [(unit.start, unit.stop)]
-    now = unit_of(unit.start, data).pieces
-    assert now is not None
     found = [
         each
         for index, each in enumerate(pieces(unit.start, unit.stop, PIECE_BYTES))
-        if now[4 * index : 4 * index + 4] != unit.pieces[4 * index : 4 * index + 4]
+        if now.pieces[4 * index : 4 * index + 4] != unit.pieces[4 * index : 4 * index + 4]
     ]
     return found or [(unit.start, unit.stop)]
 

@@ -8,17 +8,21 @@ import stat
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import InUse
+from attrs import frozen
+
+from ..errors import InUse, NotStored
 from ..storage.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from ..storage.locks import lock_exclusively, lock_image
 from ..storage.naming import naming
 from . import qemu
 from .extents import Extents
+from .keys import Key
+from .layers import Layer
 from .plan import Kind, Plan
 from .records import remove, sync_file
 
 QCOW2_CLUSTER = 64 << 10  # what qemu-img creates; a write to a part fills up the rest
-TABLE_BYTES = 512 << 20  # of the image, for which one table of a cluster says where they are
+LUKS_BYTES = 3 << 20  # what is before the data of an encrypted one
 SECTOR = 512  # the unit of the sizes of qcow2 images
 
 Data = bytes | bytearray | memoryview
@@ -43,20 +47,27 @@ class Target(Protocol):
         """Close, after an error, one of `finish` as well."""
 
 
-def qcow2_bytes(plan: Plan, below: Extents) -> int:
+def qcow2_bytes(plan: Plan, below: Extents, cluster: int = QCOW2_CLUSTER) -> int:
     """What a qcow2 image and the checksums of it take at most, with the tables of qcow2."""
     data = 0
     tables: set[int] = set()
+    table = cluster * cluster // 8  # bytes of the image
     for start, stop, kind in plan:
         if kind is Kind.DATA:
             data += stop - start
-            tables.update(range(start // TABLE_BYTES, (stop - 1) // TABLE_BYTES + 1))
+            tables.update(range(start // table, (stop - 1) // table + 1))
         elif kind is Kind.ZERO:
             for first, end in below.inside(start, stop):
-                tables.update(range(first // TABLE_BYTES, (end - 1) // TABLE_BYTES + 1))
-    fixed = 10 * QCOW2_CLUSTER + plan.end // TABLE_BYTES * 8
+                tables.update(range(first // table, (end - 1) // table + 1))
+    fixed = 10 * QCOW2_CLUSTER + plan.end // table * 8
     # Reference counts take two bytes for a cluster, checksums less than a byte for 4 KiB.
-    return data + len(tables) * QCOW2_CLUSTER + (data >> 12) + fixed
+    return data + len(tables) * cluster + data // cluster * 2 + (data >> 12) + fixed
+
+
+def _is_full(path: str) -> bool:
+    """Has its file system itself no space?  If only what is below has none, it lost pages."""
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize < 2 << 20
 
 
 def _open_or_create(path: str) -> tuple[int, bool]:
@@ -150,6 +161,39 @@ class RawTarget:
             self._fd = -1
 
 
+@frozen
+class Coding:
+    """How the data of a qcow2 image is stored: in clusters of so many bytes, and in what form.
+
+    What is compressed is written in whole clusters, each once: QEMU overwrites none.
+    """
+
+    cluster: int = QCOW2_CLUSTER
+    compress: bool = False
+    key: Key | None = None
+
+    def size_of(self, size: int) -> int:
+        """Of an image while it is written; QEMU compresses no part of a cluster."""
+        unit = self.cluster if self.compress else SECTOR
+        return -(-size // unit) * unit
+
+    def floor(self, position: int) -> int:
+        """Where the cluster of a position begins."""
+        return position // self.cluster * self.cluster
+
+    def create(self, path: str, size: int, backing: str | None, *, alone: bool) -> None:
+        """A new image, to be written."""
+        qemu.create(
+            path,
+            self.size_of(size),
+            backing,
+            alone=alone,
+            cluster=self.cluster,
+            compress=self.compress,
+            key=self.key,
+        )
+
+
 class Qcow2Target:
     """A qcow2 image that exists; `size`, rounded up to sectors, is its virtual size.
 
@@ -166,41 +210,114 @@ class Qcow2Target:
         resumable: bool,
         alone: bool = False,
         below: Extents,
+        coding: Coding = Coding(),
     ) -> None:
-        """`alone`: only whole clusters of QCOW2_CLUSTER are written, so nothing below is read.
+        """`alone`: only whole clusters are written, so nothing below is read.
 
         `below`: what may be other than zeros of the images below.  Elsewhere zeros need not
         be written, whose tables take a byte for 8 KiB of them.
         """
+        assert alone or not (coding.compress or coding.key)
         self._path = path
         self._size = size
         self._below = below
-        self._server = qemu.Server(path, alone=alone, unordered=not resumable)
+        self._coding = coding
+        self._waiting: bytearray | None = None  # of the cluster that begins there
+        self._waiting_at = -1
+        self._server = qemu.Server(
+            path, alone=alone, unordered=not resumable, compress=coding.compress, key=coding.key
+        )
 
     def write(self, offset: int, data: Data) -> None:
         """See `Target`.  The last sector is filled up with zeros."""
+        if self._coding.compress:
+            self._write_clusters(offset, memoryview(data))
+            return
         client = self._server.client
         if (offset + len(data)) % SECTOR and offset + len(data) == self._size:
             data = bytes(data) + bytes(-self._size % SECTOR)
         with naming(self._path):
             client.write(offset, data)
 
+    def _write_clusters(self, offset: int, data: memoryview) -> None:
+        """What is part of a cluster waits for the rest, which is zeros if it does not come."""
+        cluster = self._coding.cluster
+        while data:
+            begin = offset // cluster * cluster
+            whole = len(data) // cluster * cluster if offset == begin else 0
+            if whole:
+                self._write_waiting()
+                with naming(self._path):
+                    self._server.client.write(offset, data[:whole])
+                data, offset = data[whole:], offset + whole
+                continue
+            if self._waiting_at != begin:
+                self._write_waiting()
+                self._waiting, self._waiting_at = bytearray(cluster), begin
+            assert self._waiting is not None
+            count = min(len(data), begin + cluster - offset)
+            self._waiting[offset - begin : offset - begin + count] = data[:count]
+            data, offset = data[count:], offset + count
+
+    def _write_waiting(self) -> None:
+        if self._waiting is not None:
+            with naming(self._path):
+                self._server.client.write(self._waiting_at, self._waiting)
+            self._waiting, self._waiting_at = None, -1
+
     def zero(self, offset: int, length: int) -> None:
         """See `Target`."""
+        cluster = self._coding.cluster
         end = offset + length
         if end == self._size:
             end += -self._size % SECTOR
+        for first, stop in self._below.inside(offset, end):
+            first = max(offset, first // cluster * cluster)  # noqa: PLW2901
+            stop = min(end, -(-stop // cluster) * cluster)  # noqa: PLW2901
+            if self._coding.compress:
+                whole = -(-first // cluster) * cluster, stop // cluster * cluster
+                if whole[0] < whole[1]:
+                    self._write_zeros(first, whole[0])
+                    self._zero(*whole)
+                    first = whole[1]  # noqa: PLW2901
+                self._write_zeros(first, stop)
+            else:
+                self._zero(first, stop)
+
+    def _write_zeros(self, start: int, stop: int) -> None:
+        if start < stop:
+            self._write_clusters(start, memoryview(bytes(stop - start)))
+
+    def _zero(self, start: int, stop: int) -> None:
         with naming(self._path):
-            for first, stop in self._below.inside(offset, end):
-                first = max(offset, first // QCOW2_CLUSTER * QCOW2_CLUSTER)  # noqa: PLW2901
-                stop = min(end, -(-stop // QCOW2_CLUSTER) * QCOW2_CLUSTER)  # noqa: PLW2901
-                self._server.client.zero(first, stop - first)
+            self._server.client.zero(start, stop - start)
+
+    def forget_from(self, position: int) -> None:
+        """Have nothing there from a position on, which is a multiple of the cluster."""
+        with Layer([self._path], self._coding.key) as layer:
+            spans = [span for span, _ in layer.spans()]
+        for start, stop in spans:
+            if stop > position:
+                self._zero(max(start, position), stop)
 
     def flush(self) -> None:
-        """See `Target`."""
+        """See `Target`.  Raises NotStored if what was written, and flushed before, may be gone."""
+        self._write_waiting()
         with naming(self._path):
+            self._server.client.settle()
+        try:
             self._server.client.flush()
             sync_file(self._path)
+        except ConnectionError:
+            raise  # which keeps nothing from the disk
+        except OSError as error:
+            if error.errno == errno.EDQUOT or (
+                error.errno == errno.ENOSPC and _is_full(self._path)
+            ):
+                error.filename = self._path
+                raise  # some table could not be written: the ones that are there stay
+            reason = error.strerror or error
+            raise NotStored(f"{self._path}: {reason}; what was written may be gone") from error
 
     def finish(self) -> None:
         """See `Target`."""
@@ -210,6 +327,8 @@ class Qcow2Target:
             self._server.abandon()
             raise
         self._server.finish()
+        if self._coding.compress:
+            qemu.resize([self._path], self._size)
         sync_file(self._path)
 
     def abandon(self) -> None:

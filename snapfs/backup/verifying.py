@@ -12,11 +12,13 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from ..errors import SnapfsError
+from ..errors import KeyRefused, SnapfsError
 from . import qemu
 from .chain import Directory, Point, opened
 from .choosing import choose
-from .extents import Extents
+from .extents import Extents, Range
+from .keys import secret_of
+from .layers import Layer, Located, in_turn, scratch
 from .plan import pieces
 from .progress import Progress
 from .sums import UNIT_BYTES, Unit, damaged
@@ -51,6 +53,7 @@ class VerifyOptions:
     """What the command line says."""
 
     at: str | None = None
+    key_file: str | None = None
     wait: float = 0.0
     progress_fd: int | None = None
     json: bool = False
@@ -66,11 +69,12 @@ def verify(path: str, options: VerifyOptions) -> dict[str, Any]:
     qemu.find_program("qemu-nbd")
     rows: list[dict[str, Any]] = []
     goods: dict[Point, bool] = {}
-    with opened(path, change=False, wait=options.wait) as directory:
+    with opened(path, change=False, wait=options.wait, key_file=options.key_file) as directory:
         chain = directory.chain
         points = (
             list(chain.points) if options.at is None else chain.lineage(choose(chain, options.at))
         )
+        directory.refuse_key(reversed(points))
         total = sum(point.data_bytes + point.zero_bytes for point in points)
         shown: dict[str | None, _Shown] = {}
         try:
@@ -117,6 +121,8 @@ def _look(
         return [str(error)]
     try:
         _examine(directory, point, units, shown, findings, advance)
+    except KeyRefused:
+        raise  # which is no damage
     except (SnapfsError, OSError) as error:
         findings.problems.append(str(error))
         findings.bad = Extents((unit.start, unit.stop) for unit in units if unit.digest)
@@ -147,50 +153,67 @@ def _examine(
     advance: Callable[[int], None],
 ) -> None:
     directory.refuse_partial(point)
-    files = directory.layer_of(point)
-    size, backing = qemu.header(files[0])
-    if size != -(-point.size // SECTOR) * SECTOR:
-        findings.add(0, point.size, f"the image has {size} bytes, it had {point.size}")
-        return
-    folding = directory.chain.fold is not None and directory.chain.fold.into == point.name
-    expected = None if point.parent is None else f"{point.parent}.qcow2"
-    if not folding and backing != expected:
-        findings.add(0, point.size, f"the image stands on {backing}, it stood on {expected}")
-        return
-    extents = list(qemu.layer_map(*files))
-    if not folding:
-        _find_strangers(extents, units, findings)
-    data = Extents(_span(each) for each in extents if not each["zero"])
-    present = Extents(_span(each) for each in extents)
-    with qemu.Server(*files, alone=True, read_only=True) as server:
+    with directory.layer(point) as layer:
+        if layer.size != -(-point.size // SECTOR) * SECTOR:
+            findings.add(0, point.size, f"the image has {layer.size} bytes, it had {point.size}")
+            return
+        folding = directory.chain.fold is not None and directory.chain.fold.into == point.name
+        expected = None if point.parent is None else f"{point.parent}.qcow2"
+        if not folding and layer.backing != expected:
+            findings.add(
+                0, point.size, f"the image stands on {layer.backing}, it stood on {expected}"
+            )
+            return
+        spans = list(layer.spans())
+        data = Extents(span for span, zero in spans if not zero)
+        if not folding:
+            _find_strangers(data, units, findings)
+        _prove(layer, units, secret_of(directory.key), findings, advance)
+        present = Extents(span for span, _ in spans)
         for unit in units:
-            if unit.digest is not None:
-                content = server.client.read(unit.start, unit.length)
-                for start, stop in damaged(unit, content):
-                    findings.add(start, stop, "the checksum differs")
-            else:
-                for start, stop in _nonzeros(server, unit, data, present, shown.data):
+            if unit.digest is None:
+                for start, stop in _nonzeros(layer, unit, data, present, shown.data):
                     findings.add(start, stop, "not zeros any more")
-            advance(unit.length)
+                advance(unit.length)
 
 
-def _span(extent: dict[str, Any]) -> tuple[int, int]:
-    return extent["start"], extent["start"] + extent["length"]
+def _prove(
+    layer: Layer,
+    units: list[Unit],
+    secret: bytes | None,
+    findings: _Findings,
+    advance: Callable[[int], None],
+) -> None:
+    """Compare all data with its checksums."""
+
+    def look(task: tuple[Unit, Located]) -> tuple[Unit, list[Range]]:
+        unit, located = task
+        view = scratch(unit.length)
+        layer.read(located, view)
+        return unit, damaged(unit, view, secret)
+
+    tasks = (
+        (unit, layer.locate(unit.start, unit.stop)) for unit in units if unit.digest is not None
+    )
+    for unit, found in in_turn(look, tasks):
+        for start, stop in found:
+            findings.add(start, stop, "the checksum differs")
+        advance(unit.length)
 
 
 def _nonzeros(
-    server: qemu.Server, unit: Unit, data: Extents, present: Extents, below: Extents
-) -> Iterator[tuple[int, int]]:
+    layer: Layer, unit: Unit, data: Extents, present: Extents, below: Extents
+) -> Iterator[Range]:
     """What is not zero of a range of zeros; only what may have data is read."""
     for first, stop in data.inside(unit.start, unit.stop):
         for start, end in pieces(first, stop, UNIT_BYTES):
-            if server.client.read(start, end - start).count(0) != end - start:
+            if layer.content(start, end).count(0) != end - start:
                 yield start, end
     for first, stop in present.outside(unit.start, unit.stop):
         yield from below.inside(first, stop)  # which shows through
 
 
-def _find_strangers(extents: list[dict[str, Any]], units: list[Unit], findings: _Findings) -> None:
+def _find_strangers(data: Extents, units: list[Unit], findings: _Findings) -> None:
     """Data in the file itself that no checksum covers, not even its qcow2 cluster."""
     covered = Extents(
         (
@@ -199,7 +222,6 @@ def _find_strangers(extents: list[dict[str, Any]], units: list[Unit], findings: 
         )
         for unit in units
     )
-    for each in extents:
-        if each["data"] and not each["zero"]:
-            for start, stop in covered.outside(*_span(each)):
-                findings.add(start, stop, "there is data that was not backed up")
+    for each in data:
+        for start, stop in covered.outside(*each):
+            findings.add(start, stop, "there is data that was not backed up")

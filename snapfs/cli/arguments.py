@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeAlias
 
 from ..errors import UsageError
@@ -43,6 +44,16 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return int(text)
+
+
+def time_span(text: str) -> timedelta:
+    """A time span such as 30d or 36h."""
+    from ..backup.retention import parse_within  # noqa: PLC0415 - when it is used
+
+    try:
+        return parse_within(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def descriptor(text: str) -> int:

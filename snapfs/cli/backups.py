@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from attrs import evolve
+
 from ..errors import ExitCode
-from .arguments import Verbs, add_wait, add_words, file_of, only, rate
+from .arguments import Verbs, add_wait, add_words, file_of, only, rate, time_span
 from .guarding import Misused
-from .jobs import Result, add_progress, chatter, long_job, say
+from .jobs import Result, add_key_file, add_progress, chatter, long_job, say
 from .output import dump, human
 
 
@@ -39,6 +41,15 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument(
         "--force", action="store_true", help="another image takes DIR over; do not check for room"
     )
+    verb.add_argument("--compress", choices=("zstd",), help="store the data compressed")
+    verb.add_argument(
+        "--encrypt", action=argparse.BooleanOptionalAction, help="store the data encrypted"
+    )
+    add_key_file(verb)
+    verb.add_argument(
+        "--keep-snapshot-for", type=time_span, metavar="3d",
+        help="how long an interrupted full point can be gone on with; default: 3d",
+    )  # fmt: skip
     add_wait(verb)
     _add_rate(verb)
     verb.set_defaults(run=backup)
@@ -54,6 +65,7 @@ def add_to(verbs: Verbs) -> None:
     verb.add_argument(
         "--for-receive", action="store_true", help="note beside DEST what it holds, see receive"
     )
+    add_key_file(verb)
     add_wait(verb)
     add_progress(verb)
     verb.set_defaults(run=restore)
@@ -83,8 +95,7 @@ def copy(arguments: argparse.Namespace) -> int:
     )
 
     def describe(result: Result) -> str:
-        resumed = f", resumed at {result['resumed_at']}" if result["resumed_at"] else ""
-        return f"{result['dest']}: {_amounts(result)}{resumed}"
+        return f"{result['dest']}: {_amounts(result)}{_resumed(result)}"
 
     long_job(
         arguments,
@@ -99,6 +110,10 @@ def copy(arguments: argparse.Namespace) -> int:
 def _amounts(result: Result) -> str:
     disk = "" if result["disk_bytes"] is None else f" ({human(result['disk_bytes'])} on the disk)"
     return f"{human(result['copied_bytes'])} copied{disk}, {human(result['zero_bytes'])} of zeros"
+
+
+def _resumed(result: Result) -> str:
+    return f", resumed at {result['resumed_at']}" if result["resumed_at"] else ""
 
 
 def backup(arguments: argparse.Namespace) -> int:
@@ -117,6 +132,9 @@ def backup(arguments: argparse.Namespace) -> int:
     options = cycle.BackupOptions(
         full=arguments.full,
         force=arguments.force,
+        compress=arguments.compress is not None,
+        encrypt=arguments.encrypt,
+        key_file=arguments.key_file,
         wait=arguments.wait,
         bytes_per_second=arguments.bwlimit,
         progress_fd=arguments.progress,
@@ -125,10 +143,12 @@ def backup(arguments: argparse.Namespace) -> int:
         say=say,
         chat=chatter(arguments),
     )
+    if arguments.keep_snapshot_for is not None:
+        options = evolve(options, keep_snapshot=arguments.keep_snapshot_for)
     long_job(
         arguments,
         lambda: cycle.backup(arguments.where, arguments.directory, options),
-        lambda result: f"{result['point']}: {result['kind']}, {_amounts(result)}",
+        lambda result: f"{result['point']}: {result['kind']}, {_amounts(result)}{_resumed(result)}",
         interrupted="interrupted; no point was added, and the next run has what this one had",
     )
     return ExitCode.OK
@@ -140,6 +160,7 @@ def restore(arguments: argparse.Namespace) -> int:
 
     options = restoring.RestoreOptions(
         at=arguments.at,
+        key_file=arguments.key_file,
         force=arguments.force,
         salvage=arguments.salvage,
         for_receive=arguments.for_receive,

@@ -7,6 +7,7 @@ import heapq
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from ..client import mountinfo
@@ -83,20 +84,49 @@ def bitmap(arguments: argparse.Namespace) -> int:
         if arguments.json:
             dump(command, {"bitmap": answer})
         return ExitCode.OK
+    for each in answer["bitmaps"]:
+        each["backup"] = _about(each["name"])
     if arguments.json:
         dump(command, answer)
     else:
         print_table(
-            ("NAME", "DIRTY", "GRANULARITY", "SINCE", "STATE"),
+            ("NAME", "DIRTY", "GRANULARITY", "SINCE", "STATE", "BACKUP"),
             (
                 (each["name"], human(each["count"]), human(each["granularity"]),
                  f"{each['began'][:19]}Z" if each["began"] else "-",
-                 f"inconsistent: {each['reason']}" if each["inconsistent"] else "recording")
+                 f"inconsistent: {each['reason']}" if each["inconsistent"] else "recording",
+                 _in_words(each["backup"]))
                 for each in answer["bitmaps"]
             ),
         )  # fmt: skip
     unusable = any(each["inconsistent"] for each in answer["bitmaps"])
     return ExitCode.BITMAP_UNUSABLE if unusable else ExitCode.OK
+
+
+def _about(name: str) -> dict[str, Any] | None:
+    if not name.startswith("backup-"):
+        return None
+    from ..backup import known  # noqa: PLC0415 - when there is one
+
+    return known.about(name)
+
+
+def _in_words(backup: dict[str, Any] | None) -> str:
+    """Of which directory a bitmap is, and how old."""
+    if backup is None:
+        return "-"
+    where = backup["directory"] or f"of the directory with id {backup['id']}"
+    age = f", {_age(backup['time'])} old" if backup["time"] else ""
+    missing = "" if backup["there"] or not backup["directory"] else " (not there now)"
+    return f"{where}{missing}{age}"
+
+
+def _age(time: str) -> str:
+    seconds = int((datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{max(0, seconds)} s"
 
 
 # diff

@@ -29,6 +29,11 @@ def add_quiet(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--quiet", action="store_true", help="nothing unless something is wrong")
 
 
+def add_key_file(verb: argparse.ArgumentParser) -> None:
+    """Add --key-file."""
+    verb.add_argument("--key-file", metavar="FILE", help="the key of points that are encrypted")
+
+
 def _interrupted(*_signal: object) -> None:
     raise KeyboardInterrupt
 

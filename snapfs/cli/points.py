@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from datetime import timedelta
 
 from ..client import mountinfo
-from ..errors import ExitCode, NotMounted, UsageError
-from .arguments import Verbs, add_json, add_wait, count
-from .jobs import Result, add_progress, add_quiet, chatter, long_job, say
+from ..errors import ExitCode, NotMounted
+from .arguments import Verbs, add_json, add_wait, count, time_span
+from .jobs import Result, add_key_file, add_progress, add_quiet, chatter, long_job, say
 from .output import dump, human, print_table
 
 
@@ -26,6 +25,7 @@ def add_to(verbs: Verbs) -> None:
     verb = verbs.add_parser("verify", help="prove the checksums of a backup")
     verb.add_argument("directory", metavar="DIR")
     verb.add_argument("--at", metavar="POINT", help="only what this point takes")
+    add_key_file(verb)
     add_wait(verb)
     add_progress(verb)
     verb.set_defaults(run=verify)
@@ -36,12 +36,13 @@ def add_to(verbs: Verbs) -> None:
         text = "the newest" if rule == "last" else f"the newest of each of N {_NOUNS[rule]}"
         verb.add_argument(f"--keep-{rule}", type=count, default=0, metavar="N", help=text)
     verb.add_argument(
-        "--keep-within", type=_within, metavar="30d", help="all not older than the newest by more"
+        "--keep-within", type=time_span, metavar="30d", help="all not older than the newest by more"
     )
     verb.add_argument(
         "--pattern", metavar="GLOB", help="the snapshots of MOUNTPOINT that are meant"
     )
     verb.add_argument("--dry-run", action="store_true", help="say what would be dropped")
+    add_key_file(verb)
     add_wait(verb)
     add_quiet(verb)
     add_json(verb)
@@ -50,15 +51,6 @@ def add_to(verbs: Verbs) -> None:
 
 _NOUNS = {"hourly": "hours", "daily": "days", "weekly": "weeks", "monthly": "months",
           "yearly": "years"}  # fmt: skip
-
-
-def _within(text: str) -> timedelta:
-    from ..backup.retention import parse_within  # noqa: PLC0415
-
-    try:
-        return parse_within(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def points(arguments: argparse.Namespace) -> int:
@@ -108,6 +100,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
     options = verifying.VerifyOptions(
         at=arguments.at,
+        key_file=arguments.key_file,
         wait=arguments.wait,
         progress_fd=arguments.progress,
         json=arguments.json,
@@ -139,6 +132,7 @@ def prune(arguments: argparse.Namespace) -> int:
     options = pruning.PruneOptions(
         policy=policy,
         pattern=arguments.pattern,
+        key_file=arguments.key_file,
         dry_run=arguments.dry_run,
         wait=arguments.wait,
         say=say,

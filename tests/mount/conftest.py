@@ -28,3 +28,9 @@ def connections() -> Iterator[None]:
     run("mount", "-t", "fusectl", "fusectl", where)
     yield
     run("umount", "-l", where)
+
+
+@pytest.fixture(autouse=True)
+def state_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What backups note of where they went is not this user's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state-home"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -12,80 +11,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from attrs import define, field
 
 from snapfs.storage.locks import lock_image
+from tests.support.backedup import OURS, Disk, check_tidy, held_backup, names, servers_of, spoil
 from tests.support.filesystems import make_ext4, mounted_loop, tmpfs
 from tests.support.mounted import DYING, SNAPFS, Mounted, run
-from tests.support.patched import Program, held_copy
 from tests.support.steps import EVERY, some_steps
 
 pytestmark = pytest.mark.mount
 
-OURS = {f"snapfs-backup.{suffix}" for suffix in ("json", "lock", "readers", "verified")}
 K64 = 1 << 16
 MIB = 1 << 20
-
-
-@define
-class Disk:
-    """A mounted image, its backup directory, and what the image was at each point."""
-
-    mounted: Mounted
-    directory: Path
-    scratch: Path
-    moments: dict[int, bytes] = field(factory=dict)
-
-    def backup(self, *options: str) -> dict:
-        now = self.mounted.active.read_bytes()
-        done = self.mounted.snapfs(
-            "backup", self.mounted.mountpoint, self.directory, "--json", *options
-        )
-        summary = json.loads(done.stdout.splitlines()[-1])
-        self.moments[summary["number"]] = now
-        return summary
-
-    def change(self, seed: int) -> None:
-        """Some data, some zeros, some nothing."""
-        chance = random.Random(seed)
-        size = self.mounted.image.stat().st_size
-        for _ in range(3):
-            offset = chance.randrange(max(1, size - 2 * K64))
-            self.mounted.write(offset, chance.randbytes(min(K64, size - offset)))
-        offset = chance.randrange(size // K64 + 1) * K64
-        run("fallocate", "-p", "-o", str(offset), "-l", str(2 * K64), self.mounted.active)
-
-    def restored(self, number: int | str, directory: Path | None = None) -> bytes:
-        dest = self.scratch / "restored"
-        dest.unlink(missing_ok=True)
-        run(*SNAPFS, "restore", directory or self.directory, dest, "--at", str(number))
-        assert not (self.scratch / "restored.partial").exists()
-        return dest.read_bytes()
-
-    def manifest(self) -> dict:
-        return json.loads((self.directory / "snapfs-backup.json").read_text())
-
-    def check_images(self, directory: Path) -> None:
-        """Every point is what the image was, for qemu-img; quicker than `check_all`."""
-        manifest = json.loads((directory / "snapfs-backup.json").read_text())
-        for point in manifest["points"]:
-            raw = self.scratch / "raw"
-            run("qemu-img", "convert", "-O", "raw", directory / f"{point['name']}.qcow2", raw)
-            expected = self.moments[point["number"]]
-            assert expected == raw.read_bytes()[: len(expected)], point["name"]
-
-    def check_all(self, directory: Path | None = None) -> None:
-        """Every point is what the image was, for us and for qemu-img."""
-        where = directory or self.directory
-        manifest = json.loads((where / "snapfs-backup.json").read_text())
-        for point in manifest["points"]:
-            expected = self.moments[point["number"]]
-            assert expected == self.restored(point["number"], where), point["name"]
-            image, raw = where / f"{point['name']}.qcow2", self.scratch / "raw"
-            run("qemu-img", "check", image)
-            run("qemu-img", "convert", "-O", "raw", image, raw)
-            assert expected == raw.read_bytes()[: len(expected)], point["name"]
-        run(*SNAPFS, "verify", where)
 
 
 @pytest.fixture
@@ -96,26 +32,6 @@ def disk(mount, tmp_path):
         return Disk(mount(content, *options), directory, tmp_path)
 
     return factory
-
-
-def names(disk: Disk, kind: str) -> list[str]:
-    if kind == "bitmaps":
-        listed = json.loads(
-            disk.mounted.snapfs("bitmap", "list", disk.mounted.mountpoint, "--json").stdout
-        )
-        return [each["name"] for each in listed["bitmaps"]]
-    return [each["name"] for each in disk.mounted.json("list")["snapshots"]]
-
-
-def check_tidy(disk: Disk) -> None:
-    """One bitmap, of the last point; no snapshot; no file but those of the points."""
-    manifest = disk.manifest()
-    assert [f"backup-{manifest['id']}-{manifest['points'][-1]['token']}"] == names(disk, "bitmaps")
-    assert [] == names(disk, "snapshots")
-    expected = set()
-    for point in manifest["points"]:
-        expected |= {f"{point['name']}.qcow2", f"{point['name']}.sums"}
-    assert expected == {path.name for path in disk.directory.iterdir()} - OURS
 
 
 def test_full_first_then_what_changed(disk):
@@ -339,25 +255,6 @@ def test_a_snapshot_that_loses_clusters_adds_no_point(disk):
     assert "incremental" == it.backup()["kind"]
     check_tidy(it)
     it.check_all()
-
-
-def servers_of(directory: Path) -> list[str]:
-    """The programs of QEMU that work in a directory."""
-    commands = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            commands.append(path.read_text(errors="surrogateescape"))
-        except OSError:
-            continue  # it has ended
-    return [each for each in commands if "qemu-" in each and str(directory) in each]
-
-
-def held_backup(it: Disk) -> Program:
-    """A backup that has copied some, and goes on when it is told."""
-    backup = Program(held_copy(4 * MIB), "backup", it.mounted.mountpoint, it.directory)
-    backup.wait_reached()
-    assert names(it, "snapshots")
-    return backup
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -655,15 +552,6 @@ def test_an_unfinished_fold_never_blocks_a_backup(disk, tmp_path):
         it.check_all()
 
 
-def spoil(path: Path, old: bytes) -> None:
-    """Change the first place in a file where these bytes are."""
-    content = path.read_bytes()
-    where = content.index(old)
-    with open(path, "r+b") as file:
-        file.seek(where)
-        file.write(bytes(byte ^ 1 for byte in old))
-
-
 def test_verify_and_restore_find_a_changed_byte(disk, tmp_path):
     it = disk(os.urandom(MIB))
     it.backup()
@@ -937,6 +825,27 @@ def test_points_tells_what_at_takes_and_what_verify_found(disk):
     assert 3 == len(table)
     assert ["1", first["time"][:19] + "Z", "full"] == table[1].split()[:3]
     assert "DAMAGED" in table[1]
+
+
+def test_bitmap_list_says_of_which_directory_and_how_old(disk, tmp_path):
+    it = disk(MIB)
+    it.backup()
+    it.mounted.snapfs("bitmap", "add", it.mounted.mountpoint, "mine")
+
+    def listed() -> dict[str, str]:
+        rows = it.mounted.snapfs("bitmap", "list", it.mounted.mountpoint).stdout.splitlines()
+        assert "BACKUP" == rows[0].split()[-1]
+        return {row.split()[0]: re.split("  +", row)[-1] for row in rows[1:]}
+
+    (ours,) = set(names(it, "bitmaps")) - {"mine"}
+    assert "-" == listed()["mine"]
+    assert re.fullmatch(rf"{it.directory}, \d+ (s|min) old", listed()[ours])
+    it.directory.rename(tmp_path / "away")
+    assert re.fullmatch(rf"{it.directory} \(not there now\), \d+ (s|min) old", listed()[ours])
+    done = it.mounted.snapfs("bitmap", "list", it.mounted.mountpoint, "--json")
+    shown = {each["name"]: each["backup"] for each in json.loads(done.stdout)["bitmaps"]}
+    assert shown["mine"] is None
+    assert (str(it.directory), False) == (shown[ours]["directory"], shown[ours]["there"])
 
 
 def test_zeros_take_no_space_however_many(disk, tmp_path):

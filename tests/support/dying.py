@@ -13,10 +13,11 @@ import subprocess
 import sys
 from typing import Any
 
-from snapfs.backup import qemu, records
+from snapfs.backup import copying, qemu, records
 from snapfs.backup.devices import DeviceTarget
 from snapfs.backup.source import Source
 from snapfs.backup.targets import Qcow2Target, RawTarget
+from snapfs.backup.unfinished import Ledger
 from snapfs.cli import main
 from snapfs.client.wire import Client
 
@@ -43,6 +44,7 @@ def watch(owner: Any, name: str) -> None:
     setattr(owner, name, stepping)
 
 
+copying.CHECKPOINT_BYTES = 1  # each piece is made durable
 for owner, name in (
     (records, "replace_durably"),
     (records, "remove"),
@@ -51,6 +53,8 @@ for owner, name in (
     (subprocess, "Popen"),
     (Client, "call"),
     (Source, "give_up_to"),
+    (Ledger, "append"),
+    (Qcow2Target, "flush"),
     (Qcow2Target, "finish"),
     (DeviceTarget, "mark"),
     (DeviceTarget, "_write_through"),

@@ -44,14 +44,3 @@ def test_an_image_that_is_locked_is_waited_for(tmp_path, sleeps):
     with qemu.Server(image), pytest.raises(BackupError, match=qemu.LOCKED):
         qemu.run("resize", "-q", "-f", "qcow2", image, "2M")
     assert 15 <= sum(sleeps) + 0.1
-
-
-def test_the_header_tells_size_and_backing_file(tmp_path):
-    first, second = str(tmp_path / "a.qcow2"), str(tmp_path / "b.qcow2")
-    qemu.create(first, 1000)
-    qemu.create(second, 1 << 40, first, alone=True)
-    assert (1024, None) == qemu.header(first)
-    assert (1 << 40, "a.qcow2") == qemu.header(second)
-    (tmp_path / "c").write_bytes(b"QFI")
-    with pytest.raises(BackupError, match="no qcow2"):
-        qemu.header(str(tmp_path / "c"))

@@ -18,7 +18,7 @@ from snapfs.backup.sums import (
     spans,
     unit_of,
 )
-from snapfs.errors import BackupError
+from snapfs.errors import BackupError, KeyRefused
 
 DIGEST = digest_of(b"x")
 UNITS = [Unit(0, 10, DIGEST), Unit(10, 1 << 40, None), Unit((1 << 40) + 10, 5, DIGEST)]
@@ -104,3 +104,20 @@ def test_a_line_has_a_checksum_for_each_of_its_pieces():
     assert 8 == len(unit.pieces)
     with pytest.raises(BackupError, match="1 pieces"):
         load(dump([unit._replace(pieces=unit.pieces[:4])]), 1 << 20, "x.sums")
+
+
+def test_keyed_checksums_tell_nothing_without_the_secret():
+    content = bytes(range(256)) * 1024
+    first, second = unit_of(5, content, b"a" * 64), unit_of(5, content, b"b" * 64)
+    assert first.digest != second.digest
+    assert first.pieces != second.pieces != unit_of(5, content).pieces
+    assert [first] == load(dump([first]), 1 << 30, "here")
+    assert [] == damaged(first, content, b"a" * 64)
+    with pytest.raises(KeyRefused):
+        damaged(first, content)
+    spoilt = bytearray(content)
+    spoilt[PIECE_BYTES] ^= 1
+    expected = damaged(unit_of(5, content), spoilt)
+    assert 1 == len(expected)
+    assert expected == damaged(first, spoilt, b"a" * 64)
+    assert [] == damaged(unit_of(5, content), content, b"a" * 64)
