@@ -211,6 +211,7 @@ def measurements(bench: Bench) -> Rows:
         ),
         "tracking: 1 MiB write": ("1/s", with_bitmap(bench.active("write", "1M", 1))),
         "increment of 1 % of 8 GiB data, of its full": ("%", sparse(bench.increment)),
+        "restore of four points, of qemu-img convert": ("%", two(bench.restore)),
         "map of 100,000 extents": ("s", pieces(bench.map_seconds)),
         "map of 100,000 extents, memory": ("MiB", pieces(bench.map_memory)),
         "cmp of two snapshots": ("MB/s", two(bench.compare)),

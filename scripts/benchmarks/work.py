@@ -277,6 +277,29 @@ class Bench(Serving):
         print(f"    full {full:.2f} s, increments", *(f"{span:.2f}" for span in spans), flush=True)
         return 100 * statistics.median(spans) / full
 
+    def restore(self, active: Path, snapshots: Path) -> float:
+        """The speed of restoring four points, in per cent of that of qemu-img convert."""
+        where, mountpoint = self.directory / "backup", snapshots.parent
+        run(self.build.snapfs, "backup", "--init", where)
+        data = range(0, active.stat().st_size // CLUSTER * CLUSTER, CLUSTER)
+        for _ in range(4):
+            run(self.build.snapfs, "backup", mountpoint, where)
+            with open(active, "r+b", buffering=0) as file:
+                for offset in random.sample(data, len(data) // 20):
+                    os.pwrite(file.fileno(), os.urandom(CLUSTER), offset)
+        newest = max(where.glob("*.qcow2"))
+        dest = self.directory / "restored"
+        ratios = []
+        for _ in range(5):
+            theirs = self._seconds("qemu-img", "convert", "-O", "raw", newest, dest)
+            dest.unlink()
+            ours = self._seconds(self.build.snapfs, "restore", where, dest)
+            dest.unlink()
+            ratios.append(theirs / ours)
+        shutil.rmtree(where)
+        print("    restores", *(f"{ratio:.2f}" for ratio in ratios), flush=True)
+        return 100 * statistics.median(ratios)
+
     def _seconds(self, *command: object) -> float:
         run("sync")
         started = time.perf_counter()

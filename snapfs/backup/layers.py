@@ -197,23 +197,38 @@ def scratch(length: int) -> memoryview:
     return view[:length]
 
 
-def in_turn(work: Callable[[T], R], items: Iterable[T], *, at_once: int = READERS) -> Iterator[R]:
+def in_turn(work: Callable[[T], R], items: Iterable[tuple[T, int]]) -> Iterator[R]:
     """The results of `work` for each of `items`, in their order, some of them at work at once.
 
+    The items come with the bytes that they are: small ones are done together.
     Raises what `work` raises, when nothing is at work any more.
     """
-    if at_once == 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(at_once) as pool:
-        waiting: deque[Future[R]] = deque()
+
+    def work_on(batch: list[T]) -> list[R]:
+        return [work(each) for each in batch]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: deque[Future[list[R]]] = deque()
         try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * at_once:
-                    yield waiting.popleft().result()
+            for batch in _batches(items):
+                waiting.append(pool.submit(work_on, batch))
+                if len(waiting) >= 2 * READERS:
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             for each in waiting:
                 each.cancel()
+
+
+def _batches(items: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
+    batch: list[T] = []
+    size = 0
+    for item, length in items:
+        batch.append(item)
+        size += length
+        if size >= UNIT_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -84,6 +84,7 @@ class Qcow2File:
             name = os.pread(self._fd, min(name_length, 1023), min(name_at, 1 << 21))
             self.backing = os.fsdecode(name)
         self._tables: tuple[int, ...] | None = None
+        self._last: tuple[int, array[int]] = (0, array("Q"))  # a table, and where it is
 
     @property
     def cluster_size(self) -> int:
@@ -154,7 +155,13 @@ class Qcow2File:
         if self._tables is None:
             self._tables = tuple(self._numbers(self._l1_at, self._l1_size))
         table = self._tables[index] & _OFFSET if index < len(self._tables) else 0
-        return self._numbers(table + 8 * first, count) if table else None
+        if not table:
+            return None
+        at, entries = self._last
+        if at != table:  # one is kept: whoever asks goes on where they were
+            entries = self._numbers(table, self.cluster_size // 8)
+            self._last = table, entries
+        return entries[first : first + count]
 
     def _numbers(self, offset: int, count: int) -> array[int]:
         data = os.pread(self._fd, 8 * count, offset)

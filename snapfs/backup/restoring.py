@@ -26,7 +26,7 @@ from .copying import check_room, split_zeros
 from .devices import DeviceTarget
 from .extents import Extents, Range
 from .keys import secret_of
-from .layers import READERS, Layer, Located, in_turn, scratch
+from .layers import Layer, Located, in_turn, scratch
 from .plan import pieces
 from .progress import Progress
 from .source import refuse_served
@@ -247,8 +247,9 @@ class _Reader:
         Raises PointDamaged if something is damaged, unless we salvage.
         """
         tasks = (self._task(*each) for each in needed if each[0].digest is not None)
-        # What is damaged is read with one server after the other.
-        return in_turn(self._restore_unit, tasks, at_once=1 if self._salvage else READERS)
+        if self._salvage:  # what is damaged is read with one server after the other
+            return map(self._restore_unit, tasks)
+        return in_turn(self._restore_unit, ((task, task[0].length) for task in tasks))
 
     def _task(self, unit: Unit, parts: list[Range]) -> _Task:
         try:
@@ -268,6 +269,10 @@ class _Reader:
         unit, parts, located = task
         view = scratch(unit.length)
         spoilt = self._read(unit, parts, located, view)
+        if not spoilt and unit.digest != _UNPROVEN:
+            for start, stop in parts:
+                _write_sparsely(self._target, start, view[start - unit.start : stop - unit.start])
+            return sum(stop - start for start, stop in parts), spoilt
         bad = Extents(parts if unit.digest == _UNPROVEN else [])
         for start, stop in parts:
             for first, end in spoilt.outside(start, stop):
@@ -295,6 +300,8 @@ class _Reader:
             if not self._salvage:
                 raise self._unreadable(unit, error) from None
             spoilt = self._read_what_is_left(unit, view)
+        if not spoilt:
+            return spoilt
         needed = Extents(each for part in parts for each in spoilt.inside(*part))
         if needed and not self._salvage:
             note_damage(self._directory, self._point)

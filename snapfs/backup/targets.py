@@ -118,11 +118,13 @@ class RawTarget:
 
     def write(self, offset: int, data: Data) -> None:
         """See `Target`."""
-        view = memoryview(data)
         with naming(self._path):
-            while view:
-                count = os.pwrite(self._fd, view, offset)
-                view, offset = view[count:], offset + count
+            count = os.pwrite(self._fd, data, offset)
+            if count < len(data):
+                view = memoryview(data)
+                while view := view[count:]:
+                    offset += count
+                    count = os.pwrite(self._fd, view, offset)
 
     def zero(self, offset: int, length: int) -> None:
         """See `Target`."""

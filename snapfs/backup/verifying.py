@@ -193,7 +193,9 @@ def _prove(
         return unit, damaged(unit, view, secret)
 
     tasks = (
-        (unit, layer.locate(unit.start, unit.stop)) for unit in units if unit.digest is not None
+        ((unit, layer.locate(unit.start, unit.stop)), unit.length)
+        for unit in units
+        if unit.digest is not None
     )
     for unit, found in in_turn(look, tasks):
         for start, stop in found:
