@@ -6,6 +6,7 @@ from a qemu-nbd, which starts when the first of it is asked for.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -207,10 +208,16 @@ def in_turn(work: Callable[[T], R], items: Iterable[tuple[T, int]]) -> Iterator[
     def work_on(batch: list[T]) -> list[R]:
         return [work(each) for each in batch]
 
+    batches = _batches(items)
+    first = list(itertools.islice(batches, 2))
+    if len(first) < 2:  # no work for two
+        for batch in first:
+            yield from work_on(batch)
+        return
     with ThreadPoolExecutor(READERS) as pool:
         waiting: deque[Future[list[R]]] = deque()
         try:
-            for batch in _batches(items):
+            for batch in itertools.chain(first, batches):
                 waiting.append(pool.submit(work_on, batch))
                 if len(waiting) >= 2 * READERS:
                     yield from waiting.popleft().result()

@@ -25,6 +25,7 @@ _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COMPRESSED = 1 << 62
 _ZERO = 1 << 0
 _CRYPT_LUKS = 2
+_NONE = array("Q", bytes(8 * 256))  # some entries of a table
 _MAX_L1_BYTES = 32 << 20  # QEMU's limit
 
 
@@ -44,6 +45,16 @@ class Extent(NamedTuple):
     stop: int
     kind: Kind
     host: int = 0
+
+
+def _present(entries: array[int], first: int) -> Iterator[tuple[int, int]]:
+    """(number, entry) of those that are not 0; most of a small file's are."""
+    for at in range(0, len(entries), len(_NONE)):
+        block = entries[at : at + len(_NONE)]
+        if block != _NONE:
+            for number, entry in enumerate(block, first + at):
+                if entry:
+                    yield number, entry
 
 
 class Qcow2File:
@@ -125,9 +136,7 @@ class Qcow2File:
                 yield Extent(start, end, Kind.ABSENT)
                 start = end
                 continue
-            for number, entry in enumerate(entries, first):
-                if not entry:
-                    continue
+            for number, entry in _present(entries, first):
                 here = number << bits
                 if start < here:
                     yield Extent(start, here, Kind.ABSENT)

@@ -106,7 +106,7 @@ def servers_of(directory: Path) -> list[str]:
     commands = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            commands.append(path.read_text())
+            commands.append(path.read_text(errors="surrogateescape"))
         except OSError:
             continue  # it has ended
     return [each for each in commands if "qemu-" in each and str(directory) in each]
