@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ..errors import UsageError
+from ..errors import NotMounted, UsageError
 from . import mountinfo
 from .mountinfo import Mount
 
@@ -28,7 +28,10 @@ def split_names(
         if "/" not in word:
             names.append(word)
             continue
-        other, inside = _look(word)
+        try:
+            other, inside = _look(word)
+        except NotMounted as error:
+            raise UsageError(f"{word!r} can be no name, and as a path: {error}") from None
         if other.id != mount.id:
             raise UsageError(f"{first} and {word} are of two mounts; name those of one at a time")
         names.append(_name(word, inside, directory))

@@ -142,11 +142,13 @@ class Connection:
         """To be called while the mount is there; else nothing is known, too."""
         self._mount = mount
         self._path = f"{CONNECTIONS}/{mount.device.partition(':')[2]}"
+        self._inode: int | None = None
         try:
             inode = os.stat(self._path).st_ino
+            if mountinfo.still(mount) is not None:
+                self._inode = inode
         except OSError:
-            inode = 0
-        self._inode = inode if inode and mountinfo.still(mount) is not None else None
+            pass  # not mounted, or no descriptor left
 
     def is_there(self) -> bool:
         """Has the kernel still a use for the daemon?  True if that cannot be known."""

@@ -142,9 +142,10 @@ def test_the_life_of_a_bitmap(mount):
     disk.write(K64, b"x")
     listed = json.loads(bitmap(disk, "list", "--json").stdout)["bitmaps"]
     assert {"a": 2 * K64, "b": K64} == {each["name"]: each["count"] for each in listed}
+    assert listed[0]["began"] < listed[1].pop("began")
     assert {
         "name": "b", "granularity": K64, "count": K64, "recording": True, "busy": False,
-        "persistent": True, "inconsistent": False, "reason": None,
+        "persistent": True, "inconsistent": False, "reason": None, "backup": None,
     } == listed[1]  # fmt: skip
     bitmap(disk, "clear", "b")
     disk.write(5 * K64, b"x")

@@ -508,7 +508,7 @@ def test_umount_and_systemd_are_told_by_exit_status(on, storage, tmp_path):
     assert 32 == done.returncode
     assert "snapshot 's' is lost" in done.stderr
     status, log = daemon.finish()
-    assert 1 == status
+    assert 7 == status
     assert "snapshot 's' is lost" in log
     daemon = Patched(disk, "")
     daemon.process.send_signal(signal.SIGTERM)
@@ -532,7 +532,7 @@ store.FileImage.sync = held
     daemon.wait_reached()
     daemon.process.kill()
     assert "was killed" in waiting.communicate()[1]
-    assert 1 == waiting.returncode
+    assert 7 == waiting.returncode
     daemon.finish()
 
 
@@ -549,7 +549,7 @@ store.FileImage.sync = held
     done = umount(disk)
     assert 7 == done.returncode
     assert "gave up waiting for the storage" in done.stderr
-    assert 1 == daemon.finish()[0]
+    assert 7 == daemon.finish()[0]
 
 
 def test_a_lazy_umount_tells_it_too_if_nobody_uses_the_mount(on, storage, tmp_path, connections):
