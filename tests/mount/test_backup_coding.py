@@ -250,7 +250,7 @@ def test_prune_of_what_becomes_secret_killed_at_any_step(disk, tmp_path):
     it.backup("--encrypt", *it.reading)
     it.mounted.stop()
     killed = 0
-    for step in some_steps():
+    for step in some_steps(rarer=3):
         trial = tmp_path / "trial"
         shutil.copytree(it.directory, trial)
         command = ["prune", trial, "--keep-last", "1", *it.reading]

@@ -200,7 +200,7 @@ def test_what_was_begun_of_one_image_refuses_another(disk, mount):
 def test_a_full_killed_at_any_step_is_the_image_at_its_moment(disk, tmp_path):
     it = disk(os.urandom(9 * MIB))
     resumed = 0
-    for step in some_steps():
+    for step in some_steps(rarer=4):
         it.directory = tmp_path / f"backup{step}"
         run(*SNAPFS, "backup", "--init", it.directory)
         it.moments = {}

@@ -187,7 +187,7 @@ FAILING = [
     ("mount", ["{t}/none.img", "{t}/mnt"], "start-error"),
     ("umount", ["{t}"], "not-mounted"),
     ("create", ["{m}", "s"], "snapshot-exists"),
-    ("create", ["{m}", "x/y"], "not-mounted"),
+    ("create", ["{m}", "x/y"], "usage-error"),
     ("delete", ["{t}", "s"], "not-mounted"),
     ("pin", ["{t}", "s"], "not-mounted"),
     ("note", ["{m}", "none", "text"], "snapshot-not-found"),
