@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.calls import state_of
-from tests.support.devices import device
+from tests.support.devices import device, when_free
 from tests.support.mounted import SNAPFS, Mounted, run
 
 pytestmark = [
@@ -124,7 +124,7 @@ def test_other_mounts_of_the_same_file_system_lose_nothing(tmp_path, made, kind)
         bound = tmp_path / "bound"
         bound.mkdir()
         run("mount", "--bind", storage.where, bound)
-        run("mount", "-o", "remount,ro", bound)
+        when_free("mount", "-o", "remount,ro", bound)
         run("mount", "-o", "remount,rw", bound)
         storage.unmount()
         disk.image = bound / "disk.img"

@@ -16,6 +16,14 @@ FS_IOC_SHUTDOWN = 0x8004587D  # linux/fs.h
 NOLOGFLUSH = 2  # FS_SHUTDOWN_FLAGS_NOLOGFLUSH: nothing more is stored, not even the journal
 
 
+def when_free(*command: str | Path) -> None:
+    """Run it once the processes of a dead daemon are gone, its witness the last of them."""
+    end = time.monotonic() + PATIENCE
+    while run(*command, check=False).returncode:
+        assert time.monotonic() < end, command
+        time.sleep(0.05)
+
+
 class Device:
     """A file system on a loop device, which is mounted on `where`."""
 
@@ -30,11 +38,7 @@ class Device:
         run("mount", self._loop, self.where)
 
     def unmount(self) -> None:
-        """Once the processes of a dead daemon are gone, its witness the last of them."""
-        end = time.monotonic() + PATIENCE
-        while run("umount", self.where, check=False).returncode and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not os.path.ismount(self.where)
+        when_free("umount", self.where)
 
     def shut_down(self) -> None:
         """What is not stored is gone, and all calls fail from now on."""
