@@ -24,16 +24,6 @@ K64 = 1 << 16
 MIB = 1 << 20
 
 
-@pytest.fixture
-def disk(mount, tmp_path):
-    def factory(content: int | bytes, *options: str) -> Disk:
-        directory = tmp_path / "backup"
-        run(*SNAPFS, "backup", "--init", directory)
-        return Disk(mount(content, *options), directory, tmp_path)
-
-    return factory
-
-
 def test_full_first_then_what_changed(disk):
     it = disk(os.urandom(4 * MIB + 130_000))
     first = it.backup()

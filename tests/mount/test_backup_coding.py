@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from tests.support.backedup import K64, MIB, Disk, check_tidy, held_backup, names
+from tests.support.backedup import K64, MIB, check_tidy, held_backup, names
 from tests.support.mounted import DYING, SNAPFS, run
 from tests.support.steps import EVERY, some_steps
 
@@ -20,16 +20,6 @@ pytestmark = pytest.mark.mount
 
 TEXT = b"all work and no play makes Jack a dull boy\n" * (4 * MIB // 43)
 SECRET = os.urandom(12).hex().encode() * (K64 // 24 + 1)
-
-
-@pytest.fixture
-def disk(mount, tmp_path):
-    def factory(content: int | bytes, *options: str) -> Disk:
-        directory = tmp_path / "backup"
-        run(*SNAPFS, "backup", "--init", directory)
-        return Disk(mount(content, *options), directory, tmp_path)
-
-    return factory
 
 
 def make_key(path: Path) -> list[str]:

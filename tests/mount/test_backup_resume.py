@@ -30,16 +30,6 @@ resuming.datetime = Later
 """
 
 
-@pytest.fixture
-def disk(mount, tmp_path):
-    def factory(content: int | bytes, *options: str) -> Disk:
-        directory = tmp_path / "backup"
-        run(*SNAPFS, "backup", "--init", directory)
-        return Disk(mount(content, *options), directory, tmp_path)
-
-    return factory
-
-
 def interrupted(it: Disk) -> bytes:
     """A first full that was killed with 4 MiB of it safe; returns what it is of."""
     moment = it.mounted.active.read_bytes()
